@@ -1,0 +1,1 @@
+"""Metrics, benchmarks and reports, and the real server they run on."""
