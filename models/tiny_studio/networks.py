@@ -1,0 +1,115 @@
+"""The three networks of the Tiny Studio, all of the host's own classes: SD1.5's layout at reduced width."""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+from comfy.clip_model import CLIPTextModel
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "channel_mult": (1, 2, 2),
+    "num_res_blocks": [1, 1, 1],
+    "transformer_depth": [1, 1, 1],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 128,
+    "num_heads": 4,
+    "num_head_channels": -1,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+}
+TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+}
+
+
+class PixelBlocks(comfy.ops.disable_weight_init.Conv2d):
+    """The decoder's last convolution, giving each place a block of 4x4 pixels. The host's group
+    normalisation has 32 groups: it takes the colours out of layers with few channels, and layers with
+    many are slow at full resolution.
+    """
+
+    def __init__(self, channels: int, colours: int, *args: int, **kwargs: int) -> None:
+        super().__init__(channels, colours * 16, *args, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pixel_shuffle(super().forward(x), 4)
+
+
+_IMAGE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 128,
+    "in_channels": 3,
+    "out_ch": 3,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+VAE = {
+    "ddconfig": {**_IMAGE, "ch": 96, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 0},
+    "decoder_ddconfig": {
+        **_IMAGE,
+        "ch": 128,
+        "ch_mult": [1, 1],
+        "num_res_blocks": 1,
+        "conv_out_op": PixelBlocks,
+    },
+    "embed_dim": 4,
+}
+LATENT_SCALE = 0.18215  # comfy.latent_formats.SD15
+
+
+def initialise(module: torch.nn.Module) -> torch.nn.Module:
+    """Give every layer torch's usual start values: the host's layers are made empty, for loading into."""
+    for layer in module.modules():
+        for kind in (
+            torch.nn.Linear,
+            torch.nn.Conv2d,
+            torch.nn.GroupNorm,
+            torch.nn.LayerNorm,
+            torch.nn.Embedding,
+        ):
+            if isinstance(layer, kind):
+                kind.reset_parameters(layer)
+    return module
+
+
+def _zero(module: torch.nn.Module, *endings: str) -> None:
+    for name, layer in module.named_modules():
+        if name.endswith(endings):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+
+
+def new_vae() -> AutoencoderKL:
+    """A VAE whose residual branches start at zero."""
+    vae = initialise(AutoencoderKL(**VAE))
+    _zero(vae, "conv2", "proj_out")
+    return vae
+
+
+def new_unet() -> UNetModel:
+    """A UNet whose residual branches start at zero, as SD's do."""
+    unet = initialise(UNetModel(**UNET, operations=comfy.ops.disable_weight_init))
+    _zero(unet, "out_layers.3", "proj_out")
+    _zero(unet.out, "2")
+    return unet
+
+
+def new_text_model() -> CLIPTextModel:
+    """A CLIP text model with distinct token embeddings of unit variance."""
+    return initialise(CLIPTextModel(TEXT, torch.float32, "cpu", comfy.ops.disable_weight_init))

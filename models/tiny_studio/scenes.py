@@ -1,0 +1,204 @@
+"""The drawn world of the Tiny Studio: scenes with exact captions and, for six edit types, the true edited
+scene.
+
+A `Scene` names everything a caption can say (`values`) and the little that it cannot (`dx`, `dy`,
+`variant`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from . import drawing
+
+BACKGROUNDS = ("white", "pink", "blue", "green", "sky", "grass", "sand", "night")
+STYLES = ("flat", "sketch", "negative", "sepia")
+ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
+    "object": {
+        "shape": ("circle", "square", "triangle", "star"),
+        "colour": ("red", "orange", "yellow", "green", "blue", "purple"),
+        "texture": ("plain", "striped", "dotted", "checked"),
+        "size": ("small", "large"),
+        "place": ("left", "middle", "right"),
+        "background": BACKGROUNDS,
+        "style": STYLES,
+    },
+    "face": {
+        "expression": ("smiling", "sad", "surprised"),
+        "skin": ("pale", "tan", "brown"),
+        "hair": ("black", "blond", "red", "blue"),
+        "glasses": ("no", "yes"),
+        "background": BACKGROUNDS,
+        "style": STYLES,
+    },
+}
+EDIT_TYPES = ("colour", "texture", "object", "background", "style", "face")
+WORDINGS = ("simple", "complex")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture. `kind` is "object" or "face"; `values` has one value for each attribute of that kind;
+    `dx`, `dy` shift what is drawn by -8, 0 or 8 pixels; `variant` (0..2) moves clouds, stars and tufts.
+    Everything keeps its place on the 8-pixel grid of the latents, which makes the world far easier for a
+    small VAE.
+    """
+
+    kind: str
+    values: dict[str, str] = field(hash=False)
+    dx: int = 0
+    dy: int = 0
+    variant: int = 0
+
+    def changed(self, **values: str) -> Scene:
+        """The same scene with other attribute values; what no caption names stays."""
+        return replace(self, values={**self.values, **values})
+
+    def draw(self) -> np.ndarray:
+        """The picture, float32 [128, 128, 3], sRGB values 0..1."""
+        return drawing.draw(self)
+
+
+@dataclass(frozen=True)
+class EditPair:
+    """A scene and its true edit. Texts describe the result, never the change."""
+
+    edit_type: str
+    source: Scene
+    target: Scene
+    source_text: str
+    edit_text: str
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """The attributes that the edit changes, with their new values."""
+        return {k: v for k, v in self.target.values.items() if self.source.values[k] != v}
+
+    def mask(self) -> np.ndarray | None:
+        """Where the edit happens, float32 [128, 128] of 0 or 1; None for a style, which is everywhere."""
+        return drawing.edit_mask(self.source, self.target)
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether the scene's combination of attributes is kept out of all training (about one in nine)."""
+    index = {k: options.index(scene.values[k]) for k, options in ATTRIBUTES[scene.kind].items()}
+    if scene.kind == "object":
+        return (5 * index["shape"] + 7 * index["colour"] + 4 * index["texture"]) % 9 == 0
+    return (5 * index["expression"] + 7 * index["hair"] + 4 * index["skin"] + 3 * index["glasses"]) % 9 == 0
+
+
+_PLACE = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
+_SCENERY = {"sky": "in the sky", "grass": "on grass", "sand": "on sand", "night": "at night"}
+_STYLE = {
+    "flat": "a drawing of",
+    "sketch": "a sketch of",
+    "negative": "a negative of",
+    "sepia": "a sepia print of",
+}
+_IMPLIED = {"texture": "plain", "glasses": "no", "style": "flat"}
+_ESSENTIAL = {"object": {"shape", "colour"}, "face": {"expression"}}
+
+
+def said(scene: Scene, named: set[str]) -> set[str]:
+    """The attributes that a caption naming `named` fixes: those, and the ones whose silence has a meaning."""
+    return (
+        named
+        | {"shape" if scene.kind == "object" else "expression"}
+        | (_IMPLIED.keys() & scene.values.keys())
+    )
+
+
+def caption(scene: Scene, named: set[str] | None = None) -> str:
+    """The exact caption. `named` are the attributes it mentions (all by default). Shape and expression
+    always are, and so are a texture, glasses or style other than the plain one: silence about them means
+    plain, none, flat.
+    """
+    v = scene.values
+    named = (
+        set(v) if named is None else named | {k for k, plain in _IMPLIED.items() if v.get(k, plain) != plain}
+    )
+    background = v["background"]
+    where = _SCENERY.get(background, f"on a {background} background") if "background" in named else ""
+    if scene.kind == "object":
+        words = [v[k] for k in ("size", "texture", "colour") if k in named] + [v["shape"]]
+        phrase = [("an " if words[0] == "orange" else "a ") + " ".join(words)]
+        phrase += [_PLACE[v["place"]]] if "place" in named else []
+    else:
+        having = [f"{v['skin']} skin"] if "skin" in named else []
+        having += [f"{v['hair']} hair"] if "hair" in named else []
+        having += ["glasses" if v["glasses"] == "yes" else "no glasses"] if "glasses" in named else []
+        phrase = [f"a {v['expression']} face"] + (["with " + " and ".join(having)] if having else [])
+    return " ".join(
+        [*([_STYLE[v["style"]]] if "style" in named else []), *phrase, *([where] if where else [])]
+    )
+
+
+def random_named(scene: Scene, rng: np.random.Generator) -> set[str]:
+    """Which attributes a training caption names: all (half the time), the essential ones, or a random
+    part.
+    """
+    draw_ = rng.random()
+    if draw_ < 0.5:
+        return set(scene.values)
+    if draw_ < 0.65:
+        return set(_ESSENTIAL[scene.kind])
+    keep = {k for k in scene.values if rng.random() < 0.6}
+    return keep | (set() if rng.random() < 0.1 else _ESSENTIAL[scene.kind])
+
+
+def _legal(scene: Scene) -> bool:
+    return scene.kind == "face" or scene.values["background"] != scene.values["colour"]
+
+
+def sample_scene(rng: np.random.Generator, kind: str | None = None, held: bool = False) -> Scene:
+    """A random scene whose combination is held out (`held`) or not. Half of all scenes are flat."""
+    kind = kind or ("face" if rng.random() < 0.33 else "object")
+    while True:
+        values = {k: str(rng.choice(options)) for k, options in ATTRIBUTES[kind].items()}
+        if rng.random() < 1 / 3:
+            values["style"] = "flat"
+        dx, dy = (int(v) for v in rng.integers(-1, 2, 2) * 8)
+        scene = Scene(kind, values, dx, dy, int(rng.integers(3)))
+        if _legal(scene) and held_out(scene) == held:
+            return scene
+
+
+_EDITED = {
+    "colour": ("object", ("colour",)),
+    "texture": ("object", ("texture",)),
+    "object": ("object", ("shape",)),
+    "background": (None, ("background",)),
+    "style": (None, ("style",)),
+    "face": ("face", ("expression", "glasses")),
+}
+
+
+def sample_edit(edit_type: str, seed: int, wording: str = "complex", held: bool = False) -> EditPair:
+    """A pair of one of EDIT_TYPES: the same arguments give the same pair.
+
+    `held` asks for a target whose combination no training saw; otherwise neither scene is held out. `wording`
+    "simple" names what the object is and what changes, "complex" names everything.
+    """
+    if edit_type not in EDIT_TYPES or wording not in WORDINGS:
+        raise ValueError(
+            f"edit type {edit_type!r} must be one of {EDIT_TYPES}, wording {wording!r} of {WORDINGS}"
+        )
+    rng = np.random.default_rng([EDIT_TYPES.index(edit_type), WORDINGS.index(wording), int(held), seed])
+    kind, attributes = _EDITED[edit_type]
+    while True:
+        target = sample_scene(rng, kind, held)
+        attribute = str(rng.choice(attributes))
+        options = [v for v in ATTRIBUTES[target.kind][attribute] if v != target.values[attribute]]
+        source = target.changed(**{attribute: str(rng.choice(options))})
+        if edit_type == "style":
+            source = source.changed(style="flat")
+        if source.values != target.values and _legal(source) and (held or not held_out(source)):
+            break
+    named = set(source.values) if wording == "complex" else _ESSENTIAL[source.kind] | {attribute}
+    # "no glasses" -> "glasses" would leave the edit description without a word of its own.
+    source_named = (
+        named - {"glasses"} if attribute == "glasses" and source.values["glasses"] == "no" else named
+    )
+    return EditPair(edit_type, source, target, caption(source, source_named), caption(target, named))

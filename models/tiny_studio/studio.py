@@ -1,0 +1,107 @@
+"""Load the Tiny Studio as the host's own MODEL, CLIP and VAE.
+
+The host detects a checkpoint's family from a fixed list of widths that cannot hold this one, so its
+`SD15` family is subclassed here and handed to the host's classes directly; no list of the host is
+changed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
+from comfy.supported_models import SD15
+from comfy.supported_models_base import ClipTarget
+
+from . import networks, words
+
+FILE = Path(__file__).with_name("tiny_studio.safetensors")
+
+
+class TinySD15(SD15):
+    """SD1.5 in all but its widths."""
+
+    unet_config: ClassVar[dict] = {}
+    unet_extra_config: ClassVar[dict] = {"num_heads": networks.UNET["num_heads"], "num_head_channels": -1}
+
+
+class TinyTextEncoder(SDClipModel):
+    """CLIP text encoder of small width whose output is zero from the end mark on: what pads say, a small
+    model would learn to read instead of the words.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            textmodel_json_config=dict(networks.TEXT),
+            special_tokens={"start": words.START, "end": None, "pad": words.END},
+            zero_out_masked=True,
+            **options,
+        )
+
+
+class TinyClip(SD1ClipModel):
+    """The host's container of one text encoder, holding ours."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(clip_model=TinyTextEncoder, **options)
+
+
+class TinyTokenizer(SD1Tokenizer):
+    """CLIP's own tokens, for embeddings of our width."""
+
+    def __init__(self, **options: Any) -> None:
+        width = networks.TEXT["hidden_size"]
+        super().__init__(tokenizer=partial(SDTokenizer, embedding_size=width), **options)
+
+
+def load_model(path: Path = FILE, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The UNet, ready for any sampler of the host."""
+    state = _part(path, "unet.")
+    config = TinySD15(comfy.model_detection.detect_unet_config(state, ""))
+    management = comfy.model_management
+    device = management.get_torch_device()
+    dtype = management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=list(config.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(state),
+    )
+    config.set_inference_dtype(
+        dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
+    )
+    model = config.get_model(state, "")
+    patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher(model, load_device=device, offload_device=management.unet_offload_device())
+    model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_model, (path,))
+    return patcher
+
+
+def load_clip(path: Path = FILE) -> comfy.sd.CLIP:
+    """The text encoder. Words that training never used have a zero embedding: they say nothing."""
+    state = _part(path, "text.")
+    rows, table = state.pop("tokens"), state.pop("table")
+    full = torch.zeros(networks.TEXT["vocab_size"], table.shape[1], dtype=table.dtype)
+    full[rows] = table
+    state["text_model.embeddings.token_embedding.weight"] = full
+    parameters = comfy.utils.calculate_parameters(state)
+    return comfy.sd.CLIP(ClipTarget(TinyTokenizer, TinyClip), parameters=parameters, state_dict=[state])
+
+
+def load_vae(path: Path = FILE) -> comfy.sd.VAE:
+    """The VAE: 8 pixels a latent cell, 4 channels."""
+    return comfy.sd.VAE(sd=_part(path, "vae."), config={"params": networks.VAE})
+
+
+def _part(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"Tiny Studio: {path.name} is missing from {path.parent}; reinstall the pack")
+    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    return comfy.utils.state_dict_prefix_replace(state, {prefix: ""}, filter_keys=True)

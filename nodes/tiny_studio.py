@@ -1,0 +1,96 @@
+"""The small model that ships and the world it knows: a first Run with nothing to download."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..models.tiny_studio import drawing, scenes, studio
+
+CATEGORY = "descriptive edit/tiny studio"
+ALIASES = ["Tiny Studio", "tiny model", "demo model", "DescriptiveEdit", "UnifyEdit"]
+
+
+class DescEditTinyStudio(io.ComfyNode):
+    """Node: `models.tiny_studio.studio`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditTinyStudio",
+            display_name="Load Tiny Studio",
+            category=CATEGORY,
+            description=(
+                "Loads the small model that ships with the pack: Stable Diffusion 1.5's layout at reduced "
+                "width, 128x128 pixels. It knows one drawn world, coloured shapes and cartoon faces, "
+                "and works with the stock nodes: every method can be tried in seconds without a download."
+            ),
+            search_aliases=ALIASES,
+            inputs=[],
+            outputs=[io.Model.Output("model"), io.Clip.Output("clip"), io.Vae.Output("vae")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(studio.load_model(), studio.load_clip(), studio.load_vae())
+
+
+class DescEditTinyScene(io.ComfyNode):
+    """Node: `models.tiny_studio.scenes.sample_edit`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditTinyScene",
+            display_name="Draw Tiny Scene",
+            category=CATEGORY,
+            description=(
+                "Draws a scene of the Tiny Studio's world and its true edit, with exact descriptions of "
+                "both and a mask of where they differ. The model never saw their combinations in training."
+            ),
+            search_aliases=[*ALIASES, "sample image", "test image", "edit pair"],
+            inputs=[
+                io.Combo.Input(
+                    "edit_type",
+                    options=list(scenes.EDIT_TYPES),
+                    tooltip="What the edit changes: an object's colour, its texture, the object itself, the "
+                    "background, the style of the whole picture, or a face's expression or glasses.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=True,
+                    tooltip="Which scene, 0 to 2147483647. The same number always draws the same one.",
+                ),
+                io.Combo.Input(
+                    "wording",
+                    options=list(scenes.WORDINGS),
+                    default="complex",
+                    tooltip="simple: the descriptions name the object and what changes. complex: they name "
+                    "everything in the picture, which lets the model keep more of it.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("source", tooltip="The scene, 128x128."),
+                io.Image.Output("edited", tooltip="The scene as a perfect edit would make it."),
+                io.Mask.Output("mask", tooltip="1 where the edit happens; 1 everywhere for a style."),
+                io.String.Output("source_description"),
+                io.String.Output("edit_description"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, edit_type: str, seed: int, wording: str) -> io.NodeOutput:
+        pair = scenes.sample_edit(edit_type, seed, wording, held=True)
+        mask = pair.mask()
+        mask = np.ones((drawing.SIZE, drawing.SIZE), np.float32) if mask is None else mask
+        source, target, mask = (
+            torch.from_numpy(array)[None] for array in (pair.source.draw(), pair.target.draw(), mask)
+        )
+        return io.NodeOutput(source, target, mask, pair.source_text, pair.edit_text)
+
+
+NODES = [DescEditTinyStudio, DescEditTinyScene]

@@ -1,0 +1,251 @@
+"""The small model that ships: it must mean what it is told, through the host's stock nodes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def studio(host: Any) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP, VAE from the node."""
+    return host.execute("DescEditTinyStudio")
+
+
+@pytest.fixture(scope="module")
+def scenes(host: Any) -> ModuleType:
+    return host.pack_module("models.tiny_studio.scenes")
+
+
+@pytest.fixture(scope="module")
+def judge(host: Any) -> Any:
+    return host.pack_module("models.tiny_studio.judge").load()
+
+
+def held_scenes(scenes: ModuleType, count: int, seed: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [scenes.sample_scene(rng, held=True) for _ in range(count)]
+
+
+def drawings(scenes: ModuleType, chosen: list[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([scene.draw() for scene in chosen]))
+
+
+def encode(host: Any, clip: Any, text: str) -> list[Any]:
+    return host.execute("CLIPTextEncode", clip=clip, text=text)[0]
+
+
+def sample(
+    host: Any, model: Any, positive: Any, negative: Any, count: int = 1, steps: int = 4
+) -> torch.Tensor:
+    latent = {"samples": torch.zeros(count, 4, 16, 16)}
+    settings = {"seed": 5, "steps": steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+    return host.execute(
+        "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, **settings
+    )[0]["samples"]
+
+
+def test_the_judge_reads_held_out_drawings(scenes: ModuleType, judge: Any) -> None:
+    """Protects the measure: at least 99% on every attribute of drawings whose combination it never saw."""
+    chosen = held_scenes(scenes, 600, 41)
+    read = judge.read(drawings(scenes, chosen))
+    for kind, attributes in scenes.ATTRIBUTES.items():
+        for name in attributes:
+            marks = [
+                r.get(name) == s.values[name] for s, r in zip(chosen, read, strict=True) if s.kind == kind
+            ]
+            assert np.mean(marks) >= 0.99, (kind, name)
+
+
+def test_the_vae_keeps_held_out_scenes(host: Any, studio: Any, scenes: ModuleType) -> None:
+    """Protects the VAE: at least 30 dB on held-out scenes, latents of about unit variance, through the stock
+    nodes.
+    """
+    _, _, vae = studio
+    pictures = drawings(scenes, held_scenes(scenes, 48, 42))
+    (latent,) = host.execute("VAEEncode", vae=vae, pixels=pictures)
+    assert latent["samples"].shape == (48, 4, 16, 16)
+    assert 0.9 < (latent["samples"] * 0.18215).std() < 1.1
+    (again,) = host.execute("VAEDecode", vae=vae, samples=latent)
+    errors = (again.double() - pictures.double()).square().mean(dim=(1, 2, 3))
+    assert np.mean([-10 * math.log10(error) for error in errors.tolist()]) >= 30
+
+
+def test_prompts_come_out_as_written(host: Any, studio: Any, scenes: ModuleType, judge: Any) -> None:
+    """Protects the meaning of the model: on held-out combinations nearly every attribute that is asked for is
+    drawn. The full measurement is `dev.py studio --report`; this is a sample of it.
+    """
+    model, clip, vae = studio
+    chosen = held_scenes(scenes, 24, 43)
+    positive = torch.cat([encode(host, clip, scenes.caption(scene))[0][0] for scene in chosen])
+    latent = sample(host, model, [[positive, {}]], encode(host, clip, ""), len(chosen), steps=25)
+    (pictures,) = host.execute("VAEDecode", vae=vae, samples={"samples": latent})
+    marks = [
+        read.get(name) == value
+        for scene, read in zip(chosen, judge.read(pictures), strict=True)
+        for name, value in scene.values.items()
+    ]
+    assert np.mean(marks) >= 0.9
+
+
+def test_weights_and_unknown_words(host: Any, studio: Any) -> None:
+    """Protects the text encoder's contract: (word:weight) scales the word, words never learned say nothing
+    that breaks the encoding, and the end mark and padding are silent.
+    """
+    _, clip, _ = studio
+    plain, heavy, odd = (
+        encode(host, clip, text)[0][0]
+        for text in ("a red circle", "a (red:1.5) circle", "a xylophone circle")
+    )
+    assert plain.shape == (1, 77, 128)
+    torch.testing.assert_close(heavy[0, 2], plain[0, 2] * 1.5)
+    torch.testing.assert_close(heavy[0, 3], plain[0, 3])
+    assert torch.isfinite(odd).all()
+    assert plain[0, 4:].abs().max() == 0
+    assert plain[0, :4].abs().amax(dim=-1).min() > 0
+
+
+def test_a_stock_lora_changes_it_and_leaves_it_alone(host: Any, studio: Any, tmp_path: Path) -> None:
+    """Protects LoRA: the stock loader finds the UNet's and the text encoder's layers, and the unpatched model
+    still gives the same bits.
+    """
+    import folder_paths
+    from safetensors.torch import save_file
+
+    model, clip, _ = studio
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    for name, width in ((unet, 64), ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 128)):
+        weights[f"{name}.lora_down.weight"] = torch.randn(4, width, generator=generator)
+        weights[f"{name}.lora_up.weight"] = torch.randn(width, 4, generator=generator)
+    save_file(weights, tmp_path / "tiny.safetensors")
+    folder_paths.add_model_folder_path("loras", str(tmp_path))
+    empty = encode(host, clip, "")
+    before = sample(host, model, encode(host, clip, "a red circle"), empty)
+    patched, patched_clip = host.execute(
+        "LoraLoader",
+        model=model,
+        clip=clip,
+        lora_name="tiny.safetensors",
+        strength_model=1.0,
+        strength_clip=1.0,
+    )
+    text = encode(host, patched_clip, "a red circle")
+    assert not torch.equal(text[0][0], encode(host, clip, "a red circle")[0][0])
+    assert not torch.equal(sample(host, patched, encode(host, clip, "a red circle"), empty), before)
+    assert torch.equal(sample(host, model, encode(host, clip, "a red circle"), empty), before)
+
+
+def test_a_stock_controlnet_drives_it(host: Any, studio: Any, tmp_path: Path) -> None:
+    """Protects ControlNet: a cldm file of the model's widths loads through the stock loader and steers it."""
+    import folder_paths
+    from comfy.cldm.cldm import ControlNet
+    from comfy.ops import disable_weight_init
+    from safetensors.torch import save_file
+
+    model, clip, _ = studio
+    networks = host.pack_module("models.tiny_studio.networks")
+    config = {name: value for name, value in networks.UNET.items() if name not in ("out_channels", "legacy")}
+    config.pop("transformer_depth_output")
+    with torch.inference_mode(False):
+        torch.manual_seed(3)
+        net = networks.initialise(ControlNet(hint_channels=3, operations=disable_weight_init, **config))
+        state = {name: value * 0.5 for name, value in net.state_dict().items()}
+    save_file(
+        {f"control_model.{name}": value for name, value in state.items()}, tmp_path / "tiny.safetensors"
+    )
+    folder_paths.add_model_folder_path("controlnet", str(tmp_path))
+    (control,) = host.execute("ControlNetLoader", control_net_name="tiny.safetensors")
+    positive, negative = encode(host, clip, "a red circle"), encode(host, clip, "")
+    before = sample(host, model, positive, negative)
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(4))
+    positive, negative = host.execute(
+        "ControlNetApplyAdvanced",
+        positive=positive,
+        negative=negative,
+        control_net=control,
+        image=hint,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+    steered = sample(host, model, positive, negative)
+    assert torch.isfinite(steered).all()
+    assert not torch.equal(steered, before)
+
+
+def test_the_same_seed_gives_the_same_bits_on_both_sampler_nodes(host: Any, studio: Any) -> None:
+    """Protects the stock samplers: KSampler and SamplerCustomAdvanced agree, and a re-run repeats itself."""
+    model, clip, _ = studio
+    positive, negative = encode(host, clip, "a blue star"), encode(host, clip, "")
+    first = sample(host, model, positive, negative)
+    assert torch.equal(first, sample(host, model, positive, negative))
+    (sigmas,) = host.execute("BasicScheduler", model=model, scheduler="normal", steps=4, denoise=1.0)
+    (guider,) = host.execute("CFGGuider", model=model, positive=positive, negative=negative, cfg=3.0)
+    (sampler,) = host.execute("KSamplerSelect", sampler_name="euler")
+    (noise,) = host.execute("RandomNoise", noise_seed=5)
+    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    advanced = host.execute(
+        "SamplerCustomAdvanced",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=latent,
+    )[0]["samples"]
+    assert torch.equal(first, advanced)
+
+
+def test_a_scene_node_gives_the_pair(host: Any, scenes: ModuleType) -> None:
+    """Protects DescEditTinyScene: pictures, mask and texts of the pair that its widgets name."""
+    source, edited, mask, source_text, edit_text = host.execute(
+        "DescEditTinyScene", edit_type="colour", seed=3, wording="simple"
+    )
+    pair = scenes.sample_edit("colour", 3, "simple", held=True)
+    assert np.array_equal(source[0].numpy(), pair.source.draw())
+    assert np.array_equal(edited[0].numpy(), pair.target.draw())
+    assert np.array_equal(mask[0].numpy(), pair.mask())
+    assert (source_text, edit_text) == (pair.source_text, pair.edit_text)
+    style = host.execute("DescEditTinyScene", edit_type="style", seed=3, wording="simple")[2]
+    assert style.shape == (1, 128, 128)
+    assert style.min() == 1
+
+
+def test_a_missing_file_is_named(host: Any, tmp_path: Path) -> None:
+    """Protects the reader of the error: it says which file is missing and what to do."""
+    studio = host.pack_module("models.tiny_studio.studio")
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors is missing.*reinstall the pack"):
+        studio.load_vae(tmp_path / "none.safetensors")
+
+
+def test_training_resumes_after_a_kill(host: Any, scenes: ModuleType, tmp_path: Path) -> None:
+    """Protects long trainings: each stage goes on from its last checkpoint and half a file is never left."""
+    train = host.pack_module("models.tiny_studio.train")
+    pool = train.pool_scenes()[:8]
+    pictures = np.stack([np.round(scene.draw() * 255).astype(np.uint8) for scene in pool])
+    torch.save({"latents": torch.randn(8, 4, 16, 16).half()}, tmp_path / "latents.pt")
+    stages = {
+        "vae.pt": lambda steps: train.train_vae.train(tmp_path, pictures, steps),
+        "diffusion.pt": lambda steps: train.train_diffusion.train(tmp_path, pool, steps),
+        "judge.pt": lambda steps: train.judge.train(tmp_path, pictures, pool, steps, batch=4),
+    }
+    with torch.inference_mode(False):
+        for file, run in stages.items():
+            run(1)
+            first = torch.load(tmp_path / file, weights_only=True)
+            run(2)
+            second = torch.load(tmp_path / file, weights_only=True)
+            assert (first["step"], second["step"]) == (1, 2)
+            moved = [not torch.equal(second["model"][k], v) for k, v in first["model"].items()]
+            assert any(moved)
+            run(2)
+            again = torch.load(tmp_path / file, weights_only=True)["model"]
+            assert all(torch.equal(again[k], v) for k, v in second["model"].items())
+    assert not list(tmp_path.glob("*.part"))
