@@ -1,0 +1,197 @@
+"""DDIM inversion: the noise and the whole path that lead the host's Euler sampler back to a given image."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.utils import model_trange
+
+from .attention_maps import find_sites
+
+NODE = "DescEditInvert"
+# Layers at the UNet's two ends: every finetune changes them, and they are small.
+_SAMPLED_LAYERS = ("diffusion_model.input_blocks.0.", "diffusion_model.out.")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Enough of a MODEL to tell whether two are the same network with the same weights and LoRAs."""
+
+    family: str
+    prediction: str
+    weights: str
+    patches: str
+
+    @classmethod
+    def of(cls, model: Any) -> ModelIdentity:
+        """Read a ModelPatcher's identity; unpatched weights are hashed, so it does not matter what is
+        loaded.
+        """
+        digest = hashlib.sha256()
+        for prefix in _SAMPLED_LAYERS:
+            for key, entries in model.get_key_patches(prefix).items():
+                weight = entries[0][0].detach().to(device="cpu", dtype=torch.float32)
+                digest.update(key.encode() + weight.contiguous().numpy().tobytes())
+        sampling = model.get_model_object("model_sampling")
+        bases = "/".join(base.__name__ for base in type(sampling).__bases__)
+        return cls(
+            family=type(model.model.model_config).__name__,
+            prediction=f"{bases} {float(sampling.sigma_min):.4g}-{float(sampling.sigma_max):.4g}",
+            weights=digest.hexdigest()[:12],
+            patches=str(model.patches_uuid) if model.patches else "none",
+        )
+
+    def difference(self, other: ModelIdentity) -> str | None:
+        """What `other` has that this one has not, for an error message; None if they are the same."""
+        if self.family != other.family:
+            return f"a {other.family} model, not {self.family}"
+        if self.prediction != other.prediction:
+            return f"other model sampling ({other.prediction}, not {self.prediction})"
+        if self.weights != other.weights:
+            return "a checkpoint with other weights"
+        if self.patches != other.patches:
+            return "other LoRAs or weight patches"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """INVERSION: an image's path from clean to noise.
+
+    trajectory: [steps + 1, images, channels, height, width] float32 in host RAM, in the model's own space
+    (after `process_latent_in`); entry i belongs to `sigmas[i]`, the last one is the clean latent. sigmas:
+    [steps + 1], falling to 0. conditioning: the source description's CONDITIONING. model: what it was made
+    with.
+    """
+
+    trajectory: torch.Tensor
+    sigmas: torch.Tensor
+    conditioning: list[Any]
+    model: ModelIdentity
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def check(self, node: str, model: Any, shape: torch.Size, sigmas: torch.Tensor) -> None:
+        """Raise ValueError, naming `node`, unless a sampling with this model, latent shape and sigmas can
+        follow the path.
+        """
+        difference = self.model.difference(ModelIdentity.of(model))
+        if difference is not None:
+            raise ValueError(
+                f"{node}: the inversion was made with another model: the guider has {difference}. "
+                f"Wire the same MODEL to {NODE} and to the guider"
+            )
+        images, *size = self.trajectory.shape[1:]
+        if size != list(shape[1:]):
+            raise ValueError(
+                f"{node}: the inversion is of a latent of {_size(size)} but latent_image is "
+                f"{_size(shape[1:])}: wire the noise latent of {NODE}, or the latent that was inverted, to "
+                "latent_image"
+            )
+        if images not in (1, shape[0]):
+            raise ValueError(
+                f"{node}: the inversion holds {images} images but latent_image has {shape[0]}: "
+                "invert one image, or as many as are edited"
+            )
+        if len(sigmas) != len(self.sigmas):
+            raise ValueError(
+                f"{node}: the inversion has {self.steps} steps but the sampler was given {len(sigmas) - 1}: "
+                f"wire the same SIGMAS to {NODE} and to the sampler"
+            )
+        if not torch.allclose(sigmas.cpu().float(), self.sigmas, rtol=1e-4, atol=1e-6):
+            raise ValueError(
+                f"{node}: the inversion was made with other noise levels (scheduler or denoise): "
+                f"wire the same SIGMAS to {NODE} and to the sampler"
+            )
+
+    def latent(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """The path's latent at `sigmas[index]`, one row for each of `like`, on its device."""
+        return self.trajectory[index].to(like.device, non_blocking=True).expand_as(like)
+
+
+def invert(
+    model: Any, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, refine: int
+) -> Inversion:
+    """Follow the probability-flow ODE from a clean latent up through `sigmas`, at guidance 1.
+
+    A sampler's Euler step from x_i down to x_{i+1} uses the noise predicted at x_i, which is what the way up
+    is looking for. Plain DDIM inversion predicts at the known end instead and drifts. Here x_i solves the
+    implicit equation x_i = x_{i+1} + (sigma_i - sigma_{i+1}) eps(x_i, sigma_i) by fixed-point iteration: one
+    evaluation starts from the last step's slope, and each of `refine` more brings it closer.
+
+    model: a ModelPatcher. samples: [images, channels, height, width] as a VAE gives it. sigmas: [steps + 1],
+    falling to 0. Raises ValueError for an empty latent, a latent of another model family and sigmas that do
+    not fall to 0.
+    """
+    find_sites(model.model.diffusion_model, NODE)
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"{NODE}: latent has shape {list(samples.shape)} but this model needs [images, {channels}, "
+            "height, width]: encode the image with the model's own VAE"
+        )
+    if torch.count_nonzero(samples) == 0:
+        raise ValueError(f"{NODE}: latent is empty: encode the image to edit with VAEEncode")
+    sigmas = sigmas.detach().cpu().float()
+    if len(sigmas) < 2 or sigmas[-1] != 0 or not bool((sigmas[:-1] > sigmas[1:]).all()):
+        raise ValueError(
+            f"{NODE}: sigmas must fall step by step to 0 but are "
+            f"{[round(value, 3) for value in sigmas.tolist()]}: use a scheduler's SIGMAS, or the low part of "
+            "split ones"
+        )
+    path: list[torch.Tensor] = []
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": conditioning})
+    guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        comfy.samplers.KSAMPLER(_sample_upwards, {"refine": refine, "path": path}),
+        sigmas,
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=0,
+    )
+    trajectory = torch.stack(path[::-1]).cpu()
+    return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model))
+
+
+def _sample_upwards(
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
+    disable: bool | None = None,
+    *,
+    refine: int,
+    path: list[torch.Tensor],
+) -> torch.Tensor:
+    rising = sigmas.flip(0)
+    rows = x.new_ones([x.shape[0]])
+    slope = torch.zeros_like(x)
+    path.append(x)
+    for i in model_trange(len(rising) - 1, disable=disable):
+        sigma, rise = rising[i + 1], rising[i + 1] - rising[i]
+        reached = x + slope * rise
+        for _ in range(1 + refine):
+            denoised = model(reached, sigma * rows, **(extra_args or {}))
+            slope = (reached - denoised) / sigma
+            reached = x + slope * rise
+        x = reached
+        path.append(x)
+        if callback is not None:
+            callback({"i": i, "denoised": denoised, "x": x, "sigma": sigma, "sigma_hat": sigma})
+    return x
+
+
+def _size(shape: Any) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} ({channels} channels)"

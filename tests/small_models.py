@@ -1,0 +1,109 @@
+"""Small random models for tests: SD1.5's topology at reduced width, through the host's own loader.
+
+`prepare` of host.py must have run before this module is imported; conftest sees to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+CONTEXT_WIDTH = 32
+TEXT_TOKENS = 77
+LATENT_SIZE = 16
+BRANCH_ENDS = ("out_layers.3.weight", "to_out.0.weight", "net.2.weight", "proj_out.weight", "out.2.weight")
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "channel_mult": (1, 2, 2),
+    "num_res_blocks": [1, 1, 1],
+    "transformer_depth": [1, 1, 1],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": CONTEXT_WIDTH,
+    "num_heads": 4,
+    "num_head_channels": -1,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+}
+
+
+class _SmallSD15(comfy.supported_models.SD15):
+    unet_config: ClassVar = {
+        **comfy.supported_models.SD15.unet_config,
+        "context_dim": CONTEXT_WIDTH,
+        "model_channels": 32,
+    }
+    unet_extra_config: ClassVar = {"num_heads": 4, "num_head_channels": -1}
+
+
+def unet_state_dict(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random weights of about 1.7M parameters, lively enough that text and place change the output."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, weight in UNetModel(**UNET, operations=comfy.ops.disable_weight_init).state_dict().items():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1:
+            gain = 0.3 if name.endswith(BRANCH_ENDS) else 1.0  # a random net at full gain is chaotic
+            weights[name] = gain * noise / weight[0].numel() ** 0.5
+        else:
+            weights[name] = 0.05 * noise + float(name.endswith("weight"))
+        weights[name] = weights[name].to(dtype)
+    return weights
+
+
+def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A ModelPatcher around a random UNet with self- and cross-attention at 16x16, 8x8 and 4x4 for 16x16
+    latents.
+
+    Loaded under inference mode, as the executor loads models, so its weights are inference tensors.
+    Half-precision weights stay half and are cast to float32 layer by layer, which is what the host does on a
+    CPU.
+    """
+    comfy.supported_models.models.insert(0, _SmallSD15)  # the loader finds model classes only in this list
+    try:
+        with torch.inference_mode():
+            model = comfy.sd.load_diffusion_model_state_dict(
+                unet_state_dict(seed, dtype), model_options={"dtype": dtype}
+            )
+    finally:
+        comfy.supported_models.models.remove(_SmallSD15)
+    assert model is not None
+    return model
+
+
+def conditioning(seed: int = 0, tokens: int = TEXT_TOKENS, batch: int = 1) -> list[list[Any]]:
+    """A random CONDITIONING as CLIPTextEncode would make it."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(batch, tokens, CONTEXT_WIDTH, generator=generator), {"pooled_output": None}]]
+
+
+def latent(seed: int = 0, batch: int = 1, size: tuple[int, int] = (LATENT_SIZE, LATENT_SIZE)) -> torch.Tensor:
+    """A random LATENT's samples, [batch, 4, *size], in the scale that a VAE gives (before the host's
+    0.18215).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, *size, generator=generator) / 0.18215
+
+
+def fingerprint(model: Any) -> tuple[Any, ...]:
+    """Everything of a ModelPatcher that a run must leave alone, comparable with ==."""
+    weights = {
+        name: (weight.sum(dtype=torch.float64).item(), weight.data_ptr(), weight.is_inference())
+        for name, weight in model.model.state_dict().items()
+    }
+    return (
+        weights,
+        dict(model.patches),
+        repr(model.model_options),
+        repr(model.wrappers),
+        repr(model.callbacks),
+    )

@@ -1,0 +1,234 @@
+"""Recording attention: what is recorded, that nothing else changes, and gradients through the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.samplers
+import pytest
+import small_models
+import torch
+from comfy.ldm.modules.attention import CrossAttention, optimized_attention
+from host import Host
+
+SIGMA = 2.0
+
+
+@pytest.fixture(scope="module")
+def attention(host: Host) -> Any:
+    """patches/attention_maps.py."""
+    return host.pack_module("patches.attention_maps")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random UNet with inference-tensor weights."""
+    return small_models.small_unet()
+
+
+def call(
+    model: Any, x: torch.Tensor, options: dict[str, Any] | None = None, conds: int = 1
+) -> list[torch.Tensor]:
+    """One model call as the host makes it for `conds` conditionings; returns the denoised latents."""
+    entries = {
+        str(seed): comfy.sampler_helpers.convert_cond(small_models.conditioning(seed))
+        for seed in range(conds)
+    }
+    processed = comfy.samplers.process_conds(model.model, x, entries, x.device)
+    model.pre_run()
+    sigma = torch.full((x.shape[0],), SIGMA)
+    options = options or {"transformer_options": {}}
+    return comfy.samplers.calc_cond_batch(model.model, list(processed.values()), x, sigma, options)
+
+
+def recorder(attention: Any, model: Any, stop: bool = False, levels: tuple[int, ...] = (0, 1, 2)) -> Any:
+    """A recorder of every site at the given levels."""
+    sites = [
+        site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level in levels
+    ]
+    return attention.AttentionRecorder(sites, sites, stop=stop)
+
+
+def test_sites(attention: Any, model: Any) -> None:
+    """Protects: sites are named as the host names them while it runs, in the order they run, with their
+    grids.
+    """
+    seen = []
+
+    def note(q: torch.Tensor, context: Any, value: Any, extra_options: dict[str, Any]) -> Any:
+        key = (*extra_options["block"], extra_options["block_index"])
+        seen.append((key, tuple(extra_options["activations_shape"][-2:])))
+        return q, context, value
+
+    call(model, torch.randn(1, 4, 18, 10), {"transformer_options": {"patches": {"attn1_patch": [note]}}})
+    sites = attention.find_sites(model.model.diffusion_model, "Test")
+    assert [(site.key, site.grid(18, 10)) for site in sites] == seen
+    assert {site.grid(16, 16) for site in sites} == {(16, 16), (8, 8), (4, 4)}
+
+
+def test_other_networks_are_refused(attention: Any) -> None:
+    """Protects: a network that is no UNet is named in the error."""
+    with pytest.raises(ValueError, match=r"Test: needs a UNet.*got Linear"):
+        attention.find_sites(torch.nn.Linear(1, 1), "Test")
+
+
+def test_probabilities(attention: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: what is recorded is the softmax that the host's own attention layers compute, head by
+    head.
+    """
+    unet = model.model.diffusion_model
+    inputs: dict[str, list[torch.Tensor]] = {"attn1": [], "attn2": []}
+    for name, module in unet.named_modules():
+        if isinstance(module, CrossAttention):
+            kind = name.rsplit(".", 1)[1]
+            for projection in (module.to_q, module.to_k):
+                forward = projection.forward
+                monkeypatch.setattr(projection, "forward", _spy(forward, inputs[kind]))
+    made = recorder(attention, model)
+    call(model, torch.randn(2, 4, 16, 16), made.attach({"transformer_options": {}}))
+    for kind, maps in (("attn1", made.self_attention), ("attn2", made.cross_attention)):
+        sites = attention.find_sites(unet, "Test")
+        assert set(maps) == {site.key for site in sites}
+        for site, q, k in zip(sites, inputs[kind][0::2], inputs[kind][1::2], strict=True):
+            q, k = (tensor.double().unflatten(-1, (4, -1)).transpose(1, 2) for tensor in (q, k))
+            expected = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+            torch.testing.assert_close(maps[site.key].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def _spy(forward: Callable, seen: list[torch.Tensor]) -> Callable:
+    def spied(x: torch.Tensor) -> torch.Tensor:
+        seen.append(forward(x))
+        return seen[-1]
+
+    return spied
+
+
+@pytest.mark.parametrize("conds", [1, 2])
+def test_output_is_unchanged(attention: Any, model: Any, conds: int) -> None:
+    """Protects: recording changes no bit of the output and leaves nothing in the options."""
+    x = torch.randn(2, 4, 16, 16)
+    options: dict[str, Any] = {"transformer_options": {"wrappers": {}}}
+    plain = call(model, x, options, conds)
+    made = recorder(attention, model)
+    recorded = call(model, x, made.attach(options), conds)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+    assert options == {"transformer_options": {"wrappers": {}}}
+    assert all(maps.shape[0] == 2 * conds for maps in made.self_attention.values())
+    assert torch.equal(call(model, x, options, conds)[0], plain[0])
+
+
+@pytest.mark.parametrize("key", [("output", 2), ("output", 2, 0)])
+@pytest.mark.parametrize("name", ["attn1", "attn2"])
+def test_chaining(attention: Any, model: Any, name: str, key: tuple) -> None:
+    """Protects: a patch that sits in a slot, under either form of its key, still decides what the site
+    returns.
+    """
+    x = torch.randn(1, 4, 16, 16)
+    calls = []
+
+    def halve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
+        calls.append(extra_options["block"])
+        return 0.5 * optimized_attention(q, k, v, extra_options["n_heads"])
+
+    options = {"transformer_options": {"patches_replace": {name: {key: halve}}}}
+    patched = call(model, x, options)[0]
+    made = recorder(attention, model)
+    recorded = call(model, x, made.attach(options))[0]
+    assert torch.equal(patched, recorded)
+    assert not torch.equal(patched, call(model, x)[0])
+    assert calls == [("output", 2), ("output", 2)]
+    assert options["transformer_options"]["patches_replace"][name] == {key: halve}
+
+
+def test_early_stop(attention: Any, model: Any) -> None:
+    """Protects: after the last site that is wanted no layer of the UNet runs, and what was recorded is the
+    same.
+    """
+    x = torch.randn(1, 4, 16, 16)
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in model.model.diffusion_model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        whole = recorder(attention, model, levels=(2,))
+        call(model, x, whole.attach({"transformer_options": {}}))
+        all_layers = len(ran)
+        ran.clear()
+        stopped = recorder(attention, model, stop=True, levels=(2,))
+        (output,) = call(model, x, stopped.attach({"transformer_options": {}}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(ran) < 0.75 * all_layers
+    assert ran[-1] == "output_blocks.1.1.transformer_blocks.0.attn2.to_v"
+    assert all(torch.equal(whole.self_attention[key], maps) for key, maps in stopped.self_attention.items())
+    assert all(torch.equal(whole.cross_attention[key], maps) for key, maps in stopped.cross_attention.items())
+    assert torch.equal(output, x)
+
+
+def test_nothing_stays_behind(attention: Any, model: Any) -> None:
+    """Protects: after a call that stopped early the model runs whole again, with its own output."""
+    x = torch.randn(1, 4, 16, 16)
+    before = call(model, x)[0]
+    call(model, x, recorder(attention, model, stop=True).attach({"transformer_options": {}}))
+    assert torch.equal(call(model, x)[0], before)
+    assert model.model_options == {"transformer_options": {}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
+    """Protects: gradients through inference-tensor weights agree with finite differences, under inference
+    mode.
+    """
+    model = small_models.small_unet(dtype=dtype)
+    assert next(model.model.diffusion_model.parameters()).is_inference()
+    gradients = host.pack_module("patches.gradient").gradients
+    losses = host.pack_module("patches.unify_losses")
+    sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
+    masks = losses.site_masks(None, sites, 16, 16, torch.device("cpu"))
+    with torch.inference_mode():
+        x, source_x = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * SIGMA
+        source = attention.AttentionRecorder(sites, ())
+        call(model, source_x, source.attach({"transformer_options": {}}))
+
+        def both(at: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+            made = attention.AttentionRecorder(sites, sites, stop=True)
+            call(model, at, made.attach({"transformer_options": {}}))
+            structure = losses.structure_loss(source.self_attention, made.self_attention)
+            return made, structure, losses.alignment_loss(made.cross_attention, [(2, 3)], 10, masks)
+
+        with gradients():
+            leaf = x.clone().requires_grad_()
+            made, structure, alignment = both(leaf)
+            found = (made.gradient(structure, leaf, keep=True), made.gradient(alignment, leaf))
+        for index, gradient in enumerate(found):
+            for row in range(2):
+                step = torch.zeros_like(x)
+                step[row] = 0.05 * gradient[row] / gradient[row].norm()
+                upper, lower = both(x + step)[1 + index], both(x - step)[1 + index]
+                slope = (upper - lower)[row] / (2 * 0.05)
+                torch.testing.assert_close(slope, gradient[row].norm(), rtol=0.02, atol=0)
+                assert (upper - lower)[1 - row] == 0
+
+
+def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
+    """Protects: where the model computes in half precision, a loss that is far too small for it keeps its
+    gradient.
+    """
+    gradients = host.pack_module("patches.gradient").gradients
+    x = SIGMA * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model = small_models.small_unet(dtype=dtype)
+        model.model.manual_cast_dtype = None
+        with gradients():
+            leaf = x.clone().requires_grad_()
+            made = recorder(attention, model, stop=True)
+            call(model, leaf, made.attach({"transformer_options": {}}))
+            assert made._outer[0].dtype == dtype
+            losses = torch.stack([maps.square().sum(dim=(1, 2, 3)) for maps in made.self_attention.values()])
+            found.append(made.gradient(1e-9 * losses.sum(dim=0), leaf) * 1e9)
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02

@@ -1,0 +1,305 @@
+"""UnifyEdit's sampler in the host: the executor's inference mode, masks, batches, errors."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import comfy.samplers
+import latent_preview
+import pytest
+import small_models
+import torch
+from host import Host
+from unify_edit import SIZE, STEPS, Edit, FakeControl, box_mask, euler
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random UNet with inference-tensor weights."""
+    return small_models.small_unet()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_edits_and_leaves_the_model_alone(host: Host, dtype: torch.dtype, masked: bool) -> None:
+    """Protects: under inference mode, with inference-tensor weights in full and half precision, it edits
+    and leaves no trace.
+    """
+    model = small_models.small_unet(dtype=dtype)
+    edit = Edit(host, model)
+    if masked:
+        edit.sampler_inputs["mask"] = box_mask()
+    before = small_models.fingerprint(model)
+    edited = edit.run()
+    assert small_models.fingerprint(model) == before
+    assert bool(torch.isfinite(edited).all())
+    plain = edit.run(euler(host))
+    assert float((edited - plain).norm() / plain.norm()) > 0.01
+    assert torch.equal(edit.run(), edited)
+
+
+def test_zero_strength_is_plaineuler(host: Host, model: Any) -> None:
+    """Protects: with both betas at 0 the result is that of the stock Euler sampler from inverted noise."""
+    edit = Edit(host, model)
+    edit.sampler_inputs["balance"] = edit.balance(beta1=0.0, beta2=0.0)
+    torch.testing.assert_close(edit.run(), edit.run(euler(host)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(1.0, 0.0), (0.0, 1.0)])
+def test_each_loss_falls(host: Host, model: Any, beta1: float, beta2: float) -> None:
+    """Protects: each loss alone, followed by its own gradient, ends lower than without it."""
+    edit = Edit(host, model)
+    edit.sampler_inputs["balance"] = edit.balance(combination="norm", beta1=beta1, beta2=beta2)
+    module = host.pack_module("patches.unify_sampler")
+    settings = module.UnifySettings(edit.inversion, edit.tokens, edit.balance())
+    losses = {}
+    for name, latent in (("with", edit.run()), ("without", edit.run(euler(host)))):
+        losses[name] = measure(host, edit, settings, latent)
+    better = [with_it < without for with_it, without in zip(losses["with"], losses["without"], strict=True)]
+    assert better[0 if beta1 else 1]
+
+
+def measure(host: Host, edit: Edit, settings: Any, latent: torch.Tensor) -> tuple[float, float]:
+    """Both losses of a finished latent at the smallest noise level, measured with a plain model call."""
+    maps, losses = host.pack_module("patches.attention_maps"), host.pack_module("patches.unify_losses")
+    sites = maps.find_sites(edit.model.model.diffusion_model, "Test")
+    words = [site for site in sites if site.level == 0]
+    found = {}
+    for name, samples, condition in (
+        ("source", edit.latent["samples"], small_models.conditioning(1)),
+        ("target", latent, edit.positive),
+    ):
+        recorder = maps.AttentionRecorder(sites, words, stop=True)
+        entries = {"positive": comfy.sampler_helpers.convert_cond(condition)}
+        x = samples * 0.18215
+        conds = comfy.samplers.process_conds(edit.model.model, x, entries, x.device)
+        options = recorder.attach({"transformer_options": {}})
+        edit.model.pre_run()
+        with torch.inference_mode():
+            comfy.samplers.calc_cond_batch(
+                edit.model.model, [conds["positive"]], x, edit.sigmas[-2][None], options
+            )
+        found[name] = recorder
+    masks = losses.site_masks(None, words, 16, 16, torch.device("cpu"))
+    positions = [word.tokens for word in edit.tokens.words]
+    structure = losses.structure_loss(found["source"].self_attention, found["target"].self_attention)
+    alignment = losses.alignment_loss(found["target"].cross_attention, positions, 3, masks)
+    return float(structure), float(alignment)
+
+
+def test_update_follows_the_formula(host: Host, model: Any) -> None:
+    """Protects: the step taken is the balanced direction times the length of the source's own step, inside
+    a noise mask.
+    """
+    edit = Edit(host, model, batch=2)
+    module = host.pack_module("patches.unify_sampler")
+    balance = edit.balance(beta1=0.3, k1=2.0, beta2=0.7, k2=1.0)
+    settings = module.UnifySettings(edit.inversion, edit.tokens, balance)
+    seen: list[torch.Tensor] = []
+    (guider,) = host.execute(
+        "CFGGuider", model=model, positive=edit.positive, negative=edit.positive, cfg=1.0
+    )
+    denoise_mask = torch.ones(2, 4, 16, 16)
+    denoise_mask[..., 8:] = 0
+
+    def probe(
+        model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
+    ) -> torch.Tensor:
+        sigma = sigmas[1] * x.new_ones([2])
+        x = edit.inversion.latent(1, x) + 0.1
+        for mask in (None, denoise_mask):
+            args = {**extra_args, "denoise_mask": mask}
+            optimiser = module._LatentOptimiser(model.inner_model, settings, x, sigmas, args)
+            seen.append(optimiser.update(1, x, sigma))
+            gradients = optimiser._gradients(
+                guider.conds["positive"][0], edit.inversion.latent(1, x), x, sigma, 0
+            )
+        seen.extend(gradients)
+        return x
+
+    with torch.inference_mode():
+        guider.sample(
+            torch.zeros(2, 4, 16, 16),
+            edit.noise["samples"],
+            comfy.samplers.KSAMPLER(probe),
+            edit.sigmas,
+            disable_pbar=True,
+        )
+    step, masked, structure, alignment = (tensor.double() for tensor in seen)
+    sampling = model.get_model_object("model_sampling")
+    progress = 1 - float(sampling.timestep(edit.sigmas[1])) / 999
+    path = edit.inversion.trajectory.double()
+    for row in range(2):
+        direction = 0.3 * math.exp(-2 * (1 - progress)) * structure[row] / structure[row].norm()
+        direction += 0.7 * math.exp(-progress) * alignment[row] / alignment[row].norm()
+        expected = direction * (path[1, row] - path[2, row]).norm()
+        torch.testing.assert_close(step[row], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(masked, step * denoise_mask)
+
+
+def test_batch_is_two_singles(host: Host, model: Any) -> None:
+    """Protects: images edited together come out as edited alone, each with its own mask and gradient norm."""
+    singles = [Edit(host, model, seed=3), Edit(host, model, seed=4)]
+    masks = torch.cat([box_mask(), 1 - box_mask()])
+    alone = []
+    for row, edit in enumerate(singles):
+        edit.sampler_inputs["mask"] = masks[row : row + 1]
+        alone.append(edit.run())
+    both = Edit(host, model, batch=2)
+    both.latent = {"samples": torch.cat([edit.latent["samples"] for edit in singles])}
+    both.inversion, both.noise = host.execute(
+        "DescEditInvert",
+        model=model,
+        latent=both.latent,
+        source=small_models.conditioning(1),
+        sigmas=both.sigmas,
+        refine=1,
+    )
+    both.sampler_inputs["mask"] = masks
+    torch.testing.assert_close(both.run(), torch.cat(alone), rtol=1e-3, atol=1e-3)
+
+
+def test_noise_mask_keeps_the_source(host: Host, model: Any) -> None:
+    """Protects: outside a noise mask the inverted image stays, whatever noise is wired, and inside it is
+    edited.
+    """
+    edit = Edit(host, model)
+    kept = box_mask() == 0
+    edit.noise = {**edit.noise, "noise_mask": box_mask()}
+    first = edit.run()
+    outside = kept[:, None, ::8, ::8].expand_as(first)
+    source = edit.latent["samples"]
+    edge = 2  # the mask's border falls into a latent cell
+    torch.testing.assert_close(first[..., 5 + edge :], source[..., 5 + edge :], rtol=1e-4, atol=1e-4)
+    assert float((first - source)[~outside].abs().mean()) > 0.1
+    (random,) = host.execute("RandomNoise", noise_seed=5)
+    assert torch.equal(edit.run(noise=random), first)
+
+
+def test_one_inversion_for_several_images(host: Host, model: Any) -> None:
+    """Protects: one inverted image can be edited several times at once."""
+    edit = Edit(host, model)
+    edit.noise = {"samples": edit.noise["samples"].repeat(2, 1, 1, 1)}
+    edited = edit.run()
+    assert edited.shape[0] == 2
+    torch.testing.assert_close(edited[0], edited[1], rtol=1e-4, atol=1e-4)
+
+
+def test_preview_and_progress(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: every step reports itself, with its denoised latent, to the host's preview."""
+    reported = []
+
+    def prepare(model: Any, steps: int, x0: dict | None = None) -> Any:
+        def callback(step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
+            reported.append((step, total, tuple(denoised.shape)))
+
+        return callback
+
+    edit = Edit(host, model)
+    monkeypatch.setattr(latent_preview, "prepare_callback", prepare)
+    edit.run()
+    assert reported == [(step, STEPS, (1, 4, 16, 16)) for step in range(STEPS)]
+
+
+def test_interrupt(host: Host, model: Any) -> None:
+    """Protects: the host's interrupt ends a run inside the loss's own forward, and the next run is as
+    before.
+    """
+    edit = Edit(host, model)
+    before = edit.run()
+    interrupted = comfy.model_management.InterruptProcessingException
+    handle = None
+
+    def interrupt(*_: Any) -> None:
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            comfy.model_management.interrupt_current_processing()
+
+    handle = model.model.diffusion_model.middle_block[0].register_forward_hook(interrupt)
+    try:
+        with pytest.raises(interrupted):
+            edit.run()
+    finally:
+        handle.remove()
+        comfy.model_management.interrupt_current_processing(False)
+    assert torch.equal(edit.run(), before)
+
+
+def test_controlnet(host: Host, model: Any) -> None:
+    """Protects: a ControlNet in the edit conditioning takes part, although the host adds its residuals in
+    place.
+    """
+    edit = Edit(host, model)
+    edit.sampler_inputs["word_side"] = 16
+    plain = edit.run()
+    edit.positive = [[edit.positive[0][0], {"control": FakeControl(), "control_apply_to_uncond": True}]]
+    controlled = edit.run()
+    assert bool(torch.isfinite(controlled).all())
+    assert not torch.allclose(plain, controlled, atol=1e-3)
+
+
+def test_regional_conditioning(host: Host, model: Any) -> None:
+    """Protects: entries for an area take part in sampling, and the losses use the first one for the whole
+    image.
+    """
+    edit = Edit(host, model)
+    area = [small_models.conditioning(6)[0][0], {"area": (8, 8, 0, 0), "strength": 1.0}]
+    edit.positive = [area, *edit.positive]
+    assert bool(torch.isfinite(edit.run()).all())
+    edit.positive = [area]
+    with pytest.raises(
+        Exception, match=r"DescEditUnifySampler: the guider's positive .* no entry for the whole"
+    ):
+        edit.run()
+
+
+def test_lora_in_both(host: Host, model: Any) -> None:
+    """Protects: a LoRA that inversion and guider share works, and the base weights come back."""
+    patched = model.clone()
+    weight = "diffusion_model.middle_block.1.proj_in.weight"
+    delta = 0.3 * torch.randn(model.model.state_dict()[weight].shape)
+    patched.add_patches({weight: (delta,)})
+    clean = {name: value.clone() for name, value in model.model.state_dict().items()}
+    edit = Edit(host, patched)
+    assert bool(torch.isfinite(edit.run()).all())
+    patched.detach()
+    assert all(torch.equal(value, clean[name]) for name, value in model.model.state_dict().items())
+
+
+def test_mask_of_the_same_proportions(host: Host, model: Any) -> None:
+    """Protects: a mask of another size but the same proportions is resized: the same edit as at the
+    image's size.
+    """
+    edit = Edit(host, model, steps=1)
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, :64, :32] = 1
+    results = []
+    for given in (mask, mask[:, ::4, ::4]):
+        edit.sampler_inputs["mask"] = given
+        results.append(edit.run())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Protects: no usable gradient in any step is an error; in some steps it is a warning with their
+    number.
+    """
+    edit = Edit(host, model)
+    module = host.pack_module("patches.unify_sampler")
+    gradients = module._LatentOptimiser._gradients
+    broken = {0}
+
+    def sometimes(self: Any, entry: Any, source_x: Any, x: torch.Tensor, sigma: Any, level: float) -> Any:
+        found = gradients(self, entry, source_x, x, sigma, level)
+        step = self._sigmas.index(level)
+        return tuple(gradient * math.nan for gradient in found) if step in broken else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._LatentOptimiser, "_gradients", sometimes)
+        with caplog.at_level(logging.WARNING):
+            assert bool(torch.isfinite(edit.run()).all())
+        assert "1 of 3 steps had no usable gradient" in caplog.text
+        broken |= {1, 2}
+        with pytest.raises(Exception, match="DescEditUnifySampler: no step had a usable gradient"):
+            edit.run()

@@ -1,0 +1,117 @@
+"""One UnifyEdit edit of a random latent with a random model, for the sampler's tests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import comfy.samplers
+import small_models
+import torch
+from comfy.sd1_clip import SD1Tokenizer
+from host import Host
+
+STEPS = 3
+SIZE = small_models.LATENT_SIZE * 8
+
+
+class Edit:
+    """One edit of a random latent; every part can be replaced before `run`."""
+
+    def __init__(self, host: Host, model: Any, steps: int = STEPS, batch: int = 1, seed: int = 3) -> None:
+        self.host, self.model = host, model
+        self.sigmas = comfy.samplers.calculate_sigmas(
+            model.get_model_object("model_sampling"), "normal", steps
+        )
+        self.latent = {"samples": small_models.latent(seed, batch)}
+        self.inversion, self.noise = host.execute(
+            "DescEditInvert",
+            model=model,
+            latent=self.latent,
+            source=small_models.conditioning(1),
+            sigmas=self.sigmas,
+            refine=1,
+        )
+        self.tokens, _ = host.execute(
+            "DescEditFindTokens",
+            clip=tokenizer_only_clip(),
+            source_description="a red circle",
+            edit_description="a green circle",
+        )
+        self.positive = small_models.conditioning(2)
+        self.cfg = 3.0
+        self.sampler_inputs: dict[str, Any] = {}
+
+    def balance(self, **inputs: Any) -> Any:
+        """BALANCE from its node."""
+        return self.host.execute("DescEditAdaptiveScheduler", **inputs)[0]
+
+    def run(self, sampler: Any = None, noise: Any = None) -> torch.Tensor:
+        """Sample, in the host's own nodes; returns the edited latent."""
+        if sampler is None:
+            inputs = {"balance": self.balance(), **self.sampler_inputs}
+            (sampler,) = self.host.execute(
+                "DescEditUnifySampler", inversion=self.inversion, edit_tokens=self.tokens, **inputs
+            )
+        (no_noise,) = self.host.execute("DisableNoise")
+        (guider,) = self.host.execute(
+            "CFGGuider",
+            model=self.model,
+            positive=self.positive,
+            negative=small_models.conditioning(4),
+            cfg=self.cfg,
+        )
+        output, _ = self.host.execute(
+            "SamplerCustomAdvanced",
+            noise=noise or no_noise,
+            guider=guider,
+            sampler=sampler,
+            sigmas=self.sigmas,
+            latent_image=self.noise,
+        )
+        return output["samples"]
+
+
+def tokenizer_only_clip() -> Any:
+    """What DescEditFindTokens needs of a CLIP."""
+    tokenizer = SD1Tokenizer()
+    return SimpleNamespace(tokenizer=tokenizer, tokenize=tokenizer.tokenize_with_weights)
+
+
+def box_mask(rows: int = 1) -> torch.Tensor:
+    """A MASK of the image's size with its left third to be edited."""
+    mask = torch.zeros(rows, SIZE, SIZE)
+    mask[:, :, : SIZE // 3] = 1
+    return mask
+
+
+def euler(host: Host) -> Any:
+    """The stock Euler sampler."""
+    return host.execute("KSamplerSelect", sampler_name="euler")[0]
+
+
+class FakeControl:
+    """A ControlNet's interface with a residual on a skip connection that depends on the latent."""
+
+    extra_hooks = previous_controlnet = None
+    multigpu_clones: ClassVar = {}
+
+    def get_control(self, x: torch.Tensor, *_: Any) -> dict[str, list[Any]]:
+        """Residuals as the host's UNet takes them: the list's end belongs to the last skip connection."""
+        mean = x.mean(dim=1, keepdim=True)
+        return {"output": [mean.repeat(1, 32, 1, 1), None, None, None, None, None]}
+
+    def get_models(self) -> list:
+        """No weights to load."""
+        return []
+
+    get_extra_hooks = get_models
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
+        """None needed."""
+        return 0
+
+    def pre_run(self, *_: Any) -> None:
+        """Nothing to prepare."""
+
+    cleanup = pre_run
