@@ -103,7 +103,7 @@ def _worn(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    work: Path, pictures: np.ndarray, pool: list[scenes.Scene], steps: int = 3400, batch: int = 48
+    work: Path, pictures: np.ndarray, pool: list[scenes.Scene], steps: int = 5200, batch: int = 48
 ) -> None:
     torch.manual_seed(3)
     judge, path = Judge(), work / "judge.pt"

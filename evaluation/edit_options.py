@@ -1,0 +1,60 @@
+"""The arguments of `python dev.py edit`, checked before anything is installed: standard library only."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """What to edit: the picture given, or the sample scenes if there is none."""
+
+    image: Path | None
+    source: str
+    edit: str
+    mask: Path | None
+    out: Path
+    json: Path | None
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(arguments: Sequence[str]) -> EditOptions:
+    """Read the arguments; bad ones end the program with one line and status 2."""
+    parser = _OneLineParser(
+        prog="dev.py edit",
+        description="Edit the sample scenes that ship, or a picture of yours, through a real ComfyUI server. "
+        "The model is the Tiny Studio, which knows simple drawn scenes of 128 x 128; other sizes are fitted.",
+    )
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to edit")
+    parser.add_argument("--source", default="", metavar="TEXT", help="describes the picture as it is")
+    parser.add_argument("--edit", default="", metavar="TEXT", help="describes the picture as it should be")
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="where to edit: white; black is kept")
+    out = Path("output/edit")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where to write (output/edit)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    given = parser.parse_args(arguments)
+    for name in ("image", "mask"):
+        file = getattr(given, name)
+        if file is not None and not file.is_file():
+            parser.error(f"--{name}: there is no file {file}")
+    if given.image is None:
+        unused = [name for name in ("source", "edit", "mask") if getattr(given, name)]
+        if unused:
+            parser.error(f"--{unused[0]} needs --image")
+    else:
+        for name in ("source", "edit"):
+            if not getattr(given, name).strip():
+                parser.error(f"--{name}: an image needs a description that is not empty")
+        if given.source.split() == given.edit.split():
+            parser.error("--edit: it is the same as --source, so there is nothing to edit")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out: {given.out} is a file")
+    source, edit = given.source.strip(), given.edit.strip()
+    return EditOptions(given.image, source, edit, given.mask, given.out, given.json)

@@ -1,0 +1,216 @@
+"""The pack in a running server, driven through the API as the page drives it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host import ROOT, Host, NodeError, Prompt
+from PIL import Image
+
+START = ROOT / "workflows" / "api" / "UnifyEdit - start here.json"
+STEPS = 4
+
+
+@pytest.fixture
+def prompt() -> Prompt:
+    """The shipped workflow, with few steps."""
+    shipped = json.loads(START.read_text(encoding="utf-8"))
+    node(shipped, "BasicScheduler")["steps"] = STEPS
+    return shipped
+
+
+def find(prompt: Prompt, class_type: str) -> str:
+    """The id of the only node of a type."""
+    (found,) = [key for key, value in prompt.items() if value["class_type"] == class_type]
+    return found
+
+
+def node(prompt: Prompt, class_type: str) -> dict[str, Any]:
+    """The inputs of the only node of a type."""
+    return prompt[find(prompt, class_type)]["inputs"]
+
+
+def pictures(server: Any, prompt: Prompt) -> dict[str, np.ndarray]:
+    """Run a prompt; its pictures by the title of the node that shows or saves them."""
+    found = {}
+    for key, output in server.run(prompt).items():
+        for item in output.get("images", []):
+            with Image.open(io.BytesIO(server.image(item))) as picture:
+                found[prompt[key]["_meta"]["title"]] = np.asarray(picture.convert("RGB"), np.float32) / 255
+    return found
+
+
+def test_server_has_our_nodes(live_server: Any, host: Host) -> None:
+    """Protects: a freshly started server offers every node of the pack to the page."""
+    info = live_server.object_info()
+    ours = {
+        key for key, value in info.items() if value["python_module"] == "custom_nodes.ComfyUI-DescriptiveEdit"
+    }
+    assert ours == set(host.node_ids())
+
+
+def test_shipped_workflow_runs(live_server: Any, prompt: Prompt) -> None:
+    """Protects: the shipped workflow runs on the server, shows its progress, and changes the picture."""
+    steps: dict[str, int] = {}
+
+    def progress(name: str, step: int, last: int) -> None:
+        steps[name] = max(step, steps.get(name, 0))
+
+    live_server.run(prompt, progress)
+    assert steps["SamplerCustomAdvanced"] == STEPS
+    found = pictures(live_server, prompt)
+    assert found["Edited"].shape == found["Source"].shape == found["A perfect edit"].shape == (128, 128, 3)
+    assert np.isfinite(found["Edited"]).all()
+    assert np.abs(found["Edited"] - found["Source"]).max() > 0.1
+
+
+def test_shipped_workflow_edits(live_server: Any, host: Host) -> None:
+    """Protects: as shipped, the workflow makes the edit it describes and keeps the rest of the picture."""
+    shipped = json.loads(START.read_text(encoding="utf-8"))
+    scene = node(shipped, "DescEditTinyScene")
+    found = pictures(live_server, shipped)
+    scenes = host.pack_module("models.tiny_studio.scenes")
+    pair = scenes.sample_edit(scene["edit_type"], scene["seed"], scene["wording"], held=True)
+    (read,) = host.pack_module("models.tiny_studio.judge").load().read(found["Edited"][None])
+    assert {name: read.get(name) for name in pair.target.values} == pair.target.values
+    keep = pair.mask() <= 0
+    assert np.mean((found["Edited"][keep] - found["Source"][keep]) ** 2) < 0.01
+
+
+def test_same_queue_same_picture(live_server: Any, prompt: Prompt) -> None:
+    """Protects: the same workflow gives the same bits after another one ran in between."""
+    first = pictures(live_server, prompt)["Edited"]
+    other = copy.deepcopy(prompt)
+    node(other, "DescEditTinyScene")["seed"] += 1
+    assert not np.array_equal(pictures(live_server, other)["Edited"], first)
+    assert np.array_equal(pictures(live_server, prompt)["Edited"], first)
+
+
+def empty_source(prompt: Prompt) -> None:
+    node(prompt, "DescEditFindTokens")["source_description"] = " "
+
+
+def equal_descriptions(prompt: Prompt) -> None:
+    node(prompt, "DescEditFindTokens").update(
+        source_description="a red circle", edit_description="a red circle"
+    )
+
+
+def missing_word(prompt: Prompt) -> None:
+    node(prompt, "DescEditFindTokens")["words"] = "elephant"
+
+
+def long_description(prompt: Prompt) -> None:
+    node(prompt, "DescEditFindTokens")["edit_description"] = "a very " * 60 + "green circle"
+
+
+def empty_mask(prompt: Prompt) -> None:
+    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 128, "height": 128}}
+    node(prompt, "DescEditUnifySampler")["mask"] = ["mask", 0]
+
+
+def wide_mask(prompt: Prompt) -> None:
+    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 128, "height": 64}}
+    node(prompt, "DescEditUnifySampler")["mask"] = ["mask", 0]
+
+
+def other_steps(prompt: Prompt) -> None:
+    model = node(prompt, "CFGGuider")["model"]
+    settings = {"model": model, "scheduler": "normal", "steps": STEPS + 1, "denoise": 1.0}
+    prompt["sigmas"] = {"class_type": "BasicScheduler", "inputs": settings}
+    node(prompt, "SamplerCustomAdvanced")["sigmas"] = ["sigmas", 0]
+
+
+def other_size(prompt: Prompt) -> None:
+    size = {"width": 64, "height": 64, "batch_size": 1}
+    prompt["latent"] = {"class_type": "EmptyLatentImage", "inputs": size}
+    node(prompt, "SamplerCustomAdvanced")["latent_image"] = ["latent", 0]
+
+
+def other_model(prompt: Prompt) -> None:
+    prompt["other"] = {"class_type": "DescEditTinyStudio", "inputs": {}}
+    prompt["changed"] = {
+        "class_type": "ModelMergeSimple",
+        "inputs": {"model1": ["other", 0], "model2": ["other", 0], "ratio": 0.5},
+    }
+    node(prompt, "CFGGuider")["model"] = ["changed", 0]
+
+
+def unreadable_picture(prompt: Prompt) -> None:
+    prompt["picture"] = {"class_type": "LoadImage", "inputs": {"image": "broken.png"}}
+    node(prompt, "VAEEncode")["pixels"] = ["picture", 0]
+
+
+def missing_picture(prompt: Prompt) -> None:
+    prompt["picture"] = {"class_type": "LoadImage", "inputs": {"image": "nowhere.png"}}
+    node(prompt, "VAEEncode")["pixels"] = ["picture", 0]
+
+
+BAD = {
+    empty_source: "DescEditFindTokens",
+    equal_descriptions: "DescEditFindTokens",
+    missing_word: "DescEditFindTokens",
+    long_description: "DescEditFindTokens",
+    empty_mask: "DescEditUnifySampler",
+    wide_mask: "DescEditUnifySampler",
+    other_steps: "DescEditUnifySampler",
+    other_size: "DescEditUnifySampler",
+    other_model: "DescEditUnifySampler",
+    unreadable_picture: "LoadImage",
+    missing_picture: "LoadImage",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
+def test_bad_input_is_a_node_error(live_server: Any, prompt: Prompt, spoil: Callable[[Prompt], None]) -> None:
+    """Protects: bad input is an error that names the node, and the server runs the next prompt."""
+    (live_server.base / "input" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    broken = copy.deepcopy(prompt)
+    spoil(broken)
+    with pytest.raises(NodeError) as failure:
+        live_server.run(broken)
+    assert BAD[spoil] in str(failure.value)
+    assert "Edited" in pictures(live_server, prompt)
+
+
+def test_dev_edit(tmp_path: Path) -> None:
+    """Protects: `dev.py edit` edits the sample scenes, writes pictures and figures, and stops its server."""
+    command = [sys.executable, str(ROOT / "dev.py"), "edit", "--out", "pictures", "--json", "figures.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert all(not isinstance(value, (dict, list)) for value in figures.values())
+    assert figures["source_psnr_outside_mask_db"] > 20
+    assert 0.5 <= figures["edit_success"] <= 1
+    for name in ("colour_source", "colour_edited", "overview"):
+        assert figures[name] in done.stdout
+        with Image.open(tmp_path / figures[name]) as picture:
+            picture.load()
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+def test_dev_edit_own_picture(tmp_path: Path, masked: bool) -> None:
+    """Protects: `dev.py edit --image` takes a picture of any size, two descriptions, and a mask or none."""
+    Image.new("RGB", (200, 150), "red").save(tmp_path / "my picture.png")
+    Image.new("L", (200, 150), 255).save(tmp_path / "mask.png")
+    command = [sys.executable, str(ROOT / "dev.py"), "edit", "--image", "my picture.png"]
+    command += [
+        "--source",
+        "a red circle",
+        "--edit",
+        "a blue circle",
+        *(["--mask", "mask.png"] if masked else []),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "output" / "edit" / "picture-edited.png") as picture:
+        assert picture.size == (128, 128)
