@@ -52,8 +52,8 @@ def sample(
 
 
 def test_the_judge_reads_held_out_drawings(scenes: ModuleType, judge: Any) -> None:
-    """Protects the measure on drawings whose combination it never saw. Today's weakest attribute is the face's
-    expression with 97%; the aim is 99% on all.
+    """Protects the measure on drawings whose combination it never saw. The aim is 99% on every attribute;
+    the weakest today is the face's expression with 97%.
     """
     chosen = held_scenes(scenes, 600, 41)
     read = judge.read(drawings(scenes, chosen))
@@ -66,8 +66,8 @@ def test_the_judge_reads_held_out_drawings(scenes: ModuleType, judge: Any) -> No
 
 
 def test_the_vae_keeps_held_out_scenes(host: Any, studio: Any, scenes: ModuleType) -> None:
-    """Protects the VAE: 29 dB on held-out scenes (the aim is 30), latents of about unit variance, through the stock
-    nodes.
+    """Protects the VAE: 29 dB on held-out scenes (the aim is 30) and latents of about unit variance,
+    through the stock nodes.
     """
     _, _, vae = studio
     pictures = drawings(scenes, held_scenes(scenes, 48, 42))
