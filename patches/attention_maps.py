@@ -8,66 +8,19 @@ stop early: then the UNet ends at the last attention that is recorded, and its o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_patcher
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, optimized_attention
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from einops import einsum, rearrange
 
+from ..models.sites import Site, SiteKey
+from .options import read_options, replace_options
+
 WRAPPER_KEY = "descriptive_edit.attention_maps"
-SiteKey = tuple[str, int, int]
-
-_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)")
-
-
-@dataclass(frozen=True)
-class Site:
-    """One transformer block of a UNet, with its self- and cross-attention.
-
-    key: (block, number, depth) as the host names it in `extra_options`, such as ("output", 3, 0).
-    level: how many times the latent has been halved before it.
-    """
-
-    key: SiteKey
-    level: int
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens here, for a latent of `height` x `width`."""
-        for _ in range(self.level):
-            height, width = (height + 1) // 2, (width + 1) // 2
-        return height, width
-
-
-def find_sites(unet: torch.nn.Module, node: str) -> tuple[Site, ...]:
-    """Every site of a UNet in the order in which they run, read off its module tree.
-
-    Raises ValueError, naming `node`, if the network is not a UNet of Stable Diffusion's kind with
-    cross-attention.
-    """
-    if not isinstance(unet, UNetModel):
-        raise ValueError(
-            f"{node}: needs a UNet with cross-attention (SD1.5, SD2.x, SDXL), but got {type(unet).__name__}"
-        )
-    sites, level = [], 0
-    for name, module in unet.named_modules():
-        if isinstance(module, (Downsample, Upsample)):
-            level += 1 if isinstance(module, Downsample) else -1
-        elif isinstance(module, BasicTransformerBlock) and (match := _BLOCK.fullmatch(name)):
-            block, number, depth = match.groups()
-            block = block.partition("_")[0]
-            if module.attn2 is not None and not module.disable_self_attn:
-                sites.append(Site((block, 0 if block == "middle" else int(number), int(depth)), level))
-    if not sites:
-        raise ValueError(
-            f"{node}: this model's UNet has no self- and cross-attention: use SD1.5, SD2.x or SDXL"
-        )
-    return tuple(sites)
 
 
 class _LastSiteReached(Exception):
@@ -129,18 +82,14 @@ class AttentionRecorder:
         return gradient.float() * peaks.view(-1, *[1] * (gradient.ndim - 1))
 
     def _wrap(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        named = "transformer_options" in kwargs
-        options = dict(kwargs["transformer_options"] if named else args[-1])
+        options = dict(read_options(args, kwargs))
         replace = {name: dict(patches) for name, patches in options.get("patches_replace", {}).items()}
         for name, keys in self._wanted.items():
             patches = replace.setdefault(name, {})
             for key in keys:
                 patches[key] = self._patch(name, key, patches.get(key, patches.get(key[:2])))
         options["patches_replace"] = replace
-        if named:
-            kwargs["transformer_options"] = options
-        else:
-            args = (*args[:-1], options)
+        args, kwargs = replace_options(args, kwargs, options)
         try:
             return executor(*args, **kwargs)
         except _LastSiteReached:

@@ -12,7 +12,7 @@ import latent_preview
 import torch
 from comfy.utils import model_trange
 
-from .attention_maps import find_sites
+from ..models.sites import find_sites
 
 NODE = "DescEditInvert"
 # Layers at the UNet's two ends: every finetune changes them, and they are small.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+
+from .plots import draw_curves
 
 COMBINATIONS = ("balanced", "norm", "naive")
 
@@ -74,25 +74,7 @@ def unit(gradient: torch.Tensor) -> torch.Tensor:
     return torch.where(usable, gradient / norm, torch.zeros_like(gradient))
 
 
-def draw_balance(balance: Balance, width: int = 512, height: int = 288) -> torch.Tensor:
-    """The two weights over the sampling as a picture: IMAGE, [1, height, width, 3], 0 to 1."""
-    left, top, right, bottom = 48, 28, width - 16, height - 36
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    steps = [index / 100 for index in range(101)]
-    curves = zip(*(balance.weights(step) for step in steps), strict=True)
-    ceiling = max(balance.beta1, balance.beta2) or 1.0
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
-    draw.text((left, bottom + 6), "noise", fill="black")
-    draw.text((right, bottom + 6), "image", fill="black", anchor="ra")
-    draw.text((left - 6, bottom), "0", fill="black", anchor="rs")
-    draw.text((left - 6, top), f"{ceiling:.3g}", fill="black", anchor="rt")
-    labels = (("structure (SAP)", "#1f5fbf"), ("alignment (CAA)", "#c8401f"))
-    for place, (curve, (label, colour)) in enumerate(zip(curves, labels, strict=True)):
-        points = [
-            (left + step * (right - left), bottom - value / ceiling * (bottom - top))
-            for step, value in zip(steps, curve, strict=True)
-        ]
-        draw.line(points, fill=colour, width=3, joint="curve")
-        draw.text((left + 12 + 150 * place, 8), f"- {label}", fill=colour)
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+def draw_balance(balance: Balance) -> torch.Tensor:
+    """The two weights over the sampling as an IMAGE."""
+    structure, alignment = zip(*(balance.weights(step / 100) for step in range(101)), strict=True)
+    return draw_curves({"structure (SAP)": structure, "alignment (CAA)": alignment})

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange, reduce
-from kornia.geometry.transform import resize
 
-from .attention_maps import Site, SiteKey
+from ..models.sites import SiteKey
 
 
 def structure_loss(
@@ -54,21 +53,3 @@ def alignment_loss(
             ratio = (share * mask).sum(dim=-1) / mask.sum(dim=-1)
             losses.append((1 - ratio).square().mean(dim=1))
     return torch.stack(losses).mean(dim=0)
-
-
-def site_masks(
-    mask: torch.Tensor | None, sites: Sequence[Site], height: int, width: int, device: torch.device
-) -> dict[SiteKey, torch.Tensor]:
-    """The edit mask on every site's grid, by area: a place's value is the part of it that the mask covers.
-
-    mask: [rows or 1, any height, any width], 0 to 1, or None for the whole image. height, width: the
-    latent's. Returns [rows or 1, places] per site, on `device`.
-    """
-    mask = torch.ones(1, height, width) if mask is None else mask
-    mask = rearrange(mask.to(device), "b h w -> b 1 h w")
-    return {
-        site.key: rearrange(
-            resize(mask, site.grid(height, width), interpolation="area"), "b 1 h w -> b (h w)"
-        )
-        for site in sites
-    }

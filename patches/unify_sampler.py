@@ -21,12 +21,15 @@ import comfy.samplers
 import torch
 from comfy.utils import model_trange
 
-from .attention_maps import AttentionRecorder, Site, find_sites
+from ..models.sites import Site, find_sites
+from .attention_maps import AttentionRecorder
 from .gradient import differentiable_options, gradients
 from .inversion import Inversion
+from .masks import check_mask, site_masks
+from .progress import progress
 from .tokens import EditTokens
 from .unify_balance import Balance, row_norm
-from .unify_losses import alignment_loss, site_masks, structure_loss
+from .unify_losses import alignment_loss, structure_loss
 
 NODE = "DescEditUnifySampler"
 
@@ -136,10 +139,10 @@ class _LatentOptimiser:
         scale = guider.inner_model.latent_format.spacial_downscale_ratio
         mask = settings.mask
         if mask is not None:
-            check_mask(mask, x.shape[0], height * scale, width * scale)
+            check_mask(NODE, mask, x.shape[0], height * scale, width * scale)
         self._masks = site_masks(mask, self._cross_sites, height, width, x.device)
         self._sigmas = sigmas.tolist()
-        self._progress = _progress(guider.inner_model.model_sampling, sigmas)
+        self._progress = progress(guider.inner_model.model_sampling, sigmas[:-1]).tolist()
         self._target = guider.conds.get("positive") or []
         if not _whole_image(self._target):
             raise ValueError(
@@ -290,39 +293,9 @@ def word_sites(sites: Sequence[Site], height: int, width: int, side: int) -> tup
     return tuple(site for site in sites if distance(site) == nearest)
 
 
-def check_mask(mask: torch.Tensor, rows: int, height: int, width: int) -> None:
-    """Raise ValueError unless `mask` can be laid over `rows` images of `height` x `width` pixels.
-
-    Another size is resized if its proportions are the image's, to within a hundredth or the 8 pixels that a
-    VAE crops.
-    """
-    images, mask_height, mask_width = mask.shape
-    if images not in (1, rows):
-        raise ValueError(
-            f"{NODE}: mask has {images} images but {rows} are edited: give one mask, or one for each"
-        )
-    close = abs(mask_width * height - mask_height * width) <= 0.01 * mask_height * width
-    cropped = 0 <= mask_width - width < 8 and 0 <= mask_height - height < 8
-    if not (close or cropped):
-        raise ValueError(
-            f"{NODE}: mask is {mask_width}x{mask_height} but the image is {width}x{height}: "
-            "draw it on the image, or resize it to the image's size"
-        )
-
-
 def _grids(sites: Sequence[Site], height: int, width: int) -> str:
     grids = sorted({site.grid(height, width) for site in sites}, reverse=True)
     return ", ".join(f"{columns}x{rows}" for rows, columns in grids)
-
-
-def _progress(model_sampling: Any, sigmas: torch.Tensor) -> list[float]:
-    """1 - t/T at every step: 0 at pure noise, 1 at the clean image."""
-    first, last = (
-        model_sampling.timestep(sigma).float().to(sigmas.device)
-        for sigma in (model_sampling.sigma_min, model_sampling.sigma_max)
-    )
-    steps = model_sampling.timestep(sigmas[:-1]).float()
-    return ((last - steps) / (last - first)).clamp(0, 1).tolist()
 
 
 def _whole_image(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

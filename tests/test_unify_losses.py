@@ -84,8 +84,8 @@ def test_alignment_loss_is_bounded(losses: Any) -> None:
 
 def test_site_masks(host: Host, losses: Any) -> None:
     """Protects: on each grid a place holds the covered part of its area; no mask covers everything."""
-    site = host.pack_module("patches.attention_maps").Site
-    sites = [site(("input", 1, 0), 0), site(("middle", 0, 0), 2)]
+    site = host.pack_module("models.sites").Site
+    sites = [site(("input", 1, 0), 0, 32, ""), site(("middle", 0, 0), 2, 64, "")]
     mask = torch.zeros(1, 128, 128)
     mask[:, :32, :48] = 1
     fine, coarse = losses.site_masks(mask, sites, 16, 16, torch.device("cpu")).values()

@@ -64,7 +64,7 @@ def test_each_loss_falls(host: Host, model: Any, beta1: float, beta2: float) -> 
 def measure(host: Host, edit: Edit, settings: Any, latent: torch.Tensor) -> tuple[float, float]:
     """Both losses of a finished latent at the smallest noise level, measured with a plain model call."""
     maps, losses = host.pack_module("patches.attention_maps"), host.pack_module("patches.unify_losses")
-    sites = maps.find_sites(edit.model.model.diffusion_model, "Test")
+    sites = host.pack_module("models.sites").find_sites(edit.model.model.diffusion_model, "Test")
     words = [site for site in sites if site.level == 0]
     found = {}
     for name, samples, condition in (
