@@ -45,11 +45,36 @@ class _SmallSD15(comfy.supported_models.SD15):
     unet_extra_config: ClassVar = {"num_heads": 4, "num_head_channels": -1}
 
 
-def unet_state_dict(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+class _SmallSDXL(comfy.supported_models.SDXL):
+    unet_config: ClassVar = {
+        "context_dim": CONTEXT_WIDTH,
+        "model_channels": 32,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": CONTEXT_WIDTH + 6 * 256,
+    }
+    unet_extra_config: ClassVar = {"num_heads": 4, "num_head_channels": -1}
+
+
+SDXL_LAYOUT = {
+    "channel_mult": (1, 2),
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [0, 2],
+    "transformer_depth_output": [0, 0, 2, 2],
+    "transformer_depth_middle": 3,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": CONTEXT_WIDTH + 6 * 256,
+}
+
+
+def unet_state_dict(
+    seed: int = 0, dtype: torch.dtype = torch.float32, layout: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Random weights of about 1.7M parameters, lively enough that text and place change the output."""
+    unet = UNetModel(**{**UNET, **(layout or {})}, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, weight in UNetModel(**UNET, operations=comfy.ops.disable_weight_init).state_dict().items():
+    for name, weight in unet.state_dict().items():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
             gain = 0.3 if name.endswith(BRANCH_ENDS) else 1.0  # a random net at full gain is chaotic
@@ -60,22 +85,27 @@ def unet_state_dict(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[s
     return weights
 
 
-def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def small_unet(
+    seed: int = 0, dtype: torch.dtype = torch.float32, layout: dict[str, Any] | None = None
+) -> Any:
     """A ModelPatcher around a random UNet with self- and cross-attention at 16x16, 8x8 and 4x4 for 16x16
-    latents.
+    latents; `layout` changes entries of UNET.
+
+    It is of SD1.5's family, or of SDXL's where the layout has pooled text.
 
     Loaded under inference mode, as the executor loads models, so its weights are inference tensors.
     Half-precision weights stay half and are cast to float32 layer by layer, which is what the host does on a
     CPU.
     """
-    comfy.supported_models.models.insert(0, _SmallSD15)  # the loader finds model classes only in this list
+    family = _SmallSDXL if layout and "adm_in_channels" in layout else _SmallSD15
+    comfy.supported_models.models.insert(0, family)  # the loader finds model classes only in this list
     try:
         with torch.inference_mode():
             model = comfy.sd.load_diffusion_model_state_dict(
-                unet_state_dict(seed, dtype), model_options={"dtype": dtype}
+                unet_state_dict(seed, dtype, layout), model_options={"dtype": dtype}
             )
     finally:
-        comfy.supported_models.models.remove(_SmallSD15)
+        comfy.supported_models.models.remove(family)
     assert model is not None
     return model
 
@@ -83,7 +113,8 @@ def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 def conditioning(seed: int = 0, tokens: int = TEXT_TOKENS, batch: int = 1) -> list[list[Any]]:
     """A random CONDITIONING as CLIPTextEncode would make it."""
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(batch, tokens, CONTEXT_WIDTH, generator=generator), {"pooled_output": None}]]
+    text = torch.randn(batch, tokens, CONTEXT_WIDTH, generator=generator)
+    return [[text, {"pooled_output": text.mean(1)}]]
 
 
 def latent(seed: int = 0, batch: int = 1, size: tuple[int, int] = (LATENT_SIZE, LATENT_SIZE)) -> torch.Tensor:

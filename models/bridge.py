@@ -1,0 +1,150 @@
+"""The attention bridge's learned parameters (DescriptiveEdit, arXiv 2508.20505).
+
+At every site: LoRA updates of the self-attention's q, k, v and output projections, and a Linear that fuses
+what the reference gave into the picture. The frozen projections themselves stay in the host's UNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+
+from .sites import Site, SiteKey
+
+DIRECTIONS = ("edit_queries", "reference_queries")
+FUSIONS = ("linear", "add", "replace")
+PROJECTIONS = ("q", "k", "v", "out")
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """What a bridge is, apart from its weights.
+
+    base: the host's name of the model family it belongs to, such as `SD15`. rank: of the LoRA updates, from
+    1. alpha: their scale is alpha / rank. direction: `edit_queries`, Q from the picture, K and V from the
+    reference, as in the authors' figure and code; `reference_queries`, the other way round. fusion: how Z'
+    joins the self-attention's output Z: `linear`, Z + F Z' with a learned F that starts at zero; `add`,
+    Z + Z'; `replace`, Z'. reference_self_bridge: whether the reference's own rows pass through the bridge
+    too, attending to themselves, as in the authors' code. widths: channels at every site.
+
+    Raises ValueError for values that no bridge has.
+    """
+
+    base: str
+    widths: Mapping[SiteKey, int]
+    rank: int = 64
+    alpha: float = 64.0
+    direction: str = "edit_queries"
+    fusion: str = "linear"
+    reference_self_bridge: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("direction", self.direction, DIRECTIONS),
+            ("fusion", self.fusion, FUSIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r} but must be one of {', '.join(allowed)}")
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(
+                f"rank is {self.rank} and alpha {self.alpha}, but rank must be 1 or more and alpha above 0"
+            )
+        if not self.widths:
+            raise ValueError("a bridge needs at least one site")
+
+    def shape(self) -> str:
+        """The base's shape in a line, for messages."""
+        counts: dict[int, int] = {}
+        for width in self.widths.values():
+            counts[width] = counts.get(width, 0) + 1
+        sites = ", ".join(f"{count} of width {width}" for width, count in sorted(counts.items()))
+        return f"{self.base} with {len(self.widths)} sites ({sites})"
+
+
+class LowRank(torch.nn.Module):
+    """A LoRA update: x -> (alpha / rank) up(down(x)), from and to `width` channels."""
+
+    def __init__(self, width: int, settings: BridgeSettings, linear: Any, **placed: Any) -> None:
+        super().__init__()
+        self.down = linear(width, settings.rank, bias=False, **placed)
+        self.up = linear(settings.rank, width, bias=False, **placed)
+        self.scale = settings.alpha / settings.rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x)) * self.scale
+
+
+class SiteBridge(torch.nn.Module):
+    """One site's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`."""
+
+    def __init__(self, width: int, settings: BridgeSettings, linear: Any, **placed: Any) -> None:
+        super().__init__()
+        for name in PROJECTIONS:
+            self.add_module(name, LowRank(width, settings, linear, **placed))
+        self.fuse = linear(width, width, bias=False, **placed) if settings.fusion == "linear" else None
+
+
+class AttentionBridge(torch.nn.Module):
+    """All sites. The state dict's names are the bridge file's, with `.weight` behind them."""
+
+    def __init__(
+        self,
+        settings: BridgeSettings,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        operations: Any = comfy.ops.manual_cast,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        for (block, number, depth), width in settings.widths.items():
+            parent = self
+            for name in (block, str(number)):
+                if name not in parent._modules:
+                    parent.add_module(name, torch.nn.Module())
+                parent = parent._modules[name]
+            site = SiteBridge(width, settings, operations.Linear, dtype=dtype, device=device)
+            parent.add_module(str(depth), site)
+
+    def site(self, key: SiteKey) -> SiteBridge:
+        return self.get_submodule(".".join(map(str, key)))
+
+    @torch.no_grad()
+    def reset(self, seed: int = 0) -> AttentionBridge:
+        """Start values: `down` Gaussian with deviation 1 / rank, everything else zero. With the fusion
+        `linear` the bridge then changes nothing.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("down.weight"):
+                start = torch.randn(weight.shape, generator=generator) / self.settings.rank
+                weight.copy_(start)
+            else:
+                weight.zero_()
+        return self
+
+
+def widths_of(sites: tuple[Site, ...]) -> dict[SiteKey, int]:
+    return {site.key: site.width for site in sites}
+
+
+def manage(bridge: AttentionBridge) -> comfy.model_patcher.ModelPatcher:
+    """The bridge under the host's model management: the value of ATTENTION_BRIDGE."""
+    management = comfy.model_management
+    return comfy.model_patcher.CoreModelPatcher(
+        bridge,
+        load_device=management.get_torch_device(),
+        offload_device=management.unet_offload_device(),
+    )
+
+
+def new_bridge(settings: BridgeSettings, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """A bridge with start values, in float32 and outside inference mode, as training wants it."""
+    device = comfy.model_management.unet_offload_device()
+    with torch.inference_mode(False):
+        return manage(AttentionBridge(settings, torch.float32, device).reset(seed))

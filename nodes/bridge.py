@@ -1,0 +1,283 @@
+"""DescriptiveEdit's attention bridge (arXiv 2508.20505): load, make, save, apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..models.bridge import DIRECTIONS, FUSIONS, BridgeSettings, new_bridge, widths_of
+from ..models.bridge_file import load_bridge, save_bridge
+from ..models.sites import find_sites
+from ..patches.bridge import BridgeSetup, apply_bridge
+
+CATEGORY = "descriptive edit/bridge"
+ALIASES = ["DescriptiveEdit", "2508.20505", "attention bridge", "reference UNet", "image editing"]
+FOLDER = "attention_bridges"
+JOIN = ("one for each image", "all for every image")
+
+BridgeType = io.Custom("ATTENTION_BRIDGE")
+
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+
+
+def bridge_files() -> list[str]:
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
+
+
+class DescEditLoadBridge(io.ComfyNode):
+    """Node: `models.bridge_file.load_bridge`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditLoadBridge",
+            display_name="Load Attention Bridge",
+            category=CATEGORY,
+            description=(
+                "Loads an attention bridge from models/attention_bridges: a file of this pack, or the "
+                "authors' release (model.safetensors beside the folder xy_lora)."
+            ),
+            search_aliases=[*ALIASES, "load bridge"],
+            inputs=[
+                io.Combo.Input(
+                    "bridge_name",
+                    options=bridge_files(),
+                    tooltip="A safetensors file in models/attention_bridges or a folder in it. It must be "
+                    "for the base model that it is applied to.",
+                )
+            ],
+            outputs=[BridgeType.Output("bridge")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, bridge_name: str) -> float:
+        return Path(folder_paths.get_full_path_or_raise(FOLDER, bridge_name)).stat().st_mtime
+
+    @classmethod
+    def execute(cls, bridge_name: str) -> io.NodeOutput:
+        path = Path(folder_paths.get_full_path_or_raise(FOLDER, bridge_name))
+        try:
+            return io.NodeOutput(load_bridge(path))
+        except ValueError as error:
+            raise ValueError(f"DescEditLoadBridge: bridge_name: {error}") from None
+
+
+class DescEditNewBridge(io.ComfyNode):
+    """Node: `models.bridge.new_bridge`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditNewBridge",
+            display_name="New Attention Bridge",
+            category=CATEGORY,
+            description=(
+                "Makes an untrained attention bridge for a model. With the fusion linear it changes nothing "
+                "until it is trained."
+            ),
+            search_aliases=[*ALIASES, "create bridge", "train"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The base model: SD1.x, SD2.x, SDXL or one distilled of them."
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=64,
+                    min=1,
+                    max=1024,
+                    tooltip="Rank of the LoRA updates on q, k, v and out, 1 to 1024. The paper uses 64; "
+                    "higher learns more and weighs more.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=64.0,
+                    min=0.01,
+                    max=1024.0,
+                    step=0.01,
+                    tooltip="The updates are scaled by alpha / rank, 0.01 to 1024. The paper uses the rank.",
+                ),
+                io.Combo.Input(
+                    "direction",
+                    options=list(DIRECTIONS),
+                    tooltip="edit_queries: the picture asks, the reference answers (the authors' code). "
+                    "reference_queries: the other way round; needs a reference of the picture's size.",
+                ),
+                io.Combo.Input(
+                    "fusion",
+                    options=list(FUSIONS),
+                    tooltip="How the answer joins the self-attention: linear, through a learned matrix that "
+                    "starts at zero; add, as it is; replace, in its place. add and replace change the "
+                    "picture even untrained.",
+                ),
+                io.Boolean.Input(
+                    "reference_self_bridge",
+                    default=False,
+                    advanced=True,
+                    tooltip="Whether the reference passes through the bridge too, attending to itself, as in "
+                    "the authors' code. Off: the reference UNet stays frozen, and trains faster.",
+                ),
+            ],
+            outputs=[BridgeType.Output("bridge")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, rank: int, alpha: float, direction: str, fusion: str, reference_self_bridge: bool
+    ) -> io.NodeOutput:
+        node = "DescEditNewBridge"
+        sites = find_sites(model.model.diffusion_model, node)
+        base = type(model.model.model_config).__name__
+        try:
+            settings = BridgeSettings(
+                base, widths_of(sites), rank, alpha, direction, fusion, reference_self_bridge
+            )
+        except ValueError as error:
+            raise ValueError(f"{node}: {error}") from None
+        return io.NodeOutput(new_bridge(settings))
+
+
+class DescEditSaveBridge(io.ComfyNode):
+    """Node: `models.bridge_file.save_bridge`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditSaveBridge",
+            display_name="Save Attention Bridge",
+            category=CATEGORY,
+            description="Writes an attention bridge to models/attention_bridges. An older file is replaced.",
+            search_aliases=[*ALIASES, "save bridge"],
+            is_output_node=True,
+            inputs=[
+                BridgeType.Input("bridge", tooltip="The bridge to keep."),
+                io.String.Input(
+                    "name",
+                    default="bridge",
+                    tooltip="File name in models/attention_bridges, without .safetensors. Folders in it are "
+                    "made, such as portraits/soft.",
+                ),
+            ],
+            outputs=[io.String.Output("path", tooltip="The file's name, as Load Attention Bridge lists it.")],
+        )
+
+    @classmethod
+    def execute(cls, bridge: Any, name: str) -> io.NodeOutput:
+        folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+        relative = name.strip().removesuffix(".safetensors")
+        path = (folder / f"{relative}.safetensors").resolve()
+        if not relative or not path.is_relative_to(folder) or path.name.startswith("."):
+            raise ValueError(
+                f"DescEditSaveBridge: name is {name!r} but must be a file name inside models/{FOLDER}"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_bridge(bridge.model, path)
+        return io.NodeOutput(path.relative_to(folder).as_posix())
+
+
+class DescEditApplyBridge(io.ComfyNode):
+    """Node: `patches.bridge.apply_bridge`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditApplyBridge",
+            display_name="Apply Attention Bridge",
+            category=CATEGORY,
+            description=(
+                "Lets a model look at a source image while it samples: the reference is read once by the "
+                "same UNet, and the bridge feeds what it saw into every self-attention. Describe the wished "
+                "result in the sampler's positive prompt. LoRAs on the model act on both readings; "
+                "ControlNet and other nodes' patches act on the picture only."
+            ),
+            search_aliases=[*ALIASES, "apply bridge", "reference image"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that the bridge was trained for."),
+                BridgeType.Input("bridge", tooltip="A trained attention bridge. One bridge a model."),
+                io.Latent.Input(
+                    "reference",
+                    tooltip="The source image from VAEEncode. One, one for each sampled image, or several to "
+                    "join. Any size, except with a bridge of the direction reference_queries. A noise mask "
+                    "in it is ignored.",
+                ),
+                io.Conditioning.Input(
+                    "source",
+                    optional=True,
+                    tooltip="The source description: what the image shows now. Without it the sampler's "
+                    "negative prompt takes its place.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much of the bridge acts, -10 to 10. 1 is as trained, 0 leaves the model as "
+                    "it is.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Share of the sampling after which the bridge begins, 0 to 1. 0: from the start.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Share of the sampling after which it ends, above start_percent, to 1. 1 is to "
+                    "the end.",
+                ),
+                io.Combo.Input(
+                    "references",
+                    options=list(JOIN),
+                    advanced=True,
+                    tooltip="What a batch of references is: one for each image that is sampled, or all of "
+                    "them together for every image.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the reference acts: 1 there, 0 not, soft values in between. Of the "
+                    "sampled image's size or proportions. All 0 leaves the model as it is.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        bridge: Any,
+        reference: dict[str, Any],
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        references: str,
+        source: list[Any] | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        setup = BridgeSetup(
+            bridge,
+            reference["samples"],
+            source,
+            strength,
+            start_percent,
+            end_percent,
+            mask,
+            joined=references == JOIN[1],
+        )
+        return io.NodeOutput(apply_bridge(model, setup))
+
+
+NODES = [DescEditLoadBridge, DescEditNewBridge, DescEditSaveBridge, DescEditApplyBridge]

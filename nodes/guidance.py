@@ -1,0 +1,200 @@
+"""Dual guidance (DescriptiveEdit, arXiv 2508.20505): as a guider, as a model patch, and its schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from comfy_api.input import CurveInput
+from comfy_api.latest import io
+
+from ..patches.guidance import (
+    FORMULAS,
+    DualGuidance,
+    DualGuider,
+    GuidanceSchedule,
+    apply_guidance,
+    scale_table,
+)
+from ..patches.plots import draw_curves
+
+CATEGORY = "descriptive edit/guidance"
+ALIASES = ["DescriptiveEdit", "2508.20505", "dual guidance", "DualCFG", "image guidance", "text guidance"]
+
+ScheduleType = io.Custom("GUIDANCE_SCHEDULE")
+
+
+def _scale(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=-30.0, max=30.0, step=0.05, tooltip=tooltip)
+
+
+def _inputs() -> list[Any]:
+    return [
+        _scale(
+            "image_guidance",
+            DualGuidance.image,
+            "How strongly the source image is kept, -30 to 30. paper: 1 to 2.5 is usual, 1 is neutral, 0 "
+            "ignores the image. release: 1.5 in the authors' code, 0 is neutral.",
+        ),
+        _scale(
+            "text_guidance",
+            DualGuidance.text,
+            "How strongly the edit description is followed, -30 to 30, as cfg elsewhere. 1 is neutral; with "
+            "the formula paper, 0 ignores it.",
+        ),
+        io.Combo.Input(
+            "formula",
+            options=list(FORMULAS),
+            tooltip="paper: image and text scales build on each other. release: the formula of the authors' "
+            "code, where the image scale pushes away from the picture without the image.",
+        ),
+        ScheduleType.Input(
+            "schedule",
+            optional=True,
+            tooltip="Scales that change over the sampling, instead of the two above.",
+        ),
+    ]
+
+
+def _guidance(node: str, image: float, text: float, formula: str, schedule: Any) -> DualGuidance:
+    try:
+        return DualGuidance(image, text, formula, schedule)
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}") from None
+
+
+class DescEditDualGuider(io.ComfyNode):
+    """Node: `patches.guidance.DualGuider`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditDualGuider",
+            display_name="Dual Guider (image and text)",
+            category=CATEGORY,
+            description=(
+                "A GUIDER with two scales: how strongly the source image is kept and how strongly the edit "
+                "description is followed. For a model with an attention bridge; without one it is plain "
+                "guidance by text."
+            ),
+            search_aliases=ALIASES,
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply Attention Bridge."),
+                io.Conditioning.Input("edit", tooltip="The edit description: what the image shall show."),
+                io.Conditioning.Input(
+                    "unconditional",
+                    tooltip="The empty text, or a negative prompt: what both scales lead away from.",
+                ),
+                *_inputs(),
+            ],
+            outputs=[io.Guider.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        edit: list[Any],
+        unconditional: list[Any],
+        image_guidance: float,
+        text_guidance: float,
+        formula: str,
+        schedule: GuidanceSchedule | None = None,
+    ) -> io.NodeOutput:
+        guidance = _guidance("DescEditDualGuider", image_guidance, text_guidance, formula, schedule)
+        guider = DualGuider(model, guidance)
+        guider.set_conds(edit, unconditional)
+        return io.NodeOutput(guider)
+
+
+class DescEditDualGuidance(io.ComfyNode):
+    """Node: `patches.guidance.apply_guidance`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditDualGuidance",
+            display_name="Dual Guidance (for KSampler)",
+            category=CATEGORY,
+            description=(
+                "The Dual Guider for samplers that build their own guider, such as KSampler: positive is the "
+                "edit description, negative the unconditional one. The sampler's cfg is not used."
+            ),
+            search_aliases=[*ALIASES, "KSampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="With or without an attention bridge."),
+                *_inputs(),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        image_guidance: float,
+        text_guidance: float,
+        formula: str,
+        schedule: GuidanceSchedule | None = None,
+    ) -> io.NodeOutput:
+        node = "DescEditDualGuidance"
+        guidance = _guidance(node, image_guidance, text_guidance, formula, schedule)
+        return io.NodeOutput(apply_guidance(model, guidance, node))
+
+
+class DescEditGuidanceSchedule(io.ComfyNode):
+    """Node: `patches.guidance.GuidanceSchedule`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        line = [(0.0, 0.0), (1.0, 1.0)]
+        return io.Schema(
+            node_id="DescEditGuidanceSchedule",
+            display_name="Guidance Schedule",
+            category=CATEGORY,
+            description=(
+                "Image and text guidance that change over the sampling, along two curves from pure noise "
+                "(left) to the clean image (right)."
+            ),
+            search_aliases=[*ALIASES, "guidance curve", "dynamic cfg"],
+            inputs=[
+                _scale("image_low", 1.0, "Image guidance where its curve is at the bottom, -30 to 30."),
+                _scale("image_high", 2.0, "Image guidance where its curve is at the top, -30 to 30."),
+                io.Curve.Input("image_curve", default=line, tooltip="Image guidance from noise to image."),
+                _scale("text_low", 7.5, "Text guidance where its curve is at the bottom, -30 to 30."),
+                _scale("text_high", 7.5, "Text guidance where its curve is at the top, -30 to 30."),
+                io.Curve.Input("text_curve", default=line, tooltip="Text guidance from noise to image."),
+            ],
+            outputs=[
+                ScheduleType.Output("schedule"),
+                io.Image.Output("plot", tooltip="Both scales over the sampling."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image_low: float,
+        image_high: float,
+        image_curve: Any,
+        text_low: float,
+        text_high: float,
+        text_curve: Any,
+    ) -> io.NodeOutput:
+        tables = []
+        for name, low, high, curve in (
+            ("image", image_low, image_high, image_curve),
+            ("text", text_low, text_high, text_curve),
+        ):
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(
+                    f"DescEditGuidanceSchedule: {name}_low is {low} and {name}_high {high}, but both must be "
+                    "finite numbers"
+                )
+            tables.append(scale_table(low, high, CurveInput.from_raw(curve).interp_array))
+        schedule = GuidanceSchedule(*tables)
+        plot = draw_curves({"image guidance": schedule.image, "text guidance": schedule.text})
+        return io.NodeOutput(schedule, plot)
+
+
+NODES = [DescEditDualGuider, DescEditDualGuidance, DescEditGuidanceSchedule]

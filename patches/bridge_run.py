@@ -1,0 +1,205 @@
+"""An attention bridge during one sampling: the reference is read once, every call is fed from its bank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from einops import rearrange
+from kornia.geometry.transform import resize
+
+from ..models.bridge import AttentionBridge
+from ..models.sites import SiteKey
+from .bridge_core import NODE, Bank, Feeding, Matrix
+from .masks import check_mask, site_masks
+
+if TYPE_CHECKING:
+    from .bridge import BridgeSetup
+
+KEY = "descriptive_edit.bridge"
+# In transformer_options, by a guider: for each index of `cond_or_uncond`, whether it sees the reference.
+IMAGE_ROWS = "descriptive_edit.image_rows"
+
+
+class BridgeRun:
+    """One sampling with a bridge. It lives in the run's own `transformer_options`.
+
+    guider: the host's, inside its `inner_sample`. noise: [images, channels, height, width]. sigmas: the
+    run's. Raises ValueError, naming the node, if references, mask or grid do not fit the sampled latent.
+    """
+
+    def __init__(
+        self,
+        setup: BridgeSetup,
+        bridge: AttentionBridge,
+        guider: Any,
+        noise: torch.Tensor,
+        sigmas: torch.Tensor,
+    ) -> None:
+        model = guider.inner_model
+        self.bank = Bank(bridge, model.diffusion_model)
+        self._guider, self._strength = guider, setup.strength
+        self._images, (self._height, self._width) = noise.shape[0], noise.shape[-2:]
+        self._device, self._steps = noise.device, len(sigmas) - 1
+        self._range: tuple[float, float] | None = None
+        if (setup.start, setup.end) != (0.0, 1.0):
+            to_sigma = model.model_sampling.percent_to_sigma
+            self._range = to_sigma(setup.start), to_sigma(setup.end)
+        self._areas: dict[Any, tuple[int, ...]] = {}
+        self._mask = self._latent_mask(setup.mask, model.latent_format.spacial_downscale_ratio)
+        self._check_reference(setup)
+
+    def _latent_mask(self, mask: torch.Tensor | None, scale: int) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        check_mask(NODE, mask, self._images, self._height * scale, self._width * scale)
+        mask = rearrange(mask.to(self._device), "b h w -> b 1 h w")
+        return rearrange(resize(mask, (self._height, self._width), interpolation="area"), "b 1 h w -> b h w")
+
+    def _check_reference(self, setup: BridgeSetup) -> None:
+        references, _, height, width = setup.reference.shape
+        if not setup.joined and references not in (1, self._images):
+            raise ValueError(
+                f"{NODE}: reference has {references} images but {self._images} are sampled: give one, or one "
+                "for each, or choose to join them"
+            )
+        size = self._height, self._width
+        if self.bank.settings.direction == "reference_queries" and (height, width) != size:
+            raise ValueError(
+                f"{NODE}: this bridge has the direction reference_queries, whose reference must have the "
+                f"latent's size, {self._width}x{self._height}, but it has {width}x{height}: scale the source "
+                "image to the size that is sampled"
+            )
+
+    def read_reference(self, setup: BridgeSetup) -> None:
+        """The reference pass with the source description, through the host's UNet as it is loaded, without
+        other nodes' patches.
+        """
+        model = self._guider.inner_model
+        reference = model.process_latent_in(setup.reference.to(self._device, torch.float32))
+        (entry,) = comfy.samplers.encode_model_conds(
+            model.extra_conds,
+            [self._source_entry(setup)],
+            reference,
+            self._device,
+            "positive",
+            latent_image=reference,
+            denoise_mask=None,
+        )
+        dtype, count = model.get_dtype_inference(), len(reference)
+        conds = {
+            name: cond.process_cond(batch_size=count, area=None).cond.to(self._device, dtype)
+            for name, cond in entry["model_conds"].items()
+            if name in ("c_concat", "c_crossattn", "y")
+        }
+        concat = conds.get("c_concat")
+        x = reference.to(dtype)
+        self.bank.read(
+            model.diffusion_model,
+            x if concat is None else torch.cat([x, concat], dim=1),
+            self._reference_options(count),
+            joined=setup.joined,
+            merge=self._merge,
+            context=conds.get("c_crossattn"),
+            y=conds.get("y"),
+        )
+
+    def _source_entry(self, setup: BridgeSetup) -> dict[str, Any]:
+        if setup.source is not None:
+            return comfy.sampler_helpers.convert_cond(setup.source)[0]
+        for entry in self._guider.original_conds.get("negative", ()):
+            if "area" not in entry and "mask" not in entry:
+                return entry
+        raise ValueError(
+            f"{NODE}: source is not connected and the sampling has no negative conditioning for the whole "
+            "image to take its place: connect the source description"
+        )
+
+    def _reference_options(self, count: int) -> dict[str, Any]:
+        own = self._guider.model_options["transformer_options"]
+        kept = {name: own[name] for name in ("optimized_attention_override",) if name in own}
+        return {
+            **kept,
+            "cond_or_uncond": [0],
+            "uuids": [None],
+            "sigmas": torch.zeros(count, device=self._device),
+            "prefetch_dynamic_vbars": self._guider.model_patcher.is_dynamic(),
+        }
+
+    def _merge(self, key: SiteKey, like: torch.Tensor) -> Matrix | None:
+        """Fuse and output projection as one matrix and bias, from the host's own layer.
+
+        Exact for the Linear fusion as long as the weights stay the same, so not under hooks, which change
+        them between calls. Costs 4 width^3 and saves 2 width^2 a token, so it is done where the run's tokens
+        repay it at least twice.
+        """
+        site, output, width = self.bank.bridge.site(key), self.bank.outputs[key], like.shape[-1]
+        grid = next(s.grid(self._height, self._width) for s in self.bank.sites if s.key == key)
+        hooked = any(entry.get("hooks") for conds in self._guider.conds.values() for entry in conds)
+        if site.fuse is None or hooked or math.prod(grid) * self._steps < 4 * width:
+            return None
+        unit = torch.eye(width, dtype=like.dtype, device=like.device)
+        constant = output(torch.zeros_like(unit[:1]))
+        matrix = site.fuse(output(unit) - constant + site.out(unit))
+        return matrix.mT.contiguous(), site.fuse(constant)[0]
+
+    def note_areas(self, conds: list[list[dict[str, Any]] | None]) -> None:
+        """Remember the area of each conditioning by its uuid, which the host's copies keep."""
+        if self._mask is not None:
+            known = [entry for entries in conds for entry in entries or () if "area" in entry]
+            self._areas = {entry["uuid"]: entry["area"] for entry in known}
+
+    def bridged(self, options: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
+        """A call's `transformer_options` with the bridge in the attention slots.
+
+        The patches are there in every call, also where no row sees the reference, so that a compiled UNet
+        always finds the same ones.
+        """
+        index, seen = options["cond_or_uncond"], options.get(IMAGE_ROWS)
+        chunks = [chunk for chunk, cond in enumerate(index) if seen is None or seen[cond]]
+        if not self._active(options["sigmas"]):
+            chunks = []
+        masks = None
+        if self._mask is not None and chunks:
+            masks = self._site_masks([options["uuids"][chunk] for chunk in chunks], x)
+        rows, answer = self._rows(chunks, x), self._answer(len(chunks))
+        return Feeding(self.bank, rows, len(x), answer, self._strength, masks).install(options)
+
+    def _active(self, sigma: torch.Tensor) -> bool:
+        """Whether the bridge acts at this noise level, by the host's rule for ControlNets."""
+        return self._range is None or self._range[1] <= float(sigma[0]) <= self._range[0]
+
+    def _rows(self, chunks: list[int], x: torch.Tensor) -> slice | torch.Tensor | None:
+        if not chunks:
+            return None
+        if chunks[-1] - chunks[0] == len(chunks) - 1:
+            return slice(chunks[0] * self._images, (chunks[-1] + 1) * self._images)
+        rows = [chunk * self._images + image for chunk in chunks for image in range(self._images)]
+        return torch.tensor(rows, device=x.device)
+
+    def _answer(self, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From a tensor of the bank to one for every row of `chunks` chunks."""
+        rows = chunks * self._images
+        return lambda kept: kept.expand(rows, -1, -1) if len(kept) == 1 else kept.repeat(chunks, 1, 1)
+
+    def _site_masks(self, uuids: list[Any], x: torch.Tensor) -> dict[SiteKey, torch.Tensor]:
+        """The mask at every site for the chunks with these uuids, [rows, tokens, 1]."""
+        height, width = x.shape[-2:]
+        parts = []
+        for uuid in uuids:
+            mask = self._mask
+            if uuid in self._areas:
+                *_, top, left = self._areas[uuid]
+                mask = mask[:, top : top + height, left : left + width]
+            parts.append(mask.expand(self._images, -1, -1))
+        masks = site_masks(torch.cat(parts), self.bank.sites, height, width, x.device)
+        return {key: mask[..., None] for key, mask in masks.items()}
+
+    def close(self) -> None:
+        """Free what the run kept."""
+        self.bank.free()
+        self._mask = None

@@ -1,0 +1,296 @@
+"""Bridge files: the pack's format, the authors' release layout, and everything that is neither."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import pytest
+import safetensors
+import safetensors.torch
+import small_models
+import torch
+from bridge_edit import SITES, random_bridge
+from host import Host
+
+SD15_SITES = [
+    *(("input", number, 320) for number in (1, 2)),
+    *(("input", number, 640) for number in (4, 5)),
+    *(("input", number, 1280) for number in (7, 8)),
+    ("middle", 0, 1280),
+    *(("output", number, 1280) for number in (3, 4, 5)),
+    *(("output", number, 640) for number in (6, 7, 8)),
+    *(("output", number, 320) for number in (9, 10, 11)),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random UNet."""
+    return small_models.small_unet()
+
+
+@pytest.fixture
+def folder(host: Host) -> Iterator[Path]:
+    """models/attention_bridges of the test's host, emptied afterwards."""
+    path = Path(folder_paths.get_folder_paths("attention_bridges")[0])
+    path.mkdir(parents=True, exist_ok=True)
+    assert path.is_relative_to(host.base)
+    yield path
+    for file in sorted(path.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+
+
+def load(host: Host, name: str) -> Any:
+    """ATTENTION_BRIDGE from a file in the folder."""
+    return host.execute("DescEditLoadBridge", bridge_name=name)[0]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [
+        ({}, 9),
+        ({"direction": "reference_queries", "fusion": "add", "reference_self_bridge": True}, 8),
+    ],
+)
+def test_round_trip(host: Host, model: Any, folder: Path, inputs: dict, parts: int) -> None:
+    """Protects: a bridge that is saved and loaded is the same, weights and settings; the file holds the
+    design's tensors and metadata, and nothing is left beside it.
+    """
+    bridge = random_bridge(host, model, **inputs)
+    (name,) = host.execute("DescEditSaveBridge", bridge=bridge, name="mine/first")
+    assert name == "mine/first.safetensors"
+    assert [file.name for file in (folder / "mine").iterdir()] == ["first.safetensors"]
+    again = load(host, name)
+    assert again.model.settings == bridge.model.settings
+    for (key, weight), other in zip(
+        bridge.model.state_dict().items(), again.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(weight, other), key
+    with safetensors.safe_open(folder / name, "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    assert len(names) == SITES * parts
+    assert "output.3.0.out.up" in names
+    assert ("middle.0.0.fuse" in names) == (parts == 9)
+    assert metadata["format"] == "attention-bridge"
+    assert metadata["base"] == "_SmallSD15"
+    assert (metadata["rank"], metadata["alpha"], metadata["version"]) == ("4", "8.0", "1")
+    assert metadata["sites"].split(",")[0] == "input.1.0"
+
+
+def test_a_file_in_half_precision(host: Host, model: Any, folder: Path) -> None:
+    """Protects: a file's precision is kept, so that it takes the memory of the file."""
+    bridge = random_bridge(host, model)
+    bridge.model.half()
+    host.execute("DescEditSaveBridge", bridge=bridge, name="half")
+    assert {weight.dtype for weight in load(host, "half.safetensors").model.state_dict().values()} == {
+        torch.float16
+    }
+
+
+def test_sd15_counts(host: Host) -> None:
+    """Protects: for SD1.5 at rank 64 a bridge has 16 sites and 18,780,160 learned parameters."""
+    bridges, sites = host.pack_module("models.bridge"), host.pack_module("models.sites")
+    with torch.device("meta"):
+        unet = full_width_unet()
+        found = sites.find_sites(unet, "Test")
+        settings = bridges.BridgeSettings("SD15", bridges.widths_of(found))
+        bridge = bridges.AttentionBridge(settings)
+    assert [(site.key[0], site.key[1], site.width) for site in found] == SD15_SITES
+    assert sum(weight.numel() for weight in bridge.parameters()) == 18_780_160
+
+
+def full_width_unet() -> torch.nn.Module:
+    """SD1.5's module tree."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=[2, 2, 2, 2],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        transformer_depth_middle=1,
+        context_dim=768,
+        num_heads=8,
+        num_head_channels=-1,
+        use_spatial_transformer=True,
+        use_linear_in_transformer=False,
+        legacy=False,
+        operations=comfy.ops.disable_weight_init,
+    )
+
+
+DIFFUSERS = {
+    "input": lambda number: f"down_blocks.{(number - 1) // 3}.attentions.{(number - 1) % 3}",
+    "middle": lambda number: "mid_block.attentions.0",
+    "output": lambda number: f"up_blocks.{number // 3}.attentions.{number % 3}",
+}
+
+
+def write_release(folder: Path, down: str, up: str, rank: int = 2) -> dict[str, torch.Tensor]:
+    """The authors' two files with random weights; returns what a bridge must hold, by this pack's names."""
+    generator = torch.Generator().manual_seed(0)
+    lora, fuse, expected = {}, {}, {}
+    for block, number, width in SD15_SITES:
+        place = f"{DIFFUSERS[block](number)}.transformer_blocks.0"
+        for name, projection in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
+            for part, ending, shape in (("down", down, (rank, width)), ("up", up, (width, rank))):
+                weight = torch.randn(shape, generator=generator)
+                lora[f"unet.{place}.attn1n.{projection}.{ending}.weight"] = weight
+                expected[f"{block}.{number}.0.{name}.{part}.weight"] = weight
+        weight = torch.randn(width, width, generator=generator)
+        fuse[f"{place}.conv1n.weight"] = weight
+        fuse[f"{place}.norm1.weight"] = torch.ones(width)
+        expected[f"{block}.{number}.0.fuse.weight"] = weight
+    (folder / "xy_lora").mkdir(parents=True)
+    safetensors.torch.save_file(lora, folder / "xy_lora" / "pytorch_lora_weights.safetensors")
+    safetensors.torch.save_file(fuse, folder / "model.safetensors")
+    return expected
+
+
+@pytest.mark.parametrize(("down", "up"), [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_release_layout(host: Host, folder: Path, down: str, up: str) -> None:
+    """Protects: the authors' layout is read from either of its files, with every weight at its site, whatever
+    diffusers called the LoRA's halves; it belongs to SD1.5 and its reference passes through the bridge.
+    """
+    expected = write_release(folder / "release", down, up)
+    for name in ("release/model.safetensors", "release/xy_lora/pytorch_lora_weights.safetensors"):
+        bridge = load(host, name).model
+        state = bridge.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+        assert (bridge.settings.base, bridge.settings.rank, bridge.settings.alpha) == ("SD15", 2, 2.0)
+        assert bridge.settings.reference_self_bridge
+        assert bridge.settings.direction == "edit_queries"
+
+
+@pytest.mark.parametrize("half", ["model.safetensors", "xy_lora/pytorch_lora_weights.safetensors"])
+def test_half_a_release(host: Host, folder: Path, half: str) -> None:
+    """Protects: one half of a release says which other half is missing."""
+    write_release(folder / "release", "lora_A", "lora_B")
+    other = {"model.safetensors", "xy_lora/pytorch_lora_weights.safetensors"} - {half}
+    (folder / "release" / other.pop()).unlink()
+    with pytest.raises(ValueError, match=r"DescEditLoadBridge: .* is one half of a DescriptiveEdit release"):
+        load(host, f"release/{half}")
+
+
+def _edit(name: str) -> Any:
+    """How each broken file comes from a good one: (tensors, metadata) -> (tensors, metadata)."""
+
+    def change(tensors: dict, metadata: dict) -> tuple[dict, dict]:
+        match name:
+            case "missing":
+                del tensors["middle.0.0.q.down"]
+            case "unexpected":
+                tensors["extra"] = torch.zeros(1)
+            case "misshapen":
+                tensors["input.1.0.fuse"] = torch.zeros(3, 3)
+            case "nan":
+                tensors["input.1.0.fuse"][0, 0] = float("nan")
+            case "version":
+                metadata["version"] = "99"
+            case "metadata":
+                metadata["direction"] = "sideways"
+            case "no rank":
+                del metadata["rank"]
+        return tensors, metadata
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("missing", r"not a whole attention bridge: missing: middle.0.0.q.down"),
+        ("unexpected", r"unexpected: extra"),
+        ("misshapen", r"misshapen: input.1.0.fuse \[3, 3\] instead of \[32, 32\]"),
+        ("nan", r"not finite: input.1.0.fuse"),
+        ("version", r"version '99'"),
+        ("metadata", r"damaged metadata: direction is 'sideways'"),
+        ("no rank", r"damaged metadata: no or wrong entry 'rank'"),
+    ],
+)
+def test_broken_files(host: Host, model: Any, folder: Path, broken: str, message: str) -> None:
+    """Protects: a bridge file with a fault is refused with the fault named."""
+    host.execute("DescEditSaveBridge", bridge=random_bridge(host, model), name="good")
+    with safetensors.safe_open(folder / "good.safetensors", "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors, metadata = _edit(broken)(tensors, metadata)
+    safetensors.torch.save_file(tensors, folder / "bad.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"DescEditLoadBridge: bridge_name: bad.safetensors .*" + message):
+        load(host, "bad.safetensors")
+
+
+def test_files_that_are_something_else(host: Host, model: Any, folder: Path) -> None:
+    """Protects: a LoRA, a checkpoint, a file cut off and a pickle are refused, and told apart from a
+    bridge by what they hold.
+    """
+    lora = {"lora_unet_down_blocks_0_attentions_0.lora_up.weight": torch.zeros(2, 2)}
+    plain = {
+        f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{half}.weight": torch.zeros(
+            2, 2
+        )
+        for half in "AB"
+    }
+    for tensors in (lora, plain):
+        safetensors.torch.save_file(tensors, folder / "lora.safetensors")
+        with pytest.raises(ValueError, match="not an attention bridge but a LoRA"):
+            load(host, "lora.safetensors")
+    safetensors.torch.save_file(
+        {"model.diffusion_model.out.2.bias": torch.zeros(4)}, folder / "sd.safetensors"
+    )
+    with pytest.raises(ValueError, match="not an attention bridge but something else"):
+        load(host, "sd.safetensors")
+    host.execute("DescEditSaveBridge", bridge=random_bridge(host, model), name="good")
+    whole = (folder / "good.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    torch.save({"a": torch.zeros(1)}, folder / "pickle.safetensors")
+    (folder / "empty.safetensors").write_bytes(b"")
+    for name in ("cut", "pickle", "empty"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors cannot be read as a safetensors file"):
+            load(host, f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", "  ", "../outside", "/tmp/outside", "a/../../outside", ".hidden"])
+def test_saving_stays_in_its_folder(host: Host, model: Any, folder: Path, name: str) -> None:
+    """Protects: no name leads out of models/attention_bridges."""
+    with pytest.raises(ValueError, match=r"DescEditSaveBridge: name is"):
+        host.execute("DescEditSaveBridge", bridge=random_bridge(host, model), name=name)
+    assert list(folder.rglob("*")) == []
+
+
+def test_a_failed_save_keeps_the_old_file(
+    host: Host, model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: when writing fails, the older file is whole and no half file is left."""
+    bridge = random_bridge(host, model)
+    host.execute("DescEditSaveBridge", bridge=bridge, name="kept")
+    before = (folder / "kept.safetensors").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        host.execute("DescEditSaveBridge", bridge=bridge, name="kept")
+    assert (folder / "kept.safetensors").read_bytes() == before
+    assert [file.name for file in folder.iterdir()] == ["kept.safetensors"]
+
+
+def test_a_replaced_file_is_loaded_again(host: Host, model: Any, folder: Path) -> None:
+    """Protects: the load node's fingerprint follows the file, so a re-queue sees a newer bridge."""
+    bridge = random_bridge(host, model)
+    host.execute("DescEditSaveBridge", bridge=bridge, name="b")
+    node = host.node("DescEditLoadBridge")
+    first = node.fingerprint_inputs(bridge_name="b.safetensors")
+    assert node.fingerprint_inputs(bridge_name="b.safetensors") == first
+    os.utime(folder / "b.safetensors", (1, 1))
+    assert node.fingerprint_inputs(bridge_name="b.safetensors") != first

@@ -1,0 +1,283 @@
+"""The bridge's numbers against a plain float64 computation of the design's formulas, site by site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bridge_edit
+import pytest
+import small_models
+import torch
+from host import Host
+
+HEADS = 4
+LATENT = small_models.latent(3) * 0
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random UNet."""
+    return small_models.small_unet()
+
+
+class Blocks:
+    """What each transformer block of a UNet got and gave around its self-attention, call by call.
+
+    `normed[site]`: h, or r in the reference pass. `output[site]`: what the block added to its input.
+    """
+
+    def __init__(self, host: Host, model: Any) -> None:
+        unet = model.model.diffusion_model
+        self.sites = host.pack_module("models.sites").find_sites(unet, "Test")
+        self.normed: dict[str, list[torch.Tensor]] = {site.name: [] for site in self.sites}
+        self.output: dict[str, list[torch.Tensor]] = {site.name: [] for site in self.sites}
+        self._handles = []
+        for site in self.sites:
+            block, entered = unet.get_submodule(site.path), {}
+
+            def before(
+                _: Any, args: Any, result: torch.Tensor, name: str = site.name, x: Any = entered
+            ) -> None:
+                x["x"] = args[0].double()
+                self.normed[name].append(result.double())
+
+            def after(_: Any, args: Any, name: str = site.name, x: Any = entered) -> None:
+                self.output[name].append(args[0].double() - x["x"])
+
+            self._handles += [
+                block.norm1.register_forward_hook(before),
+                block.norm2.register_forward_pre_hook(after),
+            ]
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v, head by head."""
+    heads = []
+    for a, b, c in zip(q.chunk(HEADS, -1), k.chunk(HEADS, -1), v.chunk(HEADS, -1), strict=True):
+        heads.append((a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) @ c)
+    return torch.cat(heads, -1)
+
+
+class Site:
+    """One site's weights in float64, and the formulas."""
+
+    def __init__(self, model: Any, bridge: Any, site: Any) -> None:
+        base = {
+            name: weight.double()
+            for name, weight in model.model.diffusion_model.get_submodule(site.path)
+            .attn1.state_dict()
+            .items()
+        }
+        learned = {
+            name.removeprefix(f"{site.name}.").removesuffix(".weight"): weight.double()
+            for name, weight in bridge.model.state_dict().items()
+            if name.startswith(f"{site.name}.")
+        }
+        self.bias = base["to_out.0.bias"]
+        self.base = {name: base[f"to_{name}.weight"] for name in "qkv"} | {"out": base["to_out.0.weight"]}
+        scale = bridge.model.settings.alpha / bridge.model.settings.rank
+        self.changed = {
+            name: weight + scale * learned[f"{name}.up"] @ learned[f"{name}.down"]
+            for name, weight in self.base.items()
+        }
+        self.fuse = learned.get("fuse")
+
+    def plain(self, h: torch.Tensor) -> torch.Tensor:
+        """Z."""
+        weights = self.base
+        return (
+            attention(h @ weights["q"].T, h @ weights["k"].T, h @ weights["v"].T) @ weights["out"].T
+            + self.bias
+        )
+
+    def bridged(self, asking: torch.Tensor, answering: torch.Tensor) -> torch.Tensor:
+        """Z', with Q from `asking` and K, V from `answering`."""
+        weights = self.changed
+        q, k, v = asking @ weights["q"].T, answering @ weights["k"].T, answering @ weights["v"].T
+        return attention(q, k, v) @ weights["out"].T + self.bias
+
+    def output(self, fusion: str, z: torch.Tensor, answer: torch.Tensor, strength: Any) -> torch.Tensor:
+        """Z_out."""
+        if fusion == "linear":
+            return z + strength * (answer @ self.fuse.T)
+        return z + strength * (answer if fusion == "add" else answer - z)
+
+
+CASES = [
+    ("edit_queries", "linear", False),
+    ("edit_queries", "linear", True),
+    ("edit_queries", "add", False),
+    ("edit_queries", "replace", True),
+    ("reference_queries", "linear", False),
+    ("reference_queries", "replace", False),
+    ("reference_queries", "add", True),
+]
+
+
+@pytest.mark.parametrize(("direction", "fusion", "self_bridge"), CASES)
+def test_every_site(host: Host, model: Any, direction: str, fusion: str, self_bridge: bool) -> None:
+    """Protects: at every site, Z_out = Z + strength F(Z') with the direction's Q, K and V, in both rows of a
+    step, and in the reference pass only where the bridge was trained so. One step leaves some sites with
+    merged matrices and some without.
+    """
+    bridge = bridge_edit.random_bridge(
+        host, model, direction=direction, fusion=fusion, reference_self_bridge=self_bridge
+    )
+    patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9), strength=0.7)
+    blocks = Blocks(host, model)
+    try:
+        bridge_edit.sample(host, patched, steps=1)
+    finally:
+        blocks.close()
+    for site in blocks.sites:
+        r, h = blocks.normed[site.name]
+        own = Site(model, bridge, site)
+        asking, answering = (h, r) if direction == "edit_queries" else (r, h)
+        answer = own.bridged(asking.expand(len(h), -1, -1), answering.expand(len(h), -1, -1))
+        expected = own.output(fusion, own.plain(h), answer, 0.7)
+        close(blocks.output[site.name][-1], expected)
+        if self_bridge:
+            close(blocks.output[site.name][0], own.output(fusion, own.plain(r), own.bridged(r, r), 1.0))
+        elif len(blocks.output[site.name]) == 2:
+            close(blocks.output[site.name][0], own.plain(r))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
+def test_sdxl_layout(host: Host, prediction: str) -> None:
+    """Protects: SDXL's layout, with several blocks at a place and pooled text, and v-prediction: every site
+    is found and follows the formula, and the reference is read at timestep 0.
+    """
+    model = small_models.small_unet(layout=small_models.SDXL_LAYOUT)
+    (model,) = host.execute("ModelSamplingDiscrete", model=model, sampling=prediction, zsnr=False)
+    bridge = bridge_edit.random_bridge(host, model)
+    names = [".".join(map(str, key)) for key in bridge.model.settings.widths]
+    assert names == [
+        *("input.3.0", "input.3.1"),
+        *("middle.0.0", "middle.0.1", "middle.0.2"),
+        *("output.0.0", "output.0.1", "output.1.0", "output.1.1"),
+    ]
+    patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9))
+    blocks = Blocks(host, model)
+    try:
+        with bridge_edit.counted(model) as calls:
+            bridge_edit.sample(host, patched, steps=1)
+    finally:
+        blocks.close()
+    assert (calls.rows, calls.timesteps[0]) == ([1, 2], 0)
+    for site in blocks.sites:
+        r, h = blocks.normed[site.name]
+        own = Site(model, bridge, site)
+        expected = own.output("linear", own.plain(h), own.bridged(h, r.expand(len(h), -1, -1)), 1.0)
+        close(blocks.output[site.name][-1], expected)
+
+
+def test_lora_reaches_both_readings(host: Host, model: Any) -> None:
+    """Protects: the projections are the host's own after LoRA, for the picture, for the reference and in the
+    merged output matrix; and it does not matter whether the LoRA comes before or after the bridge.
+    """
+    import comfy.sd
+
+    bridge = bridge_edit.random_bridge(host, model)
+    lora = attention_lora(host, model)
+    before, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.8, 0.0)
+    before = bridge_edit.apply_bridge(host, before, bridge, small_models.latent(9))
+    after, _ = comfy.sd.load_lora_for_models(
+        bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9)), None, lora, 0.8, 0.0
+    )
+    first = bridge_edit.sample(host, before, steps=1)
+    blocks = Blocks(host, model)
+    try:
+        second = bridge_edit.sample(host, after, steps=1)
+        sites = [Site(model, bridge, site) for site in blocks.sites]  # the LoRA is on the weights now
+    finally:
+        blocks.close()
+    assert torch.equal(first, second)
+    assert not torch.equal(sites[0].base["v"], small_models_weight(model, blocks.sites[0]))
+    for site, own in zip(blocks.sites, sites, strict=True):
+        r, h = blocks.normed[site.name]
+        expected = own.output("linear", own.plain(h), own.bridged(h, r.expand(len(h), -1, -1)), 1.0)
+        close(blocks.output[site.name][-1], expected)
+
+
+def test_joined_references(host: Host, model: Any) -> None:
+    """Protects: references that are joined answer together, as one long sequence of tokens, and a reference
+    may have another size than the picture.
+    """
+    bridge = bridge_edit.random_bridge(host, model)
+    references = small_models.latent(9, batch=2, size=(12, 20))
+    patched = bridge_edit.apply_bridge(host, model, bridge, references, references="all for every image")
+    blocks = Blocks(host, model)
+    try:
+        bridge_edit.sample(host, patched, steps=1)
+    finally:
+        blocks.close()
+    for site in blocks.sites:
+        r, h = blocks.normed[site.name]
+        own = Site(model, bridge, site)
+        together = torch.cat(list(r))[None].expand(len(h), -1, -1)
+        expected = own.output("linear", own.plain(h), own.bridged(h, together), 1.0)
+        close(blocks.output[site.name][-1], expected)
+
+
+def test_mask_acts_place_by_place(host: Host, model: Any) -> None:
+    """Protects: a soft mask weighs the bridge at each place of each site, by the share of the place's area
+    that it covers, also where a conditioning with an area shows the UNet only a part of the latent.
+    """
+    bridge = bridge_edit.random_bridge(host, model)
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 16:80, 24:] = 0.5
+    patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9), mask=mask)
+    (area,) = host.execute(
+        "ConditioningSetArea",
+        conditioning=small_models.conditioning(2),
+        width=64,
+        height=96,
+        x=32,
+        y=16,
+        strength=1.0,
+    )
+    for positive, window in ((None, mask), (area, mask[:, 16:112, 32:96])):
+        blocks = Blocks(host, model)
+        try:
+            bridge_edit.sample(host, patched, positive, steps=1, cfg=1.0)
+        finally:
+            blocks.close()
+        for site in blocks.sites:
+            r, h = blocks.normed[site.name][0], blocks.normed[site.name][-1]
+            side = window.shape[1] // 8 >> site.level, window.shape[2] // 8 >> site.level
+            # Every place's mean over its pixels, by hand.
+            places = window[0].reshape(side[0], window.shape[1] // side[0], side[1], -1).mean((1, 3))
+            own = Site(model, bridge, site)
+            answer = own.bridged(h, r.expand(len(h), -1, -1))
+            expected = own.output("linear", own.plain(h), answer, places.double().reshape(1, -1, 1))
+            close(blocks.output[site.name][-1], expected)
+
+
+def attention_lora(host: Host, model: Any) -> dict[str, torch.Tensor]:
+    """A LoRA on every self-attention projection, in a format that the host's loaders read."""
+    generator = torch.Generator().manual_seed(11)
+    found = {}
+    unet = model.model.diffusion_model
+    for site in host.pack_module("models.sites").find_sites(unet, "Test"):
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            key = f"diffusion_model.{site.path}.attn1.{name}"
+            found[f"{key}.lora_down.weight"] = (
+                torch.randn(4, site.width, generator=generator) / site.width**0.5
+            )
+            found[f"{key}.lora_up.weight"] = torch.randn(site.width, 4, generator=generator) / 4
+    return found
+
+
+def small_models_weight(model: Any, site: Any) -> torch.Tensor:
+    """The V projection as it was before any LoRA, in float64."""
+    return small_models.unet_state_dict()[f"{site.path}.attn1.to_v.weight"].double()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to what float32 can hold."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
