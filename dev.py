@@ -338,6 +338,7 @@ def check_edit(arguments: Sequence[str]) -> None:
 MODULES = {
     "edit": ("evaluation.edit_report", "edit the sample scenes, or a picture of yours; edit --help"),
     "serve": ("evaluation.server", "ComfyUI's web page with the pack in it, on http://127.0.0.1:8188"),
+    "bench": ("evaluation.bench", "speed and memory against the stock host: bench bridge"),
     "studio": ("evaluation.studio_report", "train the small model that ships; studio --report measures it"),
 }
 COMMANDS = {
