@@ -52,8 +52,8 @@ def sample(
 
 
 def test_the_judge_reads_held_out_drawings(scenes: ModuleType, judge: Any) -> None:
-    """Protects the measure on drawings whose combination it never saw. The aim is 99% on every attribute;
-    the weakest today is the face's expression with 97%.
+    """Protects the measure: 99% of every attribute, on new drawings of the combinations that the model never
+    saw.
     """
     chosen = held_scenes(scenes, 600, 41)
     read = judge.read(drawings(scenes, chosen))
@@ -62,12 +62,12 @@ def test_the_judge_reads_held_out_drawings(scenes: ModuleType, judge: Any) -> No
             marks = [
                 r.get(name) == s.values[name] for s, r in zip(chosen, read, strict=True) if s.kind == kind
             ]
-            assert np.mean(marks) >= 0.96, (kind, name)
+            assert np.mean(marks) >= 0.99, (kind, name)
 
 
 def test_the_vae_keeps_held_out_scenes(host: Any, studio: Any, scenes: ModuleType) -> None:
-    """Protects the VAE: 29 dB on held-out scenes (the aim is 30) and latents of about unit variance,
-    through the stock nodes.
+    """Protects the VAE: reconstruction of held-out scenes and latents of about unit variance, through the
+    stock nodes. The full measurement, 30 dB, is `dev.py studio --report`; this is a sample of it.
     """
     _, _, vae = studio
     pictures = drawings(scenes, held_scenes(scenes, 48, 42))
@@ -76,7 +76,7 @@ def test_the_vae_keeps_held_out_scenes(host: Any, studio: Any, scenes: ModuleTyp
     assert 0.9 < (latent["samples"] * 0.18215).std() < 1.1
     (again,) = host.execute("VAEDecode", vae=vae, samples=latent)
     errors = (again.double() - pictures.double()).square().mean(dim=(1, 2, 3))
-    assert np.mean([-10 * math.log10(error) for error in errors.tolist()]) >= 29
+    assert np.mean([-10 * math.log10(error) for error in errors.tolist()]) >= 29.8
 
 
 def test_prompts_come_out_as_written(host: Any, studio: Any, scenes: ModuleType, judge: Any) -> None:
@@ -235,6 +235,7 @@ def test_training_resumes_after_a_kill(host: Any, scenes: ModuleType, tmp_path: 
     torch.save({"latents": torch.randn(8, 4, 16, 16).half()}, tmp_path / "latents.pt")
     stages = {
         "vae.pt": lambda steps: train.train_vae.train(tmp_path, pictures, steps),
+        "refine.pt": lambda steps: train.train_vae.train(tmp_path, pictures, steps, refine=True),
         "diffusion.pt": lambda steps: train.train_diffusion.train(tmp_path, pool, steps),
         "judge.pt": lambda steps: train.judge.train(tmp_path, pictures, pool, steps, batch=4),
     }

@@ -1,7 +1,7 @@
 """Draw the world and learn the Tiny Studio: `python dev.py studio`.
 
 Stages, each resumable after a kill: draw a pool of scenes; the VAE; the pool's latents; UNet and text
-encoder; the VAE's decoder once more, its encoder frozen; the judge; pack. `--stage NAME` runs one of
+encoder; the VAE once more, its latents held where they are; the judge; pack. `--stage NAME` runs one of
 them.
 """
 
@@ -70,10 +70,8 @@ def packed_vae(work: Path) -> dict[str, torch.Tensor]:
     that of a sharp code.
     """
     state = dict(resume(work / "vae.pt")["average"])
-    if better := resume(work / "decoder.pt"):
-        state.update(
-            {k: v for k, v in better["average"].items() if k.startswith(("decoder.", "post_quant_conv."))}
-        )
+    if better := resume(work / "refine.pt"):
+        state = dict(better["average"])
     stored = torch.load(work / "latents.pt", weights_only=True)
     mean, gain = stored["mean"], 1.0 / (stored["std"] * networks.LATENT_SCALE)
     weight, bias = state["quant_conv.weight"].clone(), state["quant_conv.bias"].clone()
@@ -110,10 +108,10 @@ def pack(work: Path, path: Path = studio.FILE) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dev.py studio", description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="where the pool and the checkpoints are kept")
-    parser.add_argument("--stage", choices=("draw", "vae", "encode", "diffusion", "decoder", "judge", "pack"))
+    parser.add_argument("--stage", choices=("draw", "vae", "encode", "diffusion", "refine", "judge", "pack"))
     parser.add_argument("--vae-steps", type=int, default=4200)
     parser.add_argument("--steps", type=int, default=7000, help="of UNet and text encoder, 48 scenes each")
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--refine-steps", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -125,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         "vae": lambda: train_vae.train(args.work, pictures, args.vae_steps),
         "encode": lambda: encode_pool(args.work, pictures),
         "diffusion": lambda: train_diffusion.train(args.work, pool, args.steps),
-        "decoder": lambda: train_vae.train(args.work, pictures, args.decoder_steps, decoder_only=True),
+        "refine": lambda: train_vae.train(args.work, pictures, args.refine_steps, refine=True),
         "judge": lambda: judge.train(args.work, pictures, pool),
         "pack": lambda: pack(args.work),
     }

@@ -1,4 +1,4 @@
-"""Learn the Tiny Studio's VAE on crops of drawn scenes, then its decoder alone with the encoder frozen.
+"""Learn the Tiny Studio's VAE on crops of drawn scenes, and refine it when the UNet has learned its latents.
 
 Muon on the convolutions and a fixed noise on the latents instead of a learned one: on two cores they
 reach in 200 steps what AdamW with a KL term needs 600 for (measured).
@@ -19,6 +19,7 @@ from .training_tools import Average, Optimiser, learning_rate, resume, save, say
 
 CROP, BATCH = 64, 8
 LATENT_NOISE = 0.1
+ANCHOR = 0.3  # of the distance of refined latents from those that the UNet knows
 COLOUR_WEIGHT = (
     4.0  # of each cell's mean colour: group normalisation drops it, and edges hide that in the plain loss
 )
@@ -34,13 +35,16 @@ def crops(pictures: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(batch).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-def train(work: Path, pictures: np.ndarray, steps: int, decoder_only: bool = False) -> None:
-    """Learn both halves, or go on with the decoder of a finished pair."""
+def _latent(vae: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    return vae.quant_conv(vae.encoder(image)).chunk(2, dim=1)[0].float()
+
+
+def train(work: Path, pictures: np.ndarray, steps: int, refine: bool = False) -> None:
+    """Learn both halves, or refine a finished pair, whose latents then stay close to what they were."""
     torch.manual_seed(0)
     vae = networks.new_vae()
-    path = work / ("decoder.pt" if decoder_only else "vae.pt")
-    learned = [vae.decoder, vae.post_quant_conv] if decoder_only else [vae]
-    optimiser = Optimiser(learned, MUON_RATE, ADAM_RATE)
+    path = work / ("refine.pt" if refine else "vae.pt")
+    optimiser = Optimiser([vae], MUON_RATE, ADAM_RATE)
     average = Average(vae, 0.998)
     step = 0
     if state := resume(path):
@@ -48,9 +52,13 @@ def train(work: Path, pictures: np.ndarray, steps: int, decoder_only: bool = Fal
         vae.load_state_dict(state["model"])
         average.values = state["average"]
         optimiser.load_state_dict(state["optimisers"])
-    elif decoder_only:
+    elif refine:
         average.values = resume(work / "vae.pt")["average"]
         vae.load_state_dict(average.values)
+    known = None
+    if refine:
+        known = networks.new_vae().requires_grad_(False)
+        known.load_state_dict(resume(work / "vae.pt")["average"])
     rng = np.random.default_rng(1000 + step)
     begin = saved = time.time()
     first = step
@@ -63,15 +71,19 @@ def train(work: Path, pictures: np.ndarray, steps: int, decoder_only: bool = Fal
     while step < steps:
         image = crops(pictures, rng)
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.set_grad_enabled(not decoder_only):
-                mean = vae.quant_conv(vae.encoder(image)).chunk(2, dim=1)[0].float()
+            mean = _latent(vae, image)
             out = vae.decoder(vae.post_quant_conv(mean + LATENT_NOISE * torch.randn_like(mean))).float()
         mse = F.mse_loss(out, image)
         colour = F.mse_loss(F.avg_pool2d(out, 8), F.avg_pool2d(image, 8))
-        loss = F.l1_loss(out, image) + 4.0 * mse + COLOUR_WEIGHT * colour + 1e-4 * mean.square().mean()
+        loss = F.l1_loss(out, image) + 4.0 * mse + COLOUR_WEIGHT * colour
+        if known is None:
+            loss = loss + 1e-4 * mean.square().mean()
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss + ANCHOR * F.mse_loss(mean, _latent(known, image))
         vae.zero_grad(set_to_none=True)
         loss.backward()
-        optimiser.step(learning_rate(step, steps) * (0.4 if decoder_only else 1.0))
+        optimiser.step(learning_rate(step, steps) * (0.4 if refine else 1.0))
         step += 1
         average.update(vae, step)
         errors.append(mse.item())
