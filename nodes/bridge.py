@@ -28,6 +28,22 @@ def bridge_files() -> list[str]:
     return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
 
 
+def bridge_path(node: str, name: str) -> Path:
+    """Where a bridge of this name is kept; its folder is made. Raises ValueError, naming `node`, if that is
+    not inside models/attention_bridges.
+    """
+    relative = name.strip().removesuffix(".safetensors")
+    path = (_folder() / f"{relative}.safetensors").resolve()
+    if not relative or not path.is_relative_to(_folder()) or path.name.startswith("."):
+        raise ValueError(f"{node}: name is {name!r} but must be a file name inside models/{FOLDER}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _folder() -> Path:
+    return Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+
+
 class DescEditLoadBridge(io.ComfyNode):
     """Node: `models.bridge_file.load_bridge`."""
 
@@ -166,16 +182,9 @@ class DescEditSaveBridge(io.ComfyNode):
 
     @classmethod
     def execute(cls, bridge: Any, name: str) -> io.NodeOutput:
-        folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
-        relative = name.strip().removesuffix(".safetensors")
-        path = (folder / f"{relative}.safetensors").resolve()
-        if not relative or not path.is_relative_to(folder) or path.name.startswith("."):
-            raise ValueError(
-                f"DescEditSaveBridge: name is {name!r} but must be a file name inside models/{FOLDER}"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = bridge_path("DescEditSaveBridge", name)
         save_bridge(bridge.model, path)
-        return io.NodeOutput(path.relative_to(folder).as_posix())
+        return io.NodeOutput(path.relative_to(_folder()).as_posix())
 
 
 class DescEditApplyBridge(io.ComfyNode):

@@ -53,13 +53,12 @@ def apply_bridge(model: Any, setup: BridgeSetup) -> Any:
     Raises ValueError, naming the node, for a model that is not a UNet, that has a bridge already or that the
     bridge was not made for, and for a reference, strength, range or mask that cannot be used.
     """
-    sites = find_sites(model.model.diffusion_model, NODE)
+    check_base(NODE, model, setup.bridge)
     if has_bridge(model):
         raise ValueError(
             f"{NODE}: this MODEL has a bridge already. Two bridges do not add up: apply one, or wire the "
             "references to one node as a batch and choose to join them"
         )
-    _check_base(model, setup.settings, sites)
     _check_setup(model, setup)
     patched = model.clone()
     if setup.strength == 0 or (setup.mask is not None and not bool(setup.mask.any())):
@@ -80,13 +79,17 @@ def has_bridge(model: Any) -> bool:
     return bool(model.get_wrappers(WrappersMP.APPLY_MODEL, KEY))
 
 
-def _check_base(model: Any, settings: BridgeSettings, sites: tuple[Site, ...]) -> None:
-    family = type(model.model.model_config)
+def check_base(node: str, model: Any, bridge: Any) -> None:
+    """Raise ValueError, naming `node`, unless the ATTENTION_BRIDGE was made for this MODEL's family and
+    shape.
+    """
+    sites = find_sites(model.model.diffusion_model, node)
+    settings, family = bridge.model.settings, type(model.model.model_config)
     found = BridgeSettings(family.__name__, widths_of(sites))
     names = {base.__name__ for base in family.__mro__}
     if dict(settings.widths) != dict(found.widths) or settings.base not in names:
         raise ValueError(
-            f"{NODE}: the bridge is for {settings.shape()}, but the MODEL is {found.shape()}: load the "
+            f"{node}: the bridge is for {settings.shape()}, but the MODEL is {found.shape()}: load the "
             "model that the bridge was trained for"
         )
 

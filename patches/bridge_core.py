@@ -61,19 +61,25 @@ class Bank:
         *,
         joined: bool = False,
         merge: Callable[[SiteKey, torch.Tensor], Matrix | None] | None = None,
+        timesteps: torch.Tensor | None = None,
         **conditions: Any,
     ) -> None:
         """The reference pass: clean latents `x` at timestep 0, with no ControlNet, up to the last site.
 
         options: the call's `transformer_options`. joined: all references as one long sequence of tokens.
-        merge: a site's output matrix as one, or None. conditions: `context`, `y`.
+        merge: a site's output matrix as one, or None. timesteps: other than 0, for experiments, [references].
+        conditions: `context`, `y`. Where a gradient is wanted, the frozen UNet gets none unless the
+        reference passes through the bridge itself.
         """
         self.kept.clear()
-        reading = _Reading(self, joined, merge or (lambda key, like: None))
-        with suppress(_ReferenceRead):
+        learning = torch.is_grad_enabled()
+        reading = _Reading(self, joined, merge or (lambda key, like: None), learning)
+        timesteps = torch.zeros(len(x), device=x.device) if timesteps is None else timesteps
+        through = torch.set_grad_enabled(learning and self.settings.reference_self_bridge)
+        with through, suppress(_ReferenceRead):
             unet(
                 x,
-                torch.zeros(len(x), device=x.device),
+                timesteps,
                 control=None,
                 transformer_options=reading.install(options),
                 **conditions,
@@ -137,10 +143,14 @@ class _Reading(_Patches):
     """The reference pass: fills the bank."""
 
     def __init__(
-        self, bank: Bank, joined: bool, merge: Callable[[SiteKey, torch.Tensor], Matrix | None]
+        self,
+        bank: Bank,
+        joined: bool,
+        merge: Callable[[SiteKey, torch.Tensor], Matrix | None],
+        learning: bool,
     ) -> None:
         super().__init__(bank)
-        self.joined, self.merge = joined, merge
+        self.joined, self.merge, self.learning = joined, merge, learning
 
     @torch.compiler.disable
     def around(
@@ -154,8 +164,9 @@ class _Reading(_Patches):
     ) -> torch.Tensor:
         bank, site, r = self.bank, self.bank.bridge.site(key), self.hidden
         asks, self_bridge = bank.settings.direction != "edit_queries", bank.settings.reference_self_bridge
-        query = q + site.q(r) if asks or self_bridge else None
-        key_, value = (k + site.k(r), v + site.v(r)) if not asks or self_bridge else (None, None)
+        with torch.set_grad_enabled(self.learning):
+            query = q + site.q(r) if asks or self_bridge else None
+            key_, value = (k + site.k(r), v + site.v(r)) if not asks or self_bridge else (None, None)
         merged = self.merge(key, q)
         if asks:
             bank.kept[key] = Kept(query, None, None, merged)

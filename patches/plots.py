@@ -11,8 +11,13 @@ from PIL import Image, ImageDraw
 _COLOURS = ("#1f5fbf", "#c8401f")
 
 
-def draw_curves(curves: Mapping[str, Sequence[float]], width: int = 512, height: int = 288) -> torch.Tensor:
-    """One or two named curves, each of values at equal distances from pure noise to the clean image.
+def draw_curves(
+    curves: Mapping[str, Sequence[float]],
+    ends: tuple[str, str] = ("noise", "image"),
+    width: int = 512,
+    height: int = 288,
+) -> torch.Tensor:
+    """One or two named curves, each of values at equal distances between two `ends`.
 
     The axis spans them and 0. Returns an IMAGE, [1, height, width, 3], 0 to 1.
     """
@@ -29,8 +34,8 @@ def draw_curves(curves: Mapping[str, Sequence[float]], width: int = 512, height:
 
     draw.line([(left, top), (left, bottom)], fill="black")
     draw.line([place(0, 0), place(1, 0)], fill="black")
-    draw.text((left, bottom + 6), "noise", fill="black")
-    draw.text((right, bottom + 6), "image", fill="black", anchor="ra")
+    draw.text((left, bottom + 6), ends[0], fill="black")
+    draw.text((right, bottom + 6), ends[1], fill="black", anchor="ra")
     draw.text((left - 6, bottom), f"{floor:.3g}", fill="black", anchor="rs")
     draw.text((left - 6, top), f"{ceiling:.3g}", fill="black", anchor="rt")
     for number, ((label, curve), colour) in enumerate(zip(curves.items(), _COLOURS, strict=False)):

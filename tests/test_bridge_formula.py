@@ -49,8 +49,10 @@ class Blocks:
                 block.norm2.register_forward_pre_hook(after),
             ]
 
-    def close(self) -> None:
-        """Take the hooks away."""
+    def __enter__(self) -> Blocks:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -129,11 +131,8 @@ def test_every_site(host: Host, model: Any, direction: str, fusion: str, self_br
         host, model, direction=direction, fusion=fusion, reference_self_bridge=self_bridge
     )
     patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9), strength=0.7)
-    blocks = Blocks(host, model)
-    try:
+    with Blocks(host, model) as blocks:
         bridge_edit.sample(host, patched, steps=1)
-    finally:
-        blocks.close()
     for site in blocks.sites:
         r, h = blocks.normed[site.name]
         own = Site(model, bridge, site)
@@ -162,12 +161,8 @@ def test_sdxl_layout(host: Host, prediction: str) -> None:
         *("output.0.0", "output.0.1", "output.1.0", "output.1.1"),
     ]
     patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9))
-    blocks = Blocks(host, model)
-    try:
-        with bridge_edit.counted(model) as calls:
-            bridge_edit.sample(host, patched, steps=1)
-    finally:
-        blocks.close()
+    with Blocks(host, model) as blocks, bridge_edit.counted(model) as calls:
+        bridge_edit.sample(host, patched, steps=1)
     assert (calls.rows, calls.timesteps[0]) == ([1, 2], 0)
     for site in blocks.sites:
         r, h = blocks.normed[site.name]
@@ -190,12 +185,9 @@ def test_lora_reaches_both_readings(host: Host, model: Any) -> None:
         bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9)), None, lora, 0.8, 0.0
     )
     first = bridge_edit.sample(host, before, steps=1)
-    blocks = Blocks(host, model)
-    try:
+    with Blocks(host, model) as blocks:
         second = bridge_edit.sample(host, after, steps=1)
         sites = [Site(model, bridge, site) for site in blocks.sites]  # the LoRA is on the weights now
-    finally:
-        blocks.close()
     assert torch.equal(first, second)
     assert not torch.equal(sites[0].base["v"], small_models_weight(model, blocks.sites[0]))
     for site, own in zip(blocks.sites, sites, strict=True):
@@ -211,11 +203,8 @@ def test_joined_references(host: Host, model: Any) -> None:
     bridge = bridge_edit.random_bridge(host, model)
     references = small_models.latent(9, batch=2, size=(12, 20))
     patched = bridge_edit.apply_bridge(host, model, bridge, references, references="all for every image")
-    blocks = Blocks(host, model)
-    try:
+    with Blocks(host, model) as blocks:
         bridge_edit.sample(host, patched, steps=1)
-    finally:
-        blocks.close()
     for site in blocks.sites:
         r, h = blocks.normed[site.name]
         own = Site(model, bridge, site)
@@ -242,11 +231,8 @@ def test_mask_acts_place_by_place(host: Host, model: Any) -> None:
         strength=1.0,
     )
     for positive, window in ((None, mask), (area, mask[:, 16:112, 32:96])):
-        blocks = Blocks(host, model)
-        try:
+        with Blocks(host, model) as blocks:
             bridge_edit.sample(host, patched, positive, steps=1, cfg=1.0)
-        finally:
-            blocks.close()
         for site in blocks.sites:
             r, h = blocks.normed[site.name][0], blocks.normed[site.name][-1]
             side = window.shape[1] // 8 >> site.level, window.shape[2] // 8 >> site.level

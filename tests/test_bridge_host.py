@@ -142,11 +142,8 @@ def test_other_packs_patches_are_chained(host: Host, model: Any) -> None:
     after = patched(apply_bridge(host, model, bridge, REFERENCE))
     before = apply_bridge(host, patched(model), bridge, REFERENCE)
     first = sample(host, after, steps=1)
-    blocks = Blocks(host, model)
-    try:
+    with Blocks(host, model) as blocks:
         second = sample(host, before, steps=1)
-    finally:
-        blocks.close()
     assert torch.equal(first, second)
     assert images == [2, 2]  # the reference pass, of one row, is not among them
     for site in blocks.sites:
@@ -256,7 +253,7 @@ def test_full_width_sd15(host: Host) -> None:
     assert torch.equal(found, plain)
     patched = apply_bridge(host, model, random_bridge(host, model), reference, source=source)
     together = sample(host, patched, **inputs)
-    assert not same(together, plain)
+    assert not torch.equal(together, plain)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "get_free_memory", lambda *_: 0)
         assert float((sample(host, patched, **inputs) - together).abs().max()) < 1e-4 * float(together.std())

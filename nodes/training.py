@@ -1,0 +1,254 @@
+"""Training attention bridges inside ComfyUI (DescriptiveEdit, arXiv 2508.20505)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+from ..models.bridge import AttentionBridge, manage
+from ..models.bridge_file import save_bridge
+from ..patches.bridge import check_base
+from ..patches.gradient import gradients
+from ..patches.plots import draw_curves
+from ..training.cache import EncodedPairs, encode_pairs
+from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective
+from ..training.pairs import read_folder
+from ..training.trainer import PRECISIONS, Trainer, TrainSettings
+from .bridge import BridgeType, bridge_path
+
+CATEGORY = "descriptive edit/training"
+ALIASES = ["DescriptiveEdit", "2508.20505", "train bridge", "finetune", "edit pairs"]
+PREVIEW_EVERY = 10
+
+EditPairsType = io.Custom("EDIT_PAIRS")
+
+
+class DescEditEditPairs(io.ComfyNode):
+    """Node: `training.pairs.read_folder`, encoded by `training.cache.encode_pairs`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditEditPairs",
+            display_name="Edit Pairs from Folder",
+            category=CATEGORY,
+            description=(
+                "Reads edit pairs from a folder inside ComfyUI's input folder and encodes them once: for "
+                'each pair name_source.png, name_edit.png and name.json with {"source": text, "edit": text}. '
+                "Encoded pairs stay in the temp folder until ComfyUI restarts."
+            ),
+            search_aliases=[*ALIASES, "dataset"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The base model's VAE."),
+                io.Clip.Input("clip", tooltip="The base model's text encoder."),
+                io.String.Input(
+                    "folder", default="edit_pairs", tooltip="A folder in ComfyUI's input folder."
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=64,
+                    tooltip="Pictures are scaled and cropped to about resolution x resolution pixels, 64 to "
+                    "2048, in the shape nearest to their own from 1:2 to 2:1.",
+                ),
+            ],
+            outputs=[EditPairsType.Output("pairs")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_: Any) -> list[tuple[str, float]]:
+        files = sorted(_inside_input(folder).iterdir())
+        return [(file.name, file.stat().st_mtime) for file in files]
+
+    @classmethod
+    def execute(cls, vae: Any, clip: Any, folder: str, resolution: int) -> io.NodeOutput:
+        path = _inside_input(folder)
+        cache = Path(folder_paths.get_temp_directory()) / "edit_pairs"
+        bar = comfy.utils.ProgressBar(len(list(path.glob("*.json"))))
+        try:
+            pairs = encode_pairs(read_folder(path, resolution, 64), vae, clip, cache, bar.update_absolute)
+        except ValueError as error:
+            raise ValueError(f"DescEditEditPairs: {error}") from None
+        return io.NodeOutput(pairs)
+
+
+def _inside_input(folder: str) -> Path:
+    base = Path(folder_paths.get_input_directory()).resolve()
+    path = (base / folder).resolve()
+    if not path.is_relative_to(base) or not path.is_dir():
+        raise ValueError(
+            f"DescEditEditPairs: folder is {folder!r} but must be a folder inside ComfyUI's input folder"
+        )
+    return path
+
+
+class DescEditTrainBridge(io.ComfyNode):
+    """Node: `training.trainer.Trainer`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = TrainSettings()
+        return io.Schema(
+            node_id="DescEditTrainBridge",
+            display_name="Train Attention Bridge",
+            category=CATEGORY,
+            description=(
+                "Trains a bridge on edit pairs; the model itself does not change. Interrupting keeps what "
+                "was learned so far as a file in models/attention_bridges."
+            ),
+            search_aliases=ALIASES,
+            inputs=[
+                io.Model.Input("model", tooltip="The base model. LoRAs on it are trained with."),
+                BridgeType.Input("bridge", tooltip="Where to begin: a new bridge, or one to train further."),
+                EditPairsType.Input("pairs", tooltip="From Edit Pairs from Folder, with this model's VAE."),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimiser steps, 1 to a million. The authors' run has 100,000.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=default.batch,
+                    min=1,
+                    max=256,
+                    tooltip="Pairs a forward, 1 to 256. More needs more memory.",
+                ),
+                io.Int.Input(
+                    "accumulate",
+                    default=default.accumulate,
+                    min=1,
+                    max=1024,
+                    advanced=True,
+                    tooltip="Forwards a step, 1 to 1024: as if the batch were so many times larger.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=default.learning_rate,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
+                    tooltip="AdamW's learning rate. The paper uses 1e-5; a small run may need more.",
+                ),
+                io.Combo.Input(
+                    "dropout",
+                    options=list(DROPOUTS),
+                    advanced=True,
+                    tooltip="paper: text and image are left out in 5% of the pairs each. release: as in the "
+                    "authors' code. none: never, which leaves dual guidance untrained.",
+                ),
+                io.Combo.Input(
+                    "dropped_image",
+                    options=list(DROPPED_IMAGES),
+                    advanced=True,
+                    tooltip="What a pair without image gets: off, no bridge, as in sampling; white, a white "
+                    "reference.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    advanced=True,
+                    tooltip="fp32, or bf16 or fp16 by autocast, which need less memory.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=default.seed,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="Of the order of pairs and of the noise. The same seed takes the same steps.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="trained",
+                    advanced=True,
+                    tooltip="If the training is interrupted, the bridge so far is kept under this name and "
+                    "the number of its steps.",
+                ),
+            ],
+            outputs=[
+                BridgeType.Output("bridge", tooltip="The trained bridge; the one that came in is unchanged."),
+                io.Image.Output("plot", tooltip="The loss from the first step to the last, smoothed."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        bridge: Any,
+        pairs: EncodedPairs,
+        steps: int,
+        batch: int,
+        accumulate: int,
+        learning_rate: float,
+        dropout: str,
+        dropped_image: str,
+        precision: str,
+        seed: int,
+        name: str,
+    ) -> io.NodeOutput:
+        node = "DescEditTrainBridge"
+        kept_as = bridge_path(node, name)
+        check_base(node, model, bridge)
+        if model.model.diffusion_model.num_classes is not None:
+            raise ValueError(
+                f"{node}: models with pooled text (SDXL) cannot be trained yet: use SD1.x or SD2.x"
+            )
+        try:
+            objective = Objective(dropout, dropped_image=dropped_image)
+            settings = TrainSettings(
+                batch, accumulate, learning_rate, precision=precision, seed=seed, objective=objective
+            )
+        except ValueError as error:
+            raise ValueError(f"{node}: {error}") from None
+        device = model.load_device
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        bar = comfy.utils.ProgressBar(steps)
+        with gradients():
+            learned = AttentionBridge(bridge.model.settings, torch.float32, device)
+            learned.load_state_dict(bridge.model.state_dict())
+            trainer = Trainer(model.model, learned, pairs, settings, device)
+            try:
+                while trainer.step < steps:
+                    trainer.run_step()
+                    bar.update_absolute(trainer.step, steps, _preview(trainer))
+            except (comfy.model_management.InterruptProcessingException, FloatingPointError):
+                path = kept_as.with_name(f"{kept_as.stem}-step{trainer.step}.safetensors")
+                save_bridge(learned, path)
+                logging.warning("%s: stopped after step %d, kept as %s", node, trainer.step, path.name)
+                raise
+            learned.requires_grad_(False)
+            learned.to(comfy.model_management.unet_offload_device())
+        return io.NodeOutput(manage(learned), _plot(trainer))
+
+
+def _plot(trainer: Trainer) -> torch.Tensor:
+    """The losses, each the mean of a fiftieth of the run."""
+    values = np.asarray(trainer.losses)
+    window = max(1, len(values) // 50)
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    smooth = smooth if len(smooth) > 1 else np.repeat(smooth, 2)
+    return draw_curves({"loss": smooth.tolist()}, ends=("first step", f"step {trainer.step}"))
+
+
+def _preview(trainer: Trainer) -> tuple | None:
+    if trainer.step % PREVIEW_EVERY:
+        return None
+    picture = (_plot(trainer)[0].numpy() * 255).astype(np.uint8)
+    return ("JPEG", Image.fromarray(picture), 512)
+
+
+NODES = [DescEditEditPairs, DescEditTrainBridge]

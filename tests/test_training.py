@@ -1,0 +1,350 @@
+"""Training a bridge: the objective, the loop, and what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bridge_edit
+import pytest
+import safetensors.torch
+import small_models
+import torch
+from host import Host
+
+TOKENS, WIDTH = 7, small_models.CONTEXT_WIDTH
+
+
+@pytest.fixture(scope="module")
+def training(host: Host) -> Any:
+    """The pack's training modules."""
+    names = ("objective", "trainer", "cache", "pairs")
+    return SimpleNamespace(**{name: host.pack_module(f"training.{name}") for name in names})
+
+
+@pytest.fixture(scope="module")
+def gradients(host: Host) -> Any:
+    """The region in which the host's weights can be differentiated through."""
+    return host.pack_module("patches.gradient").gradients
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random UNet."""
+    return small_models.small_unet()
+
+
+def batch(training: Any, pairs: int = 3) -> Any:
+    """Random encoded pairs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return training.objective.Batch(
+        source=make(pairs, 4, 16, 16),
+        edit=make(pairs, 4, 16, 16),
+        source_text=make(pairs, TOKENS, WIDTH),
+        edit_text=make(pairs, TOKENS, WIDTH),
+        empty_text=make(1, TOKENS, WIDTH),
+        white=make(1, 4, 16, 16),
+    )
+
+
+def encoded(training: Any, folder: Path, pairs: int = 5) -> Any:
+    """EDIT_PAIRS of random latents on disk, of two sizes."""
+    generator = torch.Generator().manual_seed(1)
+    files, sizes = [], []
+    for number in range(pairs):
+        size = (16, 16) if number < 3 else (8, 24)
+        tensors = {name: torch.randn(1, 4, *size, generator=generator) for name in ("source", "edit")}
+        tensors |= {
+            name: torch.randn(1, TOKENS, WIDTH, generator=generator) for name in ("source_text", "edit_text")
+        }
+        files.append(f"{number}.safetensors")
+        sizes.append(size)
+        safetensors.torch.save_file(tensors, folder / files[-1])
+    for size in set(sizes):
+        shared = {"empty_text": torch.zeros(1, TOKENS, WIDTH), "white": torch.ones(1, 4, *size)}
+        safetensors.torch.save_file(shared, folder / f"shared{size[0]}.safetensors")
+    shared = tuple((size, f"shared{size[0]}.safetensors") for size in sorted(set(sizes)))
+    return training.cache.EncodedPairs(
+        folder, tuple(map(str, range(pairs))), tuple(files), tuple(sizes), shared
+    )
+
+
+def bank(host: Host, model: Any, bridge: Any) -> Any:
+    """What the objective works with."""
+    return host.pack_module("patches.bridge_core").Bank(bridge.model, model.model.diffusion_model)
+
+
+def fresh_bridge(host: Host, model: Any) -> Any:
+    """A bridge that changes nothing yet."""
+    return host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)[0]
+
+
+@pytest.mark.parametrize("sampling", ["eps", "v_prediction"])
+def test_first_loss_is_the_base_models(host: Host, training: Any, gradients: Any, sampling: str) -> None:
+    """Protects: with a new bridge the loss is the base model's own, bit for bit, and that is the plain
+    formula: the mean square of the predicted noise, or v, against the true one.
+    """
+    model = small_models.small_unet()
+    (model,) = host.execute("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False)
+    base = model.model
+    base.model_sampling = model.get_model_object("model_sampling")
+    objective = training.objective.Objective(dropout="none")
+    pairs = batch(training)
+    draws = training.objective.draw(objective, [1, 2, 3], (4, 16, 16), 1000)
+    with gradients():
+        found = training.objective.losses(
+            base, bank(host, model, fresh_bridge(host, model)), pairs, draws, objective
+        )
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)[draws.timesteps].view(-1, 1, 1, 1)
+    noised = (kept.sqrt() * pairs.edit + (1 - kept).sqrt() * draws.noise).float()
+    with torch.no_grad(), gradients():
+        output = base.diffusion_model(noised, draws.timesteps.float(), context=pairs.edit_text)
+    target = draws.noise.double()
+    if sampling == "v_prediction":
+        target = kept.sqrt() * draws.noise - (1 - kept).sqrt() * pairs.edit
+    expected = (output.double() - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    off = training.objective.Draws(
+        draws.timesteps, draws.noise, draws.no_text, torch.ones(3, dtype=torch.bool), draws.no_edit
+    )
+    with gradients():
+        without = training.objective.losses(
+            base, bank(host, model, fresh_bridge(host, model)), pairs, off, objective
+        )
+    assert torch.equal(found, without)
+
+
+def test_dropped_rows(host: Host, model: Any, training: Any, gradients: Any) -> None:
+    """Protects: a dropped image is a row without the bridge, or one with a white reference; a dropped text is
+    the empty one; and only these rows differ.
+    """
+    objective = training.objective.Objective(dropout="none")
+    white = training.objective.Objective(dropout="none", dropped_image="white")
+    pairs = batch(training)
+    learned = bank(host, model, bridge_edit.random_bridge(host, model))
+    no = torch.tensor([False, True, False])
+    never = torch.zeros(3, dtype=torch.bool)
+    draws = training.objective.draw(objective, [1, 2, 3], (4, 16, 16), 1000)
+
+    def run(which: Any, how: Any, **changes: torch.Tensor) -> torch.Tensor:
+        parts = {"no_text": never, "no_image": never, "no_edit": never, **changes}
+        drawn = training.objective.Draws(draws.timesteps, draws.noise, **parts)
+        with gradients():
+            return training.objective.losses(model.model, learned, which, drawn, how).detach()
+
+    def replaced(**changes: torch.Tensor) -> Any:
+        return training.objective.Batch(**{**vars(pairs), **changes})
+
+    def second(name: str, value: torch.Tensor) -> torch.Tensor:
+        tensor = getattr(pairs, name).clone()
+        tensor[1] = value
+        return tensor
+
+    whole = run(pairs, objective)
+    dropped = run(pairs, objective, no_image=no)
+    torch.testing.assert_close(dropped[[0, 2]], whole[[0, 2]], rtol=1e-5, atol=0)
+    assert abs(float(dropped[1] - whole[1])) > 1e-4
+    text = second("edit_text", pairs.empty_text[0])
+    torch.testing.assert_close(run(pairs, objective, no_text=no), run(replaced(edit_text=text), objective))
+    blank = replaced(
+        source=second("source", pairs.white[0]), source_text=second("source_text", pairs.empty_text[0])
+    )
+    torch.testing.assert_close(run(pairs, white, no_image=no), run(blank, objective))
+    same = replaced(edit=second("edit", pairs.source[1]))
+    torch.testing.assert_close(run(pairs, objective, no_edit=no), run(same, objective))
+
+
+def test_dropout_rates(training: Any) -> None:
+    """Protects: `paper` drops text and image in 5% each, independently; `release` has three bands of 5% that
+    exclude one another; `none` drops nothing.
+    """
+    count = 20_000
+    found = {}
+    for name in ("paper", "release", "none"):
+        objective = training.objective.Objective(dropout=name)
+        draws = training.objective.draw(objective, range(count), (1, 1, 1), 1000)
+        flags = torch.stack([draws.no_text, draws.no_image, draws.no_edit], dim=1).int()
+        found[name] = {
+            tuple(row): float((flags == torch.tensor(row)).all(1).float().mean())
+            for row in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1))
+        }
+    expected = {
+        "paper": (0.9025, 0.0475, 0.0475, 0.0025, 0.0),
+        "release": (0.85, 0.0, 0.05, 0.05, 0.05),
+        "none": (1.0, 0.0, 0.0, 0.0, 0.0),
+    }
+    for name, shares in expected.items():
+        assert list(found[name].values()) == pytest.approx(shares, abs=0.006), name
+        assert sum(found[name].values()) == pytest.approx(1.0)
+
+
+def test_min_snr(host: Host, model: Any, training: Any, gradients: Any) -> None:
+    """Protects: min-SNR weighs a pair's loss by min(SNR, limit) / SNR."""
+    plain = training.objective.Objective(dropout="none")
+    weighed = training.objective.Objective(dropout="none", min_snr=5.0)
+    draws = training.objective.draw(plain, [1, 2, 3], (4, 16, 16), 1000)
+    draws.timesteps.copy_(torch.tensor([10, 300, 900]))
+    found = []
+    for objective in (plain, weighed):
+        with gradients():
+            found.append(
+                training.objective.losses(
+                    model.model,
+                    bank(host, model, fresh_bridge(host, model)),
+                    batch(training),
+                    draws,
+                    objective,
+                ).detach()
+            )
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)[draws.timesteps]
+    snr = kept / (1 - kept)
+    torch.testing.assert_close((found[1] / found[0]).double(), snr.clamp(max=5) / snr, rtol=1e-4, atol=0)
+
+
+def trainer(host: Host, training: Any, model: Any, pairs: Any, **settings: Any) -> Any:
+    """A trainer of a new bridge."""
+    defaults = {"batch": 2, "learning_rate": 1e-3, **settings}
+    bridge = fresh_bridge(host, model).model
+    return training.trainer.Trainer(
+        model.model, bridge, pairs, training.trainer.TrainSettings(**defaults), "cpu"
+    )
+
+
+def mean_loss(learning: Any) -> float:
+    """The loss over the first eight forwards of a run, as the weights are now."""
+    with torch.no_grad():
+        return float(torch.cat([learning.loss(place) for place in range(8)]).mean())
+
+
+def test_only_the_bridge_learns(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any
+) -> None:
+    """Protects: training lowers the loss, every weight of the bridge learns, and the base model's weights
+    keep every bit.
+    """
+    pairs = encoded(training, tmp_path, pairs=2)
+    before = small_models.fingerprint(model)
+    learning = trainer(
+        host,
+        training,
+        model,
+        pairs,
+        objective=training.objective.Objective(dropout="none"),
+        learning_rate=5e-3,
+    )
+    start = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}
+    with gradients():
+        first = mean_loss(learning)
+        for _ in range(25):
+            learning.run_step()
+        last = mean_loss(learning)
+    assert last < 0.97 * first
+    assert small_models.fingerprint(model) == before
+    for name, weight in learning.bridge.state_dict().items():
+        assert not torch.equal(weight, start[name]), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "ema": 0.9, "precision": "bf16"}])
+def test_resume(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any, settings: dict
+) -> None:
+    """Protects: a run that stops and goes on from its checkpoint takes the same steps, to the last bit."""
+    pairs = encoded(training, tmp_path)
+    whole = trainer(host, training, model, pairs, **settings)
+    part = trainer(host, training, model, pairs, **settings)
+    with gradients():
+        for _ in range(6):
+            whole.run_step()
+        for _ in range(3):
+            part.run_step()
+        part.save(tmp_path / "state.pt")
+        again = trainer(host, training, model, pairs, **settings)
+        again.load(tmp_path / "state.pt")
+        for _ in range(3):
+            again.run_step()
+    assert again.losses == whole.losses
+    for name, weight in whole.bridge.state_dict().items():
+        assert torch.equal(weight, again.bridge.state_dict()[name]), name
+    with whole.averaged(), again.averaged():
+        for name, weight in whole.bridge.state_dict().items():
+            assert torch.equal(weight, again.bridge.state_dict()[name]), name
+    assert not (tmp_path / "state.pt.part").exists()
+    other = trainer(host, training, model, pairs, **{**settings, "learning_rate": 2e-3})
+    with pytest.raises(ValueError, match=r"another configuration: learning_rate 0.001 there, 0.002 here"):
+        other.load(tmp_path / "state.pt")
+
+
+def test_accumulation_is_a_larger_batch(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any
+) -> None:
+    """Protects: two forwards of two pairs a step give the gradient of all four."""
+    pairs = encoded(training, tmp_path)
+    learning = trainer(host, training, model, pairs, accumulate=2)
+    expected = trainer(host, training, model, pairs, accumulate=2)
+    with gradients():
+        learning.run_step()
+        (torch.cat([expected.loss(0), expected.loss(1)]).mean()).backward()
+    grads = [weight.grad for weight in expected.bridge.parameters()]
+    torch.nn.utils.clip_grad_norm_(list(expected.bridge.parameters()), 1.0)
+    optimiser = torch.optim.AdamW(expected.bridge.parameters(), lr=1e-3, weight_decay=0.01)
+    optimiser.step()
+    assert grads
+    for name, weight in learning.bridge.state_dict().items():
+        torch.testing.assert_close(weight, expected.bridge.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any
+) -> None:
+    """Protects: training stops at such a loss, says the step, and keeps the weights of the step before."""
+    pairs = encoded(training, tmp_path, pairs=2)
+    learning = trainer(host, training, model, pairs)
+    with gradients():
+        learning.run_step()
+        kept = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}
+        for file in pairs.files:
+            tensors = safetensors.torch.load_file(tmp_path / file)
+            tensors["edit"][0, 0, 0, 0] = float("nan")
+            safetensors.torch.save_file(tensors, tmp_path / file)
+        with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
+            learning.run_step()
+    assert all(torch.equal(weight, kept[name]) for name, weight in learning.bridge.state_dict().items())
+    assert learning.step == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("TrainSettings", {"precision": "fp64"}, "precision is 'fp64'"),
+        ("TrainSettings", {"batch": 0}, "batch is 0"),
+        ("TrainSettings", {"ema": 1.0}, "ema is 1.0"),
+        ("Objective", {"dropout": "all"}, "dropout is 'all'"),
+        ("Objective", {"drop_rate": 0.5}, "drop_rate is 0.5"),
+    ],
+)
+def test_wrong_settings(training: Any, name: str, settings: dict, message: str) -> None:
+    """Protects: settings that cannot be are refused by name."""
+    kind = getattr(training.trainer if name == "TrainSettings" else training.objective, name)
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_batches(training: Any) -> None:
+    """Protects: every batch is of one size, an epoch uses no pair twice where there are enough, epochs
+    differ, and the same seed gives the same order.
+    """
+    sizes = [(16, 16)] * 7 + [(8, 24)] * 4 + [(24, 8)]
+    first = training.pairs.batches(sizes, 2, seed=1, epoch=0)
+    assert first == training.pairs.batches(sizes, 2, seed=1, epoch=0)
+    assert first != training.pairs.batches(sizes, 2, seed=1, epoch=1)
+    assert all(len({sizes[number] for number in numbers}) == 1 for numbers in first)
+    used = [number for numbers in first for number in numbers if sizes[number] != (24, 8)]
+    assert len(used) == len(set(used)) == 10
+    assert [11, 11] in first

@@ -1,0 +1,274 @@
+"""Edit pairs in a folder, their encoding, and training in the graph."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import numpy as np
+import pytest
+import torch
+from bridge_edit import apply_bridge
+from host import Host
+from PIL import Image
+
+SIZE = 64
+
+
+@pytest.fixture
+def folder(host: Host) -> Iterator[Path]:
+    """An empty folder inside the host's input folder."""
+    path = Path(folder_paths.get_input_directory()) / "pairs"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    assert path.is_relative_to(host.base)
+    yield path
+    shutil.rmtree(path)
+
+
+def write_pair(folder: Path, name: str, size: tuple[int, int] = (SIZE, SIZE), seed: int = 0) -> None:
+    """A pair of random pictures, (width, height), with its texts."""
+    rng = np.random.default_rng(seed)
+    for role in ("source", "edit"):
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}_{role}.png")
+    texts = {"source": "a large red circle", "edit": "a large blue circle"}
+    (folder / f"{name}.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def encode(host: Host, folder: Path, studio: Any, resolution: int = SIZE) -> Any:
+    """EDIT_PAIRS from the node."""
+    _, clip, vae = studio
+    return host.execute("DescEditEditPairs", vae=vae, clip=clip, folder=folder.name, resolution=resolution)[0]
+
+
+@pytest.fixture(scope="module")
+def studio(host: Host) -> Any:
+    """The Tiny Studio's MODEL, CLIP and VAE."""
+    return host.execute("DescEditTinyStudio")
+
+
+def test_buckets(host: Host) -> None:
+    """Protects: sizes are multiples of the step, near the area asked for, from 1:2 to 2:1, portrait and
+    landscape.
+    """
+    found = host.pack_module("training.pairs").buckets(512, 64)
+    assert (512, 512) in found
+    assert {(width, height) for height, width in found} == set(found)
+    for height, width in found:
+        assert height % 64 == width % 64 == 0
+        assert 0.5 <= height / width <= 2
+        assert 0.8 <= height * width / 512**2 <= 1.2
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((64, 64), (64, 64)), ((300, 200), (192, 320)), ((150, 310), (384, 192))]
+)
+def test_pictures_are_fitted(
+    host: Host, folder: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """Protects: a picture covers its bucket, keeps its proportions and its middle, and one of the bucket's
+    own size keeps every pixel.
+    """
+    pairs = host.pack_module("training.pairs")
+    gradient = np.linspace(0, 255, size[0])[None, :, None].repeat(size[1], 0).repeat(3, 2).astype(np.uint8)
+    write_pair(folder, "a")
+    for role in ("source", "edit"):
+        Image.fromarray(gradient).save(folder / f"a_{role}.png")
+    (pair,) = pairs.read_folder(folder, 64 if size == (64, 64) else 256, 64)
+    assert tuple(pair.source.shape) == (*expected, 3)
+    if size == (64, 64):
+        np.testing.assert_array_equal((pair.source.numpy() * 255).round(), gradient)
+    row = pair.source[expected[0] // 2, :, 0].numpy()
+    assert row.mean() == pytest.approx(0.5, abs=0.01)
+    assert (np.diff(row) >= -1e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("no edit", "there is no b_edit.png"),
+        ("sizes", "the source is 64x64 and the edit 96x64"),
+        ("tiny", "smaller than 64 pixels"),
+        ("broken", "cannot be read"),
+        ("no text", 'no "source" and "edit" texts'),
+        ("empty text", "a description is empty"),
+        ("no json", 'no "source" and "edit" texts'),
+    ],
+)
+def test_bad_pairs(
+    host: Host, folder: Path, caplog: pytest.LogCaptureFixture, fault: str, message: str
+) -> None:
+    """Protects: a pair that cannot be used is named, logged and skipped while it is at most one in a hundred;
+    beyond that the folder is refused.
+    """
+    pairs = host.pack_module("training.pairs")
+    for name in ("a", "b", "c"):
+        write_pair(folder, name)
+    match fault:
+        case "no edit":
+            (folder / "b_edit.png").unlink()
+        case "sizes":
+            Image.new("RGB", (96, 64)).save(folder / "b_edit.png")
+        case "tiny":
+            Image.new("RGB", (32, 64)).save(folder / "b_source.png")
+        case "broken":
+            (folder / "b_edit.png").write_bytes(b"not a picture")
+        case "no text":
+            (folder / "b.json").write_text("{}")
+        case "empty text":
+            (folder / "b.json").write_text('{"source": "a", "edit": " "}')
+        case "no json":
+            (folder / "b.json").write_text("{")
+    assert [pair.name for pair in pairs.read_folder(folder, 64, 64)] == ["a", "c"]
+    assert "edit pair b: " in caplog.text
+    assert message in caplog.text
+    shutil.copy(folder / "b.json", folder / "d.json")
+    with pytest.raises(
+        ValueError, match=r"2 of 4 edit pairs in pairs cannot be used, more than 1%; the first is b"
+    ):
+        list(pairs.read_folder(folder, 64, 64))
+
+
+def test_encoded_once(host: Host, folder: Path, studio: Any) -> None:
+    """Protects: pairs are encoded once and again only when they change; what is on disk is what the encoders
+    give; pairs of one size make a batch in the model's own scale.
+    """
+    model, clip, vae = studio
+    for name in ("a", "b"):
+        write_pair(folder, name, seed=ord(name))
+    pairs = encode(host, folder, studio)
+    stamps = {name: os.stat(pairs.folder / name).st_mtime_ns for name in pairs.files}
+    again = encode(host, folder, studio)
+    assert again == pairs
+    assert {name: os.stat(pairs.folder / name).st_mtime_ns for name in again.files} == stamps
+    write_pair(folder, "b", seed=99)
+    changed = encode(host, folder, studio)
+    assert changed.files[0] == pairs.files[0]
+    assert changed.files[1] != pairs.files[1]
+    with torch.inference_mode():
+        found = pairs.batch([0, 1], torch.device("cpu"), model.model.process_latent_in)
+        assert found.source.shape == found.edit.shape == (2, 4, 8, 8)
+        (source,) = [pair.source for pair in host.pack_module("training.pairs").read_folder(folder, 64, 64)][
+            :1
+        ]
+        torch.testing.assert_close(found.source[:1], 0.18215 * vae.encode(source[None]), rtol=1e-4, atol=1e-4)
+        text = clip.encode_from_tokens(clip.tokenize("a large blue circle"), return_pooled=False)
+        torch.testing.assert_close(found.edit_text[:1], text)
+        assert found.white.shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nothing", "folder is 'nothing'"), ("../..", "folder is '../..'")]
+)
+def test_folders(host: Host, studio: Any, name: str, message: str) -> None:
+    """Protects: only a folder inside the input folder is read."""
+    _, clip, vae = studio
+    with pytest.raises(ValueError, match=f"DescEditEditPairs: {message}"):
+        host.execute("DescEditEditPairs", vae=vae, clip=clip, folder=name)
+
+
+def test_an_empty_folder(host: Host, folder: Path, studio: Any) -> None:
+    """Protects: a folder without pairs says what it needs."""
+    with pytest.raises(
+        ValueError, match=r"DescEditEditPairs: no edit pairs in pairs: it needs name_source.png"
+    ):
+        encode(host, folder, studio)
+
+
+def test_train_in_the_graph(host: Host, folder: Path, studio: Any) -> None:
+    """Protects: a graph trains a bridge on a folder, shows progress and the loss, gives it to the next node,
+    and leaves the bridge that came in as it was.
+    """
+    for name in ("a", "b", "c"):
+        write_pair(folder, name, seed=ord(name))
+    model = studio[0]
+    (start,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
+    before = {name: weight.clone() for name, weight in start.model.state_dict().items()}
+    pairs = encode(host, folder, studio)
+    inputs = {"model": model, "bridge": start, "pairs": pairs, "batch": 2, "learning_rate": 1e-3}
+    trained, plot = host.execute("DescEditTrainBridge", steps=4, **inputs)
+    again, _ = host.execute("DescEditTrainBridge", steps=4, **inputs)
+    learned = trained.model.state_dict()
+    assert all(torch.equal(weight, before[name]) for name, weight in start.model.state_dict().items())
+    assert all(torch.equal(weight, learned[name]) for name, weight in again.model.state_dict().items())
+    assert not torch.equal(learned["middle.0.0.fuse.weight"], before["middle.0.0.fuse.weight"])
+    assert not any(weight.requires_grad for weight in trained.model.parameters())
+    assert plot.shape[-1] == 3
+    patched = apply_bridge(
+        host, model, trained, torch.randn(1, 4, 8, 8), source=studio_text(host, studio, "a red circle")
+    )
+    (output,) = host.execute(
+        "KSampler",
+        model=patched,
+        positive=studio_text(host, studio, "a blue circle"),
+        negative=studio_text(host, studio, ""),
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)},
+        seed=1,
+        steps=2,
+        cfg=3.0,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+    )
+    assert output["samples"].isfinite().all()
+
+
+def studio_text(host: Host, studio: Any, text: str) -> Any:
+    """CONDITIONING of a text."""
+    return host.execute("CLIPTextEncode", clip=studio[1], text=text)[0]
+
+
+def test_an_interrupt_keeps_what_was_learned(host: Host, folder: Path, studio: Any) -> None:
+    """Protects: an interrupted training leaves a bridge file of the steps it took."""
+    for name in ("a", "b"):
+        write_pair(folder, name, seed=ord(name))
+    model = studio[0]
+    (start,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
+    calls = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            comfy.model_management.interrupt_current_processing()
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            host.execute(
+                "DescEditTrainBridge",
+                model=model,
+                bridge=start,
+                pairs=encode(host, folder, studio),
+                steps=50,
+                batch=2,
+                name="stopped",
+            )
+    finally:
+        handle.remove()
+    path = Path(folder_paths.get_folder_paths("attention_bridges")[0]) / "stopped-step2.safetensors"
+    (kept,) = host.execute("DescEditLoadBridge", bridge_name=path.name)
+    path.unlink()
+    assert float(kept.model.state_dict()["middle.0.0.fuse.weight"].abs().max()) > 0
+
+
+def test_wrong_inputs(host: Host, folder: Path, studio: Any) -> None:
+    """Protects: a bridge for another base, and a name that leads out of its folder, are refused at once."""
+    import small_models
+
+    write_pair(folder, "a")
+    pairs = encode(host, folder, studio)
+    other = small_models.small_unet()
+    (bridge,) = host.execute("DescEditNewBridge", model=other, rank=4, alpha=4.0)
+    inputs = {"model": studio[0], "pairs": pairs, "steps": 1}
+    with pytest.raises(ValueError, match=r"DescEditTrainBridge: the bridge is for _SmallSD15"):
+        host.execute("DescEditTrainBridge", bridge=bridge, **inputs)
+    with pytest.raises(ValueError, match=r"DescEditTrainBridge: name is '../x'"):
+        host.execute("DescEditTrainBridge", bridge=bridge, name="../x", **inputs)

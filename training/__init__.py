@@ -1,0 +1,1 @@
+"""Learning an attention bridge from edit pairs."""

@@ -1,0 +1,159 @@
+"""What a bridge learns (DescriptiveEdit, arXiv 2508.20505): to denoise the edited picture with the source as
+reference.
+
+Only the edited latent is noised; the reference stays clean and is read at timestep 0, so the two have noise
+levels of their own (Diffusion Forcing). Text and image are dropped at random, so that the trained bridge
+knows every prediction that dual guidance asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_sampling
+import torch
+
+from ..patches.bridge_core import Bank, Feeding
+
+DROPOUTS = ("paper", "release", "none")
+DROPPED_IMAGES = ("off", "white")
+REFERENCE_TIMES = ("zero", "same")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """dropout: `paper`, text and image each dropped with `drop_rate`, independently; `release`, the authors'
+    code, three bands of that size each that exclude one another: no text and the reference itself as
+    target, no image, neither; `none`. dropped_image: what a row without image gets: `off`, no bridge, as at
+    inference, or `white`, a white reference without text. reference_time: the reference pass's timestep,
+    `zero` or, as in the authors' training, the `same` as the picture's. min_snr: loss weight
+    min(SNR, min_snr) / SNR (arXiv 2303.09556), 0 for none.
+
+    Raises ValueError for settings that there are not.
+    """
+
+    dropout: str = "paper"
+    drop_rate: float = 0.05
+    dropped_image: str = "off"
+    reference_time: str = "zero"
+    min_snr: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dropout", DROPOUTS),
+            ("dropped_image", DROPPED_IMAGES),
+            ("reference_time", REFERENCE_TIMES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r} but must be one of {', '.join(allowed)}")
+        if not 0 <= self.drop_rate <= 1 / 3 or self.min_snr < 0:
+            raise ValueError(
+                f"drop_rate is {self.drop_rate} and min_snr {self.min_snr}, but drop_rate must be 0 to 1/3 "
+                "and min_snr 0 or more"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Encoded pairs of one size. source, edit: latents in the model's own space, [pairs, channels, height,
+    width]. source_text, edit_text: [pairs, tokens, width]. empty_text: [1, tokens, width]. white: a white
+    picture's latent, [1, channels, height, width].
+    """
+
+    source: torch.Tensor
+    edit: torch.Tensor
+    source_text: torch.Tensor
+    edit_text: torch.Tensor
+    empty_text: torch.Tensor
+    white: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What is random in a step. timesteps: [pairs]. noise: as the latents. no_text, no_image, no_edit:
+    [pairs] of bool, the last one where the target is the reference itself.
+    """
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    no_text: torch.Tensor
+    no_image: torch.Tensor
+    no_edit: torch.Tensor
+
+
+def draw(objective: Objective, seeds: Sequence[int], shape: Sequence[int], timesteps: int) -> Draws:
+    """Draws for one pair a seed, on the CPU: the same for a pair however a batch is split.
+
+    shape: of one latent. timesteps: how many the schedule has.
+    """
+    times, noises, texts, images, edits = [], [], [], [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        times.append(torch.randint(timesteps, (), generator=generator))
+        noises.append(torch.randn(*shape, generator=generator))
+        first, second = torch.rand(2, generator=generator).tolist()
+        rate = objective.drop_rate
+        match objective.dropout:
+            case "paper":
+                text, image, edit = first < rate, second < rate, False
+            case "release":
+                edit = first < rate
+                text, image = edit or 2 * rate <= first < 3 * rate, rate <= first < 3 * rate
+            case _:
+                text = image = edit = False
+        texts.append(text)
+        images.append(image)
+        edits.append(edit)
+    return Draws(
+        torch.stack(times),
+        torch.stack(noises),
+        *(torch.tensor(values) for values in (texts, images, edits)),
+    )
+
+
+def losses(model: Any, bank: Bank, batch: Batch, draws: Draws, objective: Objective) -> torch.Tensor:
+    """Each pair's loss, [pairs], with a gradient for the bridge where one is enabled.
+
+    model: the host's BaseModel, whose UNet predicts noise or v.
+    """
+    device, sampling, unet = batch.edit.device, model.model_sampling, model.diffusion_model
+    no_image, no_text = draws.no_image.to(device), draws.no_text.to(device)
+    steps, noise = draws.timesteps.to(device), draws.noise.to(batch.edit)
+    target = torch.where(_wide(draws.no_edit.to(device)), batch.source, batch.edit)
+    sigma = _wide(sampling.sigmas.to(device)[steps]).to(target)
+    kept = 1 / (1 + sigma.square())  # the schedule's cumulative alpha
+    noised = kept.sqrt() * target + (1 - kept).sqrt() * noise
+
+    reference, reference_text = batch.source, batch.source_text
+    rows: slice | torch.Tensor | None = slice(0, len(target))
+    if objective.dropped_image == "white":
+        reference = torch.where(_wide(no_image), batch.white, reference)
+        reference_text = torch.where(no_image[:, None, None], batch.empty_text, reference_text)
+    elif draws.no_image.any():
+        rows = (~draws.no_image).nonzero().flatten().to(device) if not draws.no_image.all() else None
+    times = steps.float() if objective.reference_time == "same" else None
+    text = torch.where(no_text[:, None, None], batch.empty_text, batch.edit_text)
+
+    options = {"cond_or_uncond": [0], "uuids": [None], "sigmas": sigma.flatten()}
+    dtype = model.get_dtype_inference()
+    bank.read(unet, reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
+    fed = Feeding(bank, rows, len(target), lambda of_pairs: of_pairs[rows]).install(options)
+    output = unet(
+        noised.to(dtype), steps.float(), context=text.to(dtype), control=None, transformer_options=fed
+    )
+    learned = noise
+    if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+        learned = kept.sqrt() * noise - (1 - kept).sqrt() * target
+    error = (output.float() - learned).square().mean((1, 2, 3))
+    if objective.min_snr:
+        snr = (kept / (1 - kept)).flatten()
+        divisor = snr + 1 if learned is not noise else snr
+        error = error * snr.clamp(max=objective.min_snr) / divisor
+    return error
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """[pairs] -> [pairs, 1, 1, 1]."""
+    return values[:, None, None, None]
