@@ -243,7 +243,7 @@ def test_bad_edit_is_one_line(tmp_path: Path, arguments: list[str], message: str
 
 def test_unknown_command(dev: ModuleType) -> None:
     """Protects: a mistyped command says which there are."""
-    with pytest.raises(dev.DevError, match="edit, serve, studio, test, check, run"):
+    with pytest.raises(dev.DevError, match="edit, serve, bench, studio, test, check, run"):
         dev.main(["tset"])
 
 

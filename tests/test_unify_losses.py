@@ -82,20 +82,20 @@ def test_alignment_loss_is_bounded(losses: Any) -> None:
         assert losses.alignment_loss(target, [(2,)], 4, masks).item() == pytest.approx(expected)
 
 
-def test_site_masks(host: Host, losses: Any) -> None:
+def test_site_masks(host: Host) -> None:
     """Protects: on each grid a place holds the covered part of its area; no mask covers everything."""
-    site = host.pack_module("models.sites").Site
+    site, site_masks = host.pack_module("models.sites").Site, host.pack_module("patches.masks").site_masks
     sites = [site(("input", 1, 0), 0, 32, ""), site(("middle", 0, 0), 2, 64, "")]
     mask = torch.zeros(1, 128, 128)
     mask[:, :32, :48] = 1
-    fine, coarse = losses.site_masks(mask, sites, 16, 16, torch.device("cpu")).values()
+    fine, coarse = site_masks(mask, sites, 16, 16, torch.device("cpu")).values()
     expected = torch.zeros(16, 16)
     expected[:4, :6] = 1
     torch.testing.assert_close(fine, expected.reshape(1, 256))
     expected = torch.zeros(4, 4)
     expected[0, :2] = torch.tensor([1.0, 0.5])
     torch.testing.assert_close(coarse, expected.reshape(1, 16))
-    for whole in losses.site_masks(None, sites, 16, 16, torch.device("cpu")).values():
+    for whole in site_masks(None, sites, 16, 16, torch.device("cpu")).values():
         assert bool((whole == 1).all())
 
 

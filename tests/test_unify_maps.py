@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.samplers
@@ -17,8 +18,9 @@ SIGMA = 2.0
 
 @pytest.fixture(scope="module")
 def attention(host: Host) -> Any:
-    """patches/attention_maps.py."""
-    return host.pack_module("patches.attention_maps")
+    """patches/attention_maps.py, with how sites are found."""
+    maps, sites = host.pack_module("patches.attention_maps"), host.pack_module("models.sites")
+    return SimpleNamespace(**{**vars(maps), "find_sites": sites.find_sites})
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +190,7 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
     gradients = host.pack_module("patches.gradient").gradients
     losses = host.pack_module("patches.unify_losses")
     sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
-    masks = losses.site_masks(None, sites, 16, 16, torch.device("cpu"))
+    masks = host.pack_module("patches.masks").site_masks(None, sites, 16, 16, torch.device("cpu"))
     with torch.inference_mode():
         x, source_x = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * SIGMA
         source = attention.AttentionRecorder(sites, ())

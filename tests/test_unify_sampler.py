@@ -82,7 +82,7 @@ def measure(host: Host, edit: Edit, settings: Any, latent: torch.Tensor) -> tupl
                 edit.model.model, [conds["positive"]], x, edit.sigmas[-2][None], options
             )
         found[name] = recorder
-    masks = losses.site_masks(None, words, 16, 16, torch.device("cpu"))
+    masks = host.pack_module("patches.masks").site_masks(None, words, 16, 16, torch.device("cpu"))
     positions = [word.tokens for word in edit.tokens.words]
     structure = losses.structure_loss(found["source"].self_attention, found["target"].self_attention)
     alignment = losses.alignment_loss(found["target"].cross_attention, positions, 3, masks)

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import comfy.ops
+import numpy as np
 import pytest
-from host import ROOT, Prompt
+import safetensors.torch
+import torch
+from bridge_edit import random_bridge
+from comfy.cldm.cldm import ControlNet
+from host import ROOT, Host, Prompt
 from PIL import Image
+from test_bridge_formula import attention_lora
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -107,3 +114,82 @@ def test_template_is_offered(file: Path, live_server: Any) -> None:
     with Image.open(file.with_suffix(".jpg")) as picture:
         assert picture.format == "JPEG"
         assert min(picture.size) >= 128
+
+
+def test_bridge_with_control_net_and_lora(host: Host) -> None:
+    """Protects: the graph of a bridge beside a stock ControlNet and LoRA runs whole, from files, and each of
+    the three matters to the picture. The files are random, for the Tiny Studio in the checkpoint's place.
+    """
+    prompt = json.loads(
+        (ROOT / "workflows/api/DescriptiveEdit - bridge with ControlNet and LoRA.json").read_text()
+    )
+    by_class = {node["class_type"]: node for node in prompt.values()}
+    by_class["CheckpointLoaderSimple"].update(class_type="DescEditTinyStudio", inputs={})
+    for name in ("ImageScale", "EmptyLatentImage"):
+        by_class[name]["inputs"].update(width=128, height=128)
+    by_class["BasicScheduler"]["inputs"]["steps"] = 2
+    write_files(host, by_class)
+
+    def picture() -> torch.Tensor:
+        return host.run_graph(prompt)[
+            next(key for key, node in prompt.items() if node["class_type"] == "VAEDecode")
+        ][0]
+
+    whole = picture()
+    assert whole.shape == (1, 128, 128, 3)
+    assert torch.equal(picture(), whole)
+    for name, inputs in (
+        ("DescEditApplyBridge", {"strength": 0.0}),
+        ("ControlNetApplyAdvanced", {"strength": 0.0}),
+        ("LoraLoader", {"strength_model": 0.0, "strength_clip": 0.0}),
+    ):
+        before = dict(by_class[name]["inputs"])
+        by_class[name]["inputs"].update(inputs)
+        assert not torch.allclose(picture(), whole, atol=1e-3), name
+        by_class[name]["inputs"] = before
+
+
+def write_files(host: Host, by_class: dict[str, Any]) -> None:
+    """The picture, bridge, LoRA and ControlNet that the graph names, for the Tiny Studio."""
+    model = host.execute("DescEditTinyStudio")[0]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)).save(
+        host.base / "input" / by_class["LoadImage"]["inputs"]["image"]
+    )
+    bridge = random_bridge(host, model)
+    host.execute(
+        "DescEditSaveBridge", bridge=bridge, name=by_class["DescEditLoadBridge"]["inputs"]["bridge_name"]
+    )
+    folders = {"LoraLoader": ("loras", "lora_name"), "ControlNetLoader": ("controlnet", "control_net_name")}
+    tensors = {"LoraLoader": attention_lora(host, model), "ControlNetLoader": control_net_weights(host)}
+    for node, (folder, name) in folders.items():
+        path = host.base / "models" / folder / by_class[node]["inputs"][name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors[node], path)
+
+
+def control_net_weights(host: Host) -> dict[str, torch.Tensor]:
+    """A cldm ControlNet file of the Tiny Studio's widths, with random weights."""
+    unet = host.pack_module("models.tiny_studio.networks").UNET
+    names = (
+        "model_channels",
+        "channel_mult",
+        "num_res_blocks",
+        "transformer_depth",
+        "transformer_depth_middle",
+    )
+    shared = {name: unet[name] for name in (*names, "context_dim", "num_heads")}
+    net = ControlNet(
+        image_size=32,
+        in_channels=4,
+        hint_channels=3,
+        use_spatial_transformer=True,
+        legacy=False,
+        operations=comfy.ops.manual_cast,
+        **shared,
+    )
+    generator = torch.Generator().manual_seed(5)
+    state = {}
+    for name, weight in net.state_dict().items():
+        fan = weight[0].numel() if weight.ndim > 1 else 100
+        state[f"control_model.{name}"] = torch.randn(weight.shape, generator=generator) / fan**0.5
+    return state
