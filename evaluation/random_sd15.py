@@ -41,11 +41,7 @@ def random_sd15(seed: int = 0) -> Any:
         if weight.ndim > 1:
             weight.uniform_(-1, 1).mul_(weight[0].numel() ** -0.5)
         else:
-            weight.fill_(
-                float("norm" in name or name.endswith(("in_layers.0.weight", "out_layers.0.weight")))
-            )
-        if name.endswith("bias"):
-            weight.zero_()
+            weight.fill_(float(name.endswith("weight")))  # norms are neutral, biases zero
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(
         model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
