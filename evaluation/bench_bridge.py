@@ -25,7 +25,8 @@ from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 
 from ..models.bridge import BridgeSettings, new_bridge, widths_of
 from ..models.sites import find_sites
-from ..patches.bridge import BridgeSetup, apply_bridge
+from ..patches.bridge import apply_bridge
+from ..patches.bridge_run import BridgeSetup
 from ..patches.guidance import DualGuidance, DualGuider
 from .random_sd15 import random_sd15
 

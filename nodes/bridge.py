@@ -12,7 +12,8 @@ from comfy_api.latest import io
 from ..models.bridge import DIRECTIONS, FUSIONS, BridgeSettings, new_bridge, widths_of
 from ..models.bridge_file import load_bridge, save_bridge
 from ..models.sites import find_sites
-from ..patches.bridge import BridgeSetup, apply_bridge
+from ..patches.bridge import apply_bridge
+from ..patches.bridge_run import BridgeSetup
 
 CATEGORY = "descriptive edit/bridge"
 ALIASES = ["DescriptiveEdit", "2508.20505", "attention bridge", "reference UNet", "image editing"]

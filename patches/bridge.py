@@ -15,36 +15,11 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..models.bridge import AttentionBridge, BridgeSettings, widths_of
+from ..models.bridge import BridgeSettings, widths_of
 from ..models.sites import Site, find_sites
 from .bridge_core import NODE
-from .bridge_run import KEY, BridgeRun
+from .bridge_run import KEY, BridgeRun, BridgeSetup
 from .options import read_options, replace_options
-
-
-@dataclass(frozen=True, eq=False)
-class BridgeSetup:
-    """What a bridge is applied with.
-
-    bridge: ATTENTION_BRIDGE. reference: [references, channels, height, width] as a VAE gives it. source: the
-    source description's CONDITIONING; None takes the run's negative one. strength: of what the bridge adds,
-    any finite number, 1 as trained. start, end: shares of the sampling, 0 to 1, between which it acts. mask:
-    [1 or images, height, width], 0 to 1, where it acts; None for everywhere. joined: all references for every
-    image, joined along tokens, instead of one for each.
-    """
-
-    bridge: Any
-    reference: torch.Tensor
-    source: list[Any] | None = None
-    strength: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    mask: torch.Tensor | None = None
-    joined: bool = False
-
-    @property
-    def settings(self) -> BridgeSettings:
-        return self.bridge.model.settings
 
 
 def apply_bridge(model: Any, setup: BridgeSetup) -> Any:
@@ -159,12 +134,10 @@ class _Sample:
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
         guider, sigmas, extra_args, _, noise, *_ = args
-        (patcher,) = guider.model_patcher.get_additional_models_with_key(KEY)
-        bridge: AttentionBridge = patcher.model
-        run = BridgeRun(self.setup, bridge, guider, noise, sigmas)
+        run = BridgeRun(self.setup, guider, noise, sigmas)
         extra_args["model_options"]["transformer_options"][KEY] = run
         try:
-            run.read_reference(self.setup)
+            run.read_reference()
             return executor(*args, **kwargs)
         finally:
             run.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -12,17 +13,39 @@ import torch
 from einops import rearrange
 from kornia.geometry.transform import resize
 
-from ..models.bridge import AttentionBridge
+from ..models.bridge import BridgeSettings
 from ..models.sites import SiteKey
 from .bridge_core import NODE, Bank, Feeding, Matrix
 from .masks import check_mask, site_masks
 
-if TYPE_CHECKING:
-    from .bridge import BridgeSetup
-
 KEY = "descriptive_edit.bridge"
 # In transformer_options, by a guider: for each index of `cond_or_uncond`, whether it sees the reference.
 IMAGE_ROWS = "descriptive_edit.image_rows"
+
+
+@dataclass(frozen=True, eq=False)
+class BridgeSetup:
+    """What a bridge is applied with.
+
+    bridge: ATTENTION_BRIDGE. reference: [references, channels, height, width] as a VAE gives it. source: the
+    source description's CONDITIONING; None takes the run's negative one. strength: of what the bridge adds,
+    any finite number, 1 as trained. start, end: shares of the sampling, 0 to 1, between which it acts. mask:
+    [1 or images, height, width], 0 to 1, where it acts; None for everywhere. joined: all references for every
+    image, joined along tokens, instead of one for each.
+    """
+
+    bridge: Any
+    reference: torch.Tensor
+    source: list[Any] | None = None
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: torch.Tensor | None = None
+    joined: bool = False
+
+    @property
+    def settings(self) -> BridgeSettings:
+        return self.bridge.model.settings
 
 
 class BridgeRun:
@@ -32,17 +55,10 @@ class BridgeRun:
     run's. Raises ValueError, naming the node, if references, mask or grid do not fit the sampled latent.
     """
 
-    def __init__(
-        self,
-        setup: BridgeSetup,
-        bridge: AttentionBridge,
-        guider: Any,
-        noise: torch.Tensor,
-        sigmas: torch.Tensor,
-    ) -> None:
+    def __init__(self, setup: BridgeSetup, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
         model = guider.inner_model
-        self.bank = Bank(bridge, model.diffusion_model)
-        self._guider, self._strength = guider, setup.strength
+        self.bank = Bank(setup.bridge.model, model.diffusion_model)
+        self._setup, self._guider = setup, guider
         self._images, (self._height, self._width) = noise.shape[0], noise.shape[-2:]
         self._device, self._steps = noise.device, len(sigmas) - 1
         self._range: tuple[float, float] | None = None
@@ -51,7 +67,7 @@ class BridgeRun:
             self._range = to_sigma(setup.start), to_sigma(setup.end)
         self._areas: dict[Any, tuple[int, ...]] = {}
         self._mask = self._latent_mask(setup.mask, model.latent_format.spacial_downscale_ratio)
-        self._check_reference(setup)
+        self._check_reference()
 
     def _latent_mask(self, mask: torch.Tensor | None, scale: int) -> torch.Tensor | None:
         if mask is None:
@@ -60,9 +76,9 @@ class BridgeRun:
         mask = rearrange(mask.to(self._device), "b h w -> b 1 h w")
         return rearrange(resize(mask, (self._height, self._width), interpolation="area"), "b 1 h w -> b h w")
 
-    def _check_reference(self, setup: BridgeSetup) -> None:
-        references, _, height, width = setup.reference.shape
-        if not setup.joined and references not in (1, self._images):
+    def _check_reference(self) -> None:
+        references, _, height, width = self._setup.reference.shape
+        if not self._setup.joined and references not in (1, self._images):
             raise ValueError(
                 f"{NODE}: reference has {references} images but {self._images} are sampled: give one, or one "
                 "for each, or choose to join them"
@@ -75,15 +91,15 @@ class BridgeRun:
                 "image to the size that is sampled"
             )
 
-    def read_reference(self, setup: BridgeSetup) -> None:
+    def read_reference(self) -> None:
         """The reference pass with the source description, through the host's UNet as it is loaded, without
         other nodes' patches.
         """
         model = self._guider.inner_model
-        reference = model.process_latent_in(setup.reference.to(self._device, torch.float32))
+        reference = model.process_latent_in(self._setup.reference.to(self._device, torch.float32))
         (entry,) = comfy.samplers.encode_model_conds(
             model.extra_conds,
-            [self._source_entry(setup)],
+            [self._source_entry()],
             reference,
             self._device,
             "positive",
@@ -102,15 +118,15 @@ class BridgeRun:
             model.diffusion_model,
             x if concat is None else torch.cat([x, concat], dim=1),
             self._reference_options(count),
-            joined=setup.joined,
+            joined=self._setup.joined,
             merge=self._merge,
             context=conds.get("c_crossattn"),
             y=conds.get("y"),
         )
 
-    def _source_entry(self, setup: BridgeSetup) -> dict[str, Any]:
-        if setup.source is not None:
-            return comfy.sampler_helpers.convert_cond(setup.source)[0]
+    def _source_entry(self) -> dict[str, Any]:
+        if self._setup.source is not None:
+            return comfy.sampler_helpers.convert_cond(self._setup.source)[0]
         for entry in self._guider.original_conds.get("negative", ()):
             if "area" not in entry and "mask" not in entry:
                 return entry
@@ -167,7 +183,7 @@ class BridgeRun:
         if self._mask is not None and chunks:
             masks = self._site_masks([options["uuids"][chunk] for chunk in chunks], x)
         rows, answer = self._rows(chunks, x), self._answer(len(chunks))
-        return Feeding(self.bank, rows, len(x), answer, self._strength, masks).install(options)
+        return Feeding(self.bank, rows, len(x), answer, self._setup.strength, masks).install(options)
 
     def _active(self, sigma: torch.Tensor) -> bool:
         """Whether the bridge acts at this noise level, by the host's rule for ControlNets."""
