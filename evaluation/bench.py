@@ -14,7 +14,7 @@ WHAT = {"bridge": bench_bridge}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--rounds", type=int, default=3, help="of each measurement, in alternating order")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement, in alternating order")
     parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
     args = parser.parse_args()
     bench = WHAT[args.what]
