@@ -66,6 +66,7 @@ class BridgeRun:
             to_sigma = model.model_sampling.percent_to_sigma
             self._range = to_sigma(setup.start), to_sigma(setup.end)
         self._areas: dict[Any, tuple[int, ...]] = {}
+        self._masks: dict[tuple, dict[SiteKey, torch.Tensor]] = {}
         self._mask = self._latent_mask(setup.mask, model.latent_format.spacial_downscale_ratio)
         self._check_reference()
 
@@ -167,7 +168,7 @@ class BridgeRun:
         """Remember the area of each conditioning by its uuid, which the host's copies keep."""
         if self._mask is not None:
             known = [entry for entries in conds for entry in entries or () if "area" in entry]
-            self._areas = {entry["uuid"]: entry["area"] for entry in known}
+            self._areas = {entry["uuid"]: tuple(entry["area"]) for entry in known}
 
     def bridged(self, options: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
         """A call's `transformer_options` with the bridge in the attention slots.
@@ -203,19 +204,24 @@ class BridgeRun:
         return lambda kept: kept.expand(rows, -1, -1) if len(kept) == 1 else kept.repeat(chunks, 1, 1)
 
     def _site_masks(self, uuids: list[Any], x: torch.Tensor) -> dict[SiteKey, torch.Tensor]:
-        """The mask at every site for the chunks with these uuids, [rows, tokens, 1]."""
+        """The mask at every site for the chunks with these uuids, [rows, tokens, 1]; made once a run."""
         height, width = x.shape[-2:]
-        parts = []
-        for uuid in uuids:
-            mask = self._mask
-            if uuid in self._areas:
-                *_, top, left = self._areas[uuid]
-                mask = mask[:, top : top + height, left : left + width]
-            parts.append(mask.expand(self._images, -1, -1))
-        masks = site_masks(torch.cat(parts), self.bank.sites, height, width, x.device)
-        return {key: mask[..., None] for key, mask in masks.items()}
+        areas = tuple(self._areas.get(uuid) for uuid in uuids)
+        if (areas, height, width) not in self._masks:
+            parts = []
+            for area in areas:
+                mask = self._mask
+                if area is not None:
+                    *_, top, left = area
+                    mask = mask[:, top : top + height, left : left + width]
+                parts.append(mask.expand(self._images, -1, -1))
+            masks = site_masks(torch.cat(parts), self.bank.sites, height, width, x.device)
+            found = {key: mask[..., None] for key, mask in masks.items()}
+            self._masks[areas, height, width] = found
+        return self._masks[areas, height, width]
 
     def close(self) -> None:
         """Free what the run kept."""
         self.bank.free()
+        self._masks.clear()
         self._mask = None

@@ -259,7 +259,7 @@ def test_files_that_are_something_else(host: Host, model: Any, folder: Path) -> 
             load(host, f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", ["", "  ", "../outside", "/tmp/outside", "a/../../outside", ".hidden"])
+@pytest.mark.parametrize("name", ["", "  ", "../outside", "/outside", "a/../../outside", ".hidden"])
 def test_saving_stays_in_its_folder(host: Host, model: Any, folder: Path, name: str) -> None:
     """Protects: no name leads out of models/attention_bridges."""
     with pytest.raises(ValueError, match=r"DescEditSaveBridge: name is"):
