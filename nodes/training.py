@@ -177,6 +177,14 @@ class DescEditTrainBridge(io.ComfyNode):
                     tooltip="If the training is interrupted, the bridge so far is kept under this name and "
                     "the number of its steps.",
                 ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=default.checkpointing,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Computes layers again for their gradient instead of keeping what they need for "
+                    "it: about a third slower, with much less memory. The result is the same.",
+                ),
             ],
             outputs=[
                 BridgeType.Output("bridge", tooltip="The trained bridge; the one that came in is unchanged."),
@@ -199,6 +207,7 @@ class DescEditTrainBridge(io.ComfyNode):
         precision: str,
         seed: int,
         name: str,
+        checkpointing: bool = False,
     ) -> io.NodeOutput:
         node = "DescEditTrainBridge"
         kept_as = bridge_path(node, name)
@@ -210,7 +219,13 @@ class DescEditTrainBridge(io.ComfyNode):
         try:
             objective = Objective(dropout, dropped_image=dropped_image)
             settings = TrainSettings(
-                batch, accumulate, learning_rate, precision=precision, seed=seed, objective=objective
+                batch,
+                accumulate,
+                learning_rate=learning_rate,
+                precision=precision,
+                seed=seed,
+                objective=objective,
+                checkpointing=checkpointing,
             )
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from None

@@ -55,22 +55,27 @@ def batch(training: Any, pairs: int = 3) -> Any:
 def encoded(training: Any, folder: Path, pairs: int = 5) -> Any:
     """EDIT_PAIRS of random latents on disk, of two sizes."""
     generator = torch.Generator().manual_seed(1)
+
+    def stored(name: str, value: torch.Tensor) -> str:
+        safetensors.torch.save_file({"value": value}, folder / name)
+        return name
+
     files, sizes = [], []
     for number in range(pairs):
         size = (16, 16) if number < 3 else (8, 24)
-        tensors = {name: torch.randn(1, 4, *size, generator=generator) for name in ("source", "edit")}
-        tensors |= {
-            name: torch.randn(1, TOKENS, WIDTH, generator=generator) for name in ("source_text", "edit_text")
-        }
-        files.append(f"{number}.safetensors")
+        shapes = dict.fromkeys(("source", "edit"), (1, 4, *size))
+        shapes |= dict.fromkeys(("source_text", "edit_text"), (1, TOKENS, WIDTH))
+        files.append(
+            tuple(
+                stored(f"{number}_{name}", torch.randn(*shape, generator=generator))
+                for name, shape in shapes.items()
+            )
+        )
         sizes.append(size)
-        safetensors.torch.save_file(tensors, folder / files[-1])
-    for size in set(sizes):
-        shared = {"empty_text": torch.zeros(1, TOKENS, WIDTH), "white": torch.ones(1, 4, *size)}
-        safetensors.torch.save_file(shared, folder / f"shared{size[0]}.safetensors")
-    shared = tuple((size, f"shared{size[0]}.safetensors") for size in sorted(set(sizes)))
+    whites = tuple((size, stored(f"white{size[0]}", torch.ones(1, 4, *size))) for size in sorted(set(sizes)))
+    empty = stored("empty", torch.zeros(1, TOKENS, WIDTH))
     return training.cache.EncodedPairs(
-        folder, tuple(map(str, range(pairs))), tuple(files), tuple(sizes), shared
+        folder, tuple(map(str, range(pairs))), tuple(files), tuple(sizes), whites, empty
     )
 
 
@@ -208,6 +213,30 @@ def test_min_snr(host: Host, model: Any, training: Any, gradients: Any) -> None:
     torch.testing.assert_close((found[1] / found[0]).double(), snr.clamp(max=5) / snr, rtol=1e-4, atol=0)
 
 
+def test_offset_noise(training: Any) -> None:
+    """Protects: offset noise adds one number of the given deviation to a channel and changes nothing else
+    that is drawn.
+    """
+    plain = training.objective.draw(training.objective.Objective(), range(500), (4, 8, 8), 1000)
+    offset = training.objective.draw(
+        training.objective.Objective(offset_noise=0.5), range(500), (4, 8, 8), 1000
+    )
+    difference = offset.noise - plain.noise
+    torch.testing.assert_close(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6, rtol=0)
+    assert float(difference[..., 0, 0].std()) == pytest.approx(0.5, abs=0.03)
+    for name in ("timesteps", "no_text", "no_image", "no_edit"):
+        assert torch.equal(getattr(offset, name), getattr(plain, name)), name
+
+
+def test_rate_falls_along_a_cosine(training: Any) -> None:
+    """Protects: `decay` takes the rate from its peak to zero along half a cosine, and 0 keeps it."""
+    settings = training.trainer.TrainSettings(learning_rate=0.2, decay=100)
+    assert [settings.rate(step) for step in (0, 25, 50, 100, 150)] == pytest.approx(
+        [0.2, 0.1 + 0.1 * 0.5**0.5, 0.1, 0.0, 0.0]
+    )
+    assert training.trainer.TrainSettings(learning_rate=0.2).rate(150) == 0.2
+
+
 def trainer(host: Host, training: Any, model: Any, pairs: Any, **settings: Any) -> Any:
     """A trainer of a new bridge."""
     defaults = {"batch": 2, "learning_rate": 1e-3, **settings}
@@ -251,7 +280,10 @@ def test_only_the_bridge_learns(
         assert not torch.equal(weight, start[name]), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "ema": 0.9, "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate": 2, "ema": 0.9, "precision": "bf16"}, {"optimiser": "muon", "decay": 8}],
+)
 def test_resume(
     host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any, settings: dict
 ) -> None:
@@ -309,14 +341,75 @@ def test_a_loss_that_is_not_finite(
     with gradients():
         learning.run_step()
         kept = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}
-        for file in pairs.files:
-            tensors = safetensors.torch.load_file(tmp_path / file)
-            tensors["edit"][0, 0, 0, 0] = float("nan")
-            safetensors.torch.save_file(tensors, tmp_path / file)
+        for _, edit, *_ in pairs.files:
+            latent = safetensors.torch.load_file(tmp_path / edit)["value"]
+            latent[0, 0, 0, 0] = float("nan")
+            safetensors.torch.save_file({"value": latent}, tmp_path / edit)
         with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
             learning.run_step()
     assert all(torch.equal(weight, kept[name]) for name, weight in learning.bridge.state_dict().items())
     assert learning.step == 1
+
+
+def test_a_gradient_that_is_not_finite(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any
+) -> None:
+    """Protects: a finite loss with a gradient that is not finite stops the training as well."""
+    learning = trainer(host, training, model, encoded(training, tmp_path, pairs=2))
+    kept = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}
+    first = next(learning.bridge.parameters())
+    learning.loss = lambda place: (first * 0).sum().sqrt() + 1  # whose derivative is 0 / 0
+    with gradients(), pytest.raises(FloatingPointError, match="the gradient of step 1 is nan"):
+        learning.run_step()
+    assert all(torch.equal(weight, kept[name]) for name, weight in learning.bridge.state_dict().items())
+
+
+def test_no_image_at_all(host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any) -> None:
+    """Protects: a step whose every image is dropped, in which the bridge has no part, is taken: it teaches
+    nothing, and weight decay goes on.
+    """
+    learning = trainer(host, training, model, encoded(training, tmp_path), batch=1, weight_decay=0.1)
+    start = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}
+    draw = training.objective.draw
+
+    def without(*args: Any) -> Any:
+        draws = draw(*args)
+        draws.no_image.fill_(True)
+        return draws
+
+    training.trainer.draw = without
+    try:
+        with gradients():
+            learning.run_step()
+    finally:
+        training.trainer.draw = draw
+    for name, weight in learning.bridge.state_dict().items():
+        torch.testing.assert_close(weight, start[name] * (1 - 1e-3 * 0.1), rtol=1e-6, atol=0)
+
+
+def test_checkpointing_takes_the_same_steps(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any
+) -> None:
+    """Protects: layers that are computed again give the training that keeps them, also where a step has
+    several forwards.
+    """
+    pairs = encoded(training, tmp_path)
+    found = []
+    for checkpointing in (False, True):
+        learning = trainer(host, training, model, pairs, accumulate=2, checkpointing=checkpointing)
+        with gradients():
+            for _ in range(3):
+                learning.run_step()
+            found.append(learning)
+            # Two forwards whose gradients are asked for together: each has what it read for itself.
+            loss = torch.cat([learning.loss(20), learning.loss(21)]).mean()
+            found[-1].both = torch.autograd.grad(loss, list(learning.bridge.parameters()))
+    plain, again = found
+    assert again.losses == pytest.approx(plain.losses, rel=1e-6)
+    for name, weight in plain.bridge.state_dict().items():
+        torch.testing.assert_close(again.bridge.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+    for first, second in zip(plain.both, again.both, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def encode(host: Host, folder: Path, studio: Any, resolution: int = SIZE) -> Any
 @pytest.fixture(scope="module")
 def studio(host: Host) -> Any:
     """The Tiny Studio's MODEL, CLIP and VAE."""
-    return host.execute("DescEditTinyStudio")
+    return host.execute("DescEditTinyStudio")[:3]
 
 
 def test_buckets(host: Host) -> None:
@@ -97,6 +97,7 @@ def test_pictures_are_fitted(
         ("sizes", "the source is 64x64 and the edit 96x64"),
         ("tiny", "smaller than 64 pixels"),
         ("broken", "cannot be read"),
+        ("sixteen bits", "has I;16 pixels but must have 8 bits a channel"),
         ("no text", 'no "source" and "edit" texts'),
         ("empty text", "a description is empty"),
         ("no json", 'no "source" and "edit" texts'),
@@ -120,6 +121,8 @@ def test_bad_pairs(
             Image.new("RGB", (32, 64)).save(folder / "b_source.png")
         case "broken":
             (folder / "b_edit.png").write_bytes(b"not a picture")
+        case "sixteen bits":
+            Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(folder / "b_edit.png")
         case "no text":
             (folder / "b.json").write_text("{}")
         case "empty text":
@@ -137,31 +140,39 @@ def test_bad_pairs(
 
 
 def test_encoded_once(host: Host, folder: Path, studio: Any) -> None:
-    """Protects: pairs are encoded once and again only when they change; what is on disk is what the encoders
-    give; pairs of one size make a batch in the model's own scale.
+    """Protects: pictures are encoded once and again only when they change, and a text that all pairs share
+    once; what is on disk is what the encoders give, to fp16; pairs of one size make a batch in the model's
+    own scale.
     """
     model, clip, vae = studio
     for name in ("a", "b"):
         write_pair(folder, name, seed=ord(name))
     pairs = encode(host, folder, studio)
-    stamps = {name: os.stat(pairs.folder / name).st_mtime_ns for name in pairs.files}
+    assert pairs.files[0][2:] == pairs.files[1][2:]
+
+    def stamps() -> dict[str, int]:
+        return {str(path): os.stat(path).st_mtime_ns for path in pairs.folder.rglob("*.*")}
+
+    before = stamps()
     again = encode(host, folder, studio)
     assert again == pairs
-    assert {name: os.stat(pairs.folder / name).st_mtime_ns for name in again.files} == stamps
+    assert stamps() == before
     write_pair(folder, "b", seed=99)
     changed = encode(host, folder, studio)
     assert changed.files[0] == pairs.files[0]
-    assert changed.files[1] != pairs.files[1]
+    assert not set(changed.files[1][:2]) & set(pairs.files[1][:2])
+    assert changed.files[1][2:] == pairs.files[1][2:]
     with torch.inference_mode():
         found = pairs.batch([0, 1], torch.device("cpu"), model.model.process_latent_in)
         assert found.source.shape == found.edit.shape == (2, 4, 8, 8)
-        (source,) = [pair.source for pair in host.pack_module("training.pairs").read_folder(folder, 64, 64)][
-            :1
-        ]
-        torch.testing.assert_close(found.source[:1], 0.18215 * vae.encode(source[None]), rtol=1e-4, atol=1e-4)
+        with Image.open(folder / "a_source.png") as file:
+            source = torch.from_numpy(np.asarray(file, np.float32) / 255)
+        fp16 = {"rtol": 1 / 2048, "atol": 1e-6}
+        torch.testing.assert_close(found.source[:1], 0.18215 * vae.encode(source[None]), **fp16)
         text = clip.encode_from_tokens(clip.tokenize("a large blue circle"), return_pooled=False)
-        torch.testing.assert_close(found.edit_text[:1], text)
-        assert found.white.shape == (1, 4, 8, 8)
+        torch.testing.assert_close(found.edit_text[:1], text, **fp16)
+        white = vae.encode(torch.ones(1, 64, 64, 3))
+        torch.testing.assert_close(found.white, 0.18215 * white, **fp16)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,23 @@
 """Pairs encoded once, on disk: training never needs the VAE and the text encoder beside the UNet.
 
-A pair's file is named after its content, the pixels, both texts and the encoders' weights, so a changed pair
-is encoded again and nothing else is.
+Each picture and each text has a file of its own, named after its content and its encoder's weights: what
+changes is encoded again and nothing else is, and a caption that many pairs share is encoded once. Files hold
+fp16, which rounds a value by at most 1/2048 of it.
+
+An index names a data set's files in their order. With it a run reads neither the data nor an encoder; each
+process of a run encodes its share and writes an index of it, and all of them together are the whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,78 +26,168 @@ import safetensors.torch
 import torch
 
 from .objective import Batch
-from .pairs import EditPair
+from .pairs import EditPair, Size, too_many_bad
+from .sources import DataConfig, local_files, read_pairs
 
-Tensors = dict[str, torch.Tensor]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """EDIT_PAIRS: files of latents (as the VAE gives them) and texts, and each pair's latent size."""
+    """EDIT_PAIRS: each pair's files of latents (as the VAE gives them) and texts, and its latent size.
+
+    files: source, edit, source text, edit text of each. whites: by latent size, a white picture's latent.
+    empty_text: the empty text's file.
+    """
 
     folder: Path
     names: tuple[str, ...]
-    files: tuple[str, ...]
-    sizes: tuple[tuple[int, int], ...]
-    shared: tuple[tuple[tuple[int, int], str], ...]
+    files: tuple[tuple[str, str, str, str], ...]
+    sizes: tuple[Size, ...]
+    whites: tuple[tuple[Size, str], ...]
+    empty_text: str
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batch(self, numbers: Sequence[int], device: torch.device, process_latent_in: Callable) -> Batch:
         """Pairs of one size, with latents in the model's own space."""
-        rows = [self._read(self.files[number]) for number in numbers]
-        shared = self._read(dict(self.shared)[self.sizes[numbers[0]]])
-        joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | shared
-        moved = {name: value.to(device, torch.float32) for name, value in joined.items()}
-        for name in ("source", "edit", "white"):
-            moved[name] = process_latent_in(moved[name])
-        return Batch(**moved)
+        columns = zip(*(self.files[number] for number in numbers), strict=True)
+        columns = [*columns, [self.empty_text], [dict(self.whites)[self.sizes[numbers[0]]]]]
+        source, edit, source_text, edit_text, empty_text, white = (
+            torch.cat([self._read(file) for file in column]).to(device) for column in columns
+        )
+        source, edit, white = (process_latent_in(latent) for latent in (source, edit, white))
+        return Batch(source, edit, source_text, edit_text, empty_text, white)
 
-    def _read(self, name: str) -> Tensors:
+    def _read(self, name: str) -> torch.Tensor:
         try:
-            return safetensors.torch.load_file(self.folder / name)
+            return _load(self.folder / name)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(
-                f"the encoded pair {name} cannot be read ({error}): run the node that encodes the pairs again"
+                f"the encoded pair's file {name} cannot be read ({error}): delete the index files "
+                f"(index-*.json) in {self.folder}, if there are any, and encode the pairs again"
             ) from None
 
 
+@torch.inference_mode()
 def encode_pairs(
     pairs: Iterable[EditPair], vae: Any, clip: Any, folder: Path, report: Callable[[int], None] | None = None
 ) -> EncodedPairs:
-    """Encode what is not in `folder` yet. `report` is told after each pair how many are done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    encoders = _fingerprint(vae.first_stage_model), _fingerprint(clip.cond_stage_model)
-    names, files, sizes, shared = [], [], [], {}
+    """Encode what is not in `folder` yet. `report` is told after each pair how many are done.
+
+    Raises OSError, naming the folder, if its disk is full: what was encoded until then stays. Raises
+    ValueError for a picture or text that an encoder gives no finite numbers for, naming the pair.
+    """
+    vae_mark, clip_mark = _fingerprint(vae.first_stage_model), _fingerprint(clip.cond_stage_model)
+
+    def latent(what: str, picture: torch.Tensor) -> tuple[str, Size]:
+        name = _name("latent", vae_mark, picture)
+        stored = _stored(folder, name, what, lambda: vae.encode(picture[None]))
+        return name, tuple(stored.shape[-2:])
+
+    def embedding(what: str, text: str) -> str:
+        name = _name("text", clip_mark, text)
+        _stored(folder, name, what, partial(_text, clip, text))
+        return name
+
+    names, files, sizes, whites = [], [], [], {}
+    empty_text = embedding("empty text", "")
     for done, pair in enumerate(pairs, 1):
-        pixels = tuple(pair.source.shape[:2])
-        key = _digest(*encoders, pair.source, pair.edit, pair.source_text, pair.edit_text)
-        found = _stored(folder, key, partial(_encode_pair, pair, vae, clip))
-        size = tuple(found["source"].shape[-2:])
-        if size not in shared:
-            key_of_size = _digest(*encoders, "shared", str(pixels))
-            shared[size] = f"{key_of_size}.safetensors"
-            _stored(folder, key_of_size, partial(_encode_shared, pixels, vae, clip))
+        source, size = latent(f"source of {pair.name}", pair.source)
+        edit, _ = latent(f"edit of {pair.name}", pair.edit)
+        source_text = embedding(f"source text of {pair.name}", pair.source_text)
+        edit_text = embedding(f"edit text of {pair.name}", pair.edit_text)
+        if size not in whites:
+            whites[size], _ = latent("white picture", torch.ones_like(pair.source))
         names.append(pair.name)
-        files.append(f"{key}.safetensors")
+        files.append((source, edit, source_text, edit_text))
         sizes.append(size)
         if report is not None:
             report(done)
-    return EncodedPairs(folder, tuple(names), tuple(files), tuple(sizes), tuple(shared.items()))
+    return EncodedPairs(
+        folder, tuple(names), tuple(files), tuple(sizes), tuple(sorted(whites.items())), empty_text
+    )
 
 
-def _encode_pair(pair: EditPair, vae: Any, clip: Any) -> Tensors:
-    return {
-        "source": vae.encode(pair.source[None]),
-        "edit": vae.encode(pair.edit[None]),
-        "source_text": _text(clip, pair.source_text),
-        "edit_text": _text(clip, pair.edit_text),
+def encode_share(
+    data: DataConfig,
+    encoders: str,
+    load: Callable[[], tuple[Any, Any]],
+    folder: Path,
+    share: tuple[int, int] = (0, 1),
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """Encode a share, (rank, world), of the data's pairs into `folder`, and write its index.
+
+    encoders: what VAE and text encoder are, such as `file_fingerprint` of their checkpoint. load: gives the
+    VAE and the CLIP. Where the index is there already, or that of all pairs, nothing is read and `load` not
+    called.
+
+    Raises what `read_pairs` and `encode_pairs` raise.
+    """
+    rank, world = share
+    path = folder / f"index-{_index_digest(data, encoders)}-{rank}-of-{world}.json"
+    if path.exists() or indexed_pairs(data, encoders, folder) is not None:
+        return
+    reading = read_pairs(data, share)
+    pairs = encode_pairs(reading, *load(), folder, report)
+    index = {
+        "samples": reading.seen,
+        "bad": reading.bad,
+        "pairs": list(zip(reading.numbers, pairs.names, pairs.files, pairs.sizes, strict=True)),
+        "whites": pairs.whites,
+        "empty_text": pairs.empty_text,
     }
+    _write(path, json.dumps(index).encode())
 
 
-def _encode_shared(pixels: tuple[int, int], vae: Any, clip: Any) -> Tensors:
-    return {"empty_text": _text(clip, ""), "white": vae.encode(torch.ones(1, *pixels, 3))}
+def indexed_pairs(data: DataConfig, encoders: str, folder: Path) -> EncodedPairs | None:
+    """The encoded pairs, from the indexes of all shares; None if one is missing, or the data has changed.
+
+    However many shares there were, the pairs are in the order of the samples, without the bad ones: a share's
+    i-th sample is number rank + i * world. Data of the hub without a `revision` counts as unchanged.
+
+    Raises ValueError if more than 1% of the samples cannot be used.
+    """
+    digest = _index_digest(data, encoders)
+    for first in sorted(folder.glob(f"index-{digest}-0-of-*.json")):
+        world = int(first.stem.rpartition("-")[2])
+        paths = [folder / f"index-{digest}-{rank}-of-{world}.json" for rank in range(world)]
+        if all(path.exists() for path in paths):
+            return _merged(data.name, folder, [json.loads(path.read_bytes()) for path in paths])
+    return None
+
+
+def _merged(where: str, folder: Path, indexes: Sequence[dict[str, Any]]) -> EncodedPairs:
+    bad = [(number, problem) for index in indexes for number, problem in index["bad"]]
+    too_many_bad(where, bad, indexes[0]["samples"])
+    rows = sorted((row for index in indexes for row in index["pairs"]), key=lambda row: row[0])
+    whites = {tuple(size): name for index in indexes for size, name in index["whites"]}
+    return EncodedPairs(
+        folder,
+        tuple(name for _, name, _, _ in rows),
+        tuple(tuple(files) for _, _, files, _ in rows),
+        tuple(tuple(size) for _, _, _, size in rows),
+        tuple(sorted(whites.items())),
+        indexes[0]["empty_text"],
+    )
+
+
+def file_fingerprint(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _index_digest(data: DataConfig, encoders: str) -> str:
+    """Of everything that decides which pairs there are: the data's files by name, size and time of change."""
+    stats = ((file.name, file.stat()) for file in local_files(data))
+    files = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return _digest(json.dumps(asdict(data), sort_keys=True), encoders, *files)
 
 
 def _text(clip: Any, text: str) -> torch.Tensor:
@@ -97,18 +195,45 @@ def _text(clip: Any, text: str) -> torch.Tensor:
     return clip.encode_from_tokens(clip.tokenize(text), return_pooled=False)[:, :77]
 
 
-def _stored(folder: Path, key: str, make: Callable[[], Tensors]) -> Tensors:
-    path = folder / f"{key}.safetensors"
-    if path.exists():
-        return safetensors.torch.load_file(path)
-    tensors = {name: value.float().contiguous().cpu() for name, value in make().items()}
-    part = path.with_suffix(".part")
+def _name(kind: str, encoder: str, content: torch.Tensor | str) -> str:
+    """In folders of their first two digits: file systems are slow with millions of files in one."""
+    shape = str(tuple(content.shape)) if isinstance(content, torch.Tensor) else ""
+    key = _digest(kind, encoder, shape, content)
+    return f"{key[:2]}/{key}.safetensors"
+
+
+def _load(path: Path) -> torch.Tensor:
+    return safetensors.torch.load_file(path)["value"].float()
+
+
+def _stored(folder: Path, name: str, what: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    path = folder / name
+    with contextlib.suppress(FileNotFoundError, safetensors.SafetensorError):  # a damaged one is made again
+        return _load(path)
+    value = make().to("cpu", torch.float16).contiguous()
+    if not value.isfinite().all():
+        raise ValueError(f"the {what} is encoded to numbers that are not finite: run the encoder in fp32")
+    _write(path, safetensors.torch.save({"value": value}))
+    return value.float()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Beside its place first, under a name that no other process uses."""
+    part = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.part")
     try:
-        safetensors.torch.save_file(tensors, part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
         os.replace(part, path)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OSError(
+            error.errno,
+            "the disk is full: what is encoded is kept, so make room and start again",
+            str(path.parent),
+        ) from None
     finally:
         part.unlink(missing_ok=True)
-    return tensors
 
 
 def _fingerprint(module: torch.nn.Module) -> str:

@@ -8,14 +8,16 @@ knows every prediction that dual guidance asks for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_sampling
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 
 from ..patches.bridge_core import Bank, Feeding
+from ..patches.checkpointing import checkpointed
 
 DROPOUTS = ("paper", "release", "none")
 DROPPED_IMAGES = ("off", "white")
@@ -26,10 +28,12 @@ REFERENCE_TIMES = ("zero", "same")
 class Objective:
     """dropout: `paper`, text and image each dropped with `drop_rate`, independently; `release`, the authors'
     code, three bands of that size each that exclude one another: no text and the reference itself as
-    target, no image, neither; `none`. dropped_image: what a row without image gets: `off`, no bridge, as at
-    inference, or `white`, a white reference without text. reference_time: the reference pass's timestep,
-    `zero` or, as in the authors' training, the `same` as the picture's. min_snr: loss weight
-    min(SNR, min_snr) / SNR (arXiv 2303.09556), 0 for none.
+    target, no image, neither; `none`. drop_rate: how often, 0 to 1/3. dropped_image: what a row without
+    image gets: `off`, no bridge, as at inference, or `white`, a white reference without text.
+    reference_time: the reference pass's timestep, `zero` or, as in the authors' training, the `same` as the
+    picture's. min_snr: loss weight min(SNR, min_snr) / SNR (arXiv 2303.09556), 0 for none. offset_noise:
+    deviation of a number added to each channel's noise; for a base that was trained with it, 0 for none, as
+    in the paper.
 
     Raises ValueError for settings that there are not.
     """
@@ -39,6 +43,7 @@ class Objective:
     dropped_image: str = "off"
     reference_time: str = "zero"
     min_snr: float = 0.0
+    offset_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -48,11 +53,11 @@ class Objective:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r} but must be one of {', '.join(allowed)}")
-        if not 0 <= self.drop_rate <= 1 / 3 or self.min_snr < 0:
-            raise ValueError(
-                f"drop_rate is {self.drop_rate} and min_snr {self.min_snr}, but drop_rate must be 0 to 1/3 "
-                "and min_snr 0 or more"
-            )
+        if not 0 <= self.drop_rate <= 1 / 3:
+            raise ValueError(f"drop_rate is {self.drop_rate} but must be 0 to 1/3")
+        for name in ("min_snr", "offset_noise"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be 0 or more")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +97,11 @@ def draw(objective: Objective, seeds: Sequence[int], shape: Sequence[int], times
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         times.append(torch.randint(timesteps, (), generator=generator))
-        noises.append(torch.randn(*shape, generator=generator))
+        noise = torch.randn(*shape, generator=generator)
         first, second = torch.rand(2, generator=generator).tolist()
+        if objective.offset_noise:
+            noise += objective.offset_noise * torch.randn(shape[0], 1, 1, generator=generator)
+        noises.append(noise)
         rate = objective.drop_rate
         match objective.dropout:
             case "paper":
@@ -113,10 +121,13 @@ def draw(objective: Objective, seeds: Sequence[int], shape: Sequence[int], times
     )
 
 
-def losses(model: Any, bank: Bank, batch: Batch, draws: Draws, objective: Objective) -> torch.Tensor:
+def losses(
+    model: Any, bank: Bank, batch: Batch, draws: Draws, objective: Objective, checkpointing: bool = False
+) -> torch.Tensor:
     """Each pair's loss, [pairs], with a gradient for the bridge where one is enabled.
 
-    model: the host's BaseModel, whose UNet predicts noise or v.
+    model: the host's BaseModel, whose UNet predicts noise or v. checkpointing: layers are computed again for
+    their gradient instead of kept; `bank` must then not be used for anything else before that.
     """
     device, sampling, unet = batch.edit.device, model.model_sampling, model.diffusion_model
     no_image, no_text = draws.no_image.to(device), draws.no_text.to(device)
@@ -137,6 +148,9 @@ def losses(model: Any, bank: Bank, batch: Batch, draws: Draws, objective: Object
     text = torch.where(no_text[:, None, None], batch.empty_text, batch.edit_text)
 
     options = {"cond_or_uncond": [0], "uuids": [None], "sigmas": sigma.flatten()}
+    options["optimized_attention_override"] = _torch_attention
+    if checkpointing:
+        options = checkpointed(options)
     dtype = model.get_dtype_inference()
     bank.read(unet, reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
     fed = Feeding(bank, rows, len(target), lambda of_pairs: of_pairs[rows]).install(options)
@@ -152,6 +166,11 @@ def losses(model: Any, bank: Bank, batch: Batch, draws: Draws, objective: Object
         divisor = snr + 1 if learned is not noise else snr
         error = error * snr.clamp(max=objective.min_snr) / divisor
     return error
+
+
+def _torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """In place of the host's choice, which may have no derivative."""
+    return attention_pytorch(*args, **kwargs)
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""Edit pairs in a folder: `name_source.png`, `name_edit.png` and `name.json` with both descriptions.
+"""Edit pairs: samples made into pictures of one size and their two descriptions, and batches of them.
 
-The JSON holds {"source": "what the first shows", "edit": "what the second shows"}. Pictures may be png, jpg
-or webp. A pair that cannot be used is counted, logged with its name and skipped; more than 1% of them stops.
+A sample that cannot be used is counted, logged with its name and skipped; more than 1% of them stops.
+
+A folder holds `name_source.png`, `name_edit.png` and `name.json` with both descriptions, {"source": "what the
+first shows", "edit": "what the second shows"}, for each pair. Pictures may be png, jpg or webp.
 """
 
 from __future__ import annotations
@@ -9,19 +11,24 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from kornia.geometry.transform import center_crop, resize
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST = 64
 BAD_SHARE = 0.01
+FIRST_OF_A_STREAM = 1000
+
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,31 +46,125 @@ class BadPair(ValueError):
     """A pair that cannot be used."""
 
 
-def read_folder(folder: Path, resolution: int, step: int) -> Iterator[EditPair]:
+class Picture(NamedTuple):
+    """A picture that nobody has read yet."""
+
+    name: str
+    open: Callable[[], Image.Image]
+
+
+class Parts(NamedTuple):
+    """What a sample consists of."""
+
+    source: Picture
+    edit: Picture
+    source_text: Any
+    edit_text: Any
+
+
+class Sample(NamedTuple):
+    """One sample before anything of it is decoded. parts: raises BadPair if there is one missing."""
+
+    name: str
+    parts: Callable[[], Parts]
+
+
+class Reading:
+    """The usable pairs of a share of the samples, in their order; to be iterated once.
+
+    share: (rank, world), every world-th sample from the rank-th on; the others' pictures are not decoded.
+    total: how many samples there are, None for a stream. numbers: the places of the pairs so far among all
+    samples. bad: place and problem of those that cannot be used. seen: samples so far, with the others'.
+
+    Iterating raises ValueError, naming the first, when more than 1% of all samples and at least two are bad,
+    or all are: of `total` where it is known, else of those seen at the end, and until then of those seen but
+    at least a thousand. A share knows its own bad ones only: `too_many_bad` judges all shares' together.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        samples: Iterable[Sample],
+        resolution: int,
+        step: int,
+        total: int | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.where = where
+        self.numbers: list[int] = []
+        self.bad: list[tuple[int, str]] = []
+        self.seen = 0
+        self._samples, self._total, self._share = samples, total, share
+        self._buckets = buckets(resolution, step)
+
+    def __iter__(self) -> Iterator[EditPair]:
+        rank, world = self._share
+        for number, sample in enumerate(self._samples):
+            self.seen = number + 1
+            if number % world != rank:
+                continue
+            try:
+                pair = _pair(sample, self._buckets)
+            except BadPair as problem:
+                logging.warning("edit pair %s: %s", sample.name, problem)
+                self.bad.append((number, f"{sample.name}: {problem}"))
+                too_many_bad(self.where, self.bad, self._total or self.seen, self._total or FIRST_OF_A_STREAM)
+            else:
+                self.numbers.append(number)
+                yield pair
+        if not self.seen:
+            raise ValueError(f"no edit pairs in {self.where}")
+        too_many_bad(self.where, self.bad, self.seen)
+
+
+def too_many_bad(where: str, bad: Sequence[tuple[int, str]], samples: int, at_least: int = 0) -> None:
+    """Raises ValueError if more than 1% of the samples, and more than one, or all of them are bad.
+
+    at_least: a number of samples to reckon with although fewer have been seen.
+    """
+    reckoned = max(samples, at_least)
+    if len(bad) > max(1.0, BAD_SHARE * reckoned) or len(bad) == reckoned:
+        raise ValueError(
+            f"{len(bad)} of {samples} edit pairs in {where} cannot be used, more than 1%; "
+            f"the first is {min(bad)[1]}"
+        )
+
+
+def read_folder(folder: Path, resolution: int, step: int) -> Reading:
     """Every usable pair of a folder, by name, scaled and cropped to its bucket.
 
-    Raises ValueError for a folder without pairs, and when more than 1% of them are bad, naming the first.
+    Raises ValueError for a folder without pairs.
     """
+    samples = folder_samples(folder)
+    return Reading(folder.name, samples, resolution, step, len(samples))
+
+
+def folder_samples(folder: Path) -> list[Sample]:
+    """The samples of a folder, by name. Raises ValueError if there are none."""
     names = sorted(file.stem for file in folder.glob("*.json"))
     if not names:
         raise ValueError(
             f"no edit pairs in {folder.name}: it needs name_source.png, name_edit.png and name.json for each"
         )
-    bad: list[str] = []
-    for name in names:
-        try:
-            yield _read(folder, name, resolution, step)
-        except BadPair as problem:
-            logging.warning("edit pair %s: %s", name, problem)
-            bad.append(f"{name}: {problem}")
-            if len(bad) > max(1.0, BAD_SHARE * len(names)) or len(bad) == len(names):
-                raise ValueError(
-                    f"{len(bad)} of {len(names)} edit pairs in {folder.name} cannot be used, more than 1%; "
-                    f"the first is {bad[0]}"
-                ) from None
+    return [Sample(name, partial(_folder_parts, folder, name)) for name in names]
 
 
-def buckets(resolution: int, step: int) -> list[tuple[int, int]]:
+def _folder_parts(folder: Path, name: str) -> Parts:
+    try:
+        texts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        source_text, edit_text = texts["source"], texts["edit"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadPair(f'its JSON has no "source" and "edit" texts ({error})') from None
+    pictures = []
+    for stem in (f"{name}_source", f"{name}_edit"):
+        path = next((path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
+        if path is None:
+            raise BadPair(f"there is no {stem}.png")
+        pictures.append(Picture(path.name, partial(Image.open, path)))
+    return Parts(*pictures, source_text, edit_text)
+
+
+def buckets(resolution: int, step: int) -> list[Size]:
     """Sizes (height, width) of about resolution x resolution pixels in multiples of `step`, 1:2 to 2:1."""
     found = set()
     for height in range(step, 2 * resolution + 1, step):
@@ -73,7 +174,7 @@ def buckets(resolution: int, step: int) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def fitted(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def fitted(picture: torch.Tensor, size: Size) -> torch.Tensor:
     """[height, width, 3] scaled to cover `size` and cropped to it around the middle."""
     height, width = picture.shape[:2]
     if (height, width) == size:
@@ -84,38 +185,35 @@ def fitted(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return rearrange(center_crop(image, size), "1 c h w -> h w c").clamp(0, 1)
 
 
-def _read(folder: Path, name: str, resolution: int, step: int) -> EditPair:
-    try:
-        texts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        source_text, edit_text = texts["source"], texts["edit"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadPair(f'its JSON has no "source" and "edit" texts ({error})') from None
-    if not all(isinstance(text, str) and text.strip() for text in (source_text, edit_text)):
+def _pair(sample: Sample, sizes: Sequence[Size]) -> EditPair:
+    parts = sample.parts()
+    texts = parts.source_text, parts.edit_text
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         raise BadPair("a description is empty")
-    source, edit = (_picture(folder, f"{name}_{role}") for role in ("source", "edit"))
+    source, edit = _decoded(parts.source), _decoded(parts.edit)
     if source.shape != edit.shape:
-        sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (source, edit)]
-        raise BadPair(f"the source is {sizes[0]} and the edit {sizes[1]}")
+        found = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (source, edit)]
+        raise BadPair(f"the source is {found[0]} and the edit {found[1]}")
     shape = math.log(source.shape[0] / source.shape[1])
-    size = min(buckets(resolution, step), key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - shape))
-    return EditPair(name, fitted(source, size), fitted(edit, size), source_text, edit_text)
+    size = min(sizes, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - shape))
+    return EditPair(sample.name, fitted(source, size), fitted(edit, size), *texts)
 
 
-def _picture(folder: Path, stem: str) -> torch.Tensor:
-    path = next((path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
-    if path is None:
-        raise BadPair(f"there is no {stem}.png")
+def _decoded(picture: Picture) -> torch.Tensor:
     try:
-        with Image.open(path) as file:
+        with picture.open() as file:
+            mode = file.mode
             pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGB"), np.float32) / 255
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadPair(f"{path.name} cannot be read ({error})") from None
+    except Exception as error:  # Pillow raises nearly anything for broken bytes
+        raise BadPair(f"{picture.name} cannot be read ({error})") from None
+    if mode[0] in "IF":  # Pillow would clip it
+        raise BadPair(f"{picture.name} has {mode} pixels but must have 8 bits a channel")
     if min(pixels.shape[:2]) < SMALLEST:
-        raise BadPair(f"{path.name} is smaller than {SMALLEST} pixels")
+        raise BadPair(f"{picture.name} is smaller than {SMALLEST} pixels")
     return torch.from_numpy(pixels)
 
 
-def batches(sizes: Sequence[tuple[int, int]], batch: int, seed: int, epoch: int) -> list[list[int]]:
+def batches(sizes: Sequence[Size], batch: int, seed: int, epoch: int) -> list[list[int]]:
     """An epoch's batches of pair numbers, each of one size, shuffled; the same for the same seed and epoch.
 
     Pairs that do not fill a batch are left out of this epoch, unless a size has fewer than one batch: then

@@ -119,8 +119,7 @@ def caption(scene: Scene, named: set[str] | None = None) -> str:
     named = (
         set(v) if named is None else named | {k for k, plain in _IMPLIED.items() if v.get(k, plain) != plain}
     )
-    background = v["background"]
-    where = _SCENERY.get(background, f"on a {background} background") if "background" in named else ""
+    where = _where(v["background"]) if "background" in named else ""
     if scene.kind == "object":
         words = [v[k] for k in ("size", "texture", "colour") if k in named] + [v["shape"]]
         phrase = [("an " if words[0] == "orange" else "a ") + " ".join(words)]
@@ -133,6 +132,26 @@ def caption(scene: Scene, named: set[str] | None = None) -> str:
     return " ".join(
         [*([_STYLE[v["style"]]] if "style" in named else []), *phrase, *([where] if where else [])]
     )
+
+
+def _where(background: str) -> str:
+    return _SCENERY.get(background, f"on a {background} background")
+
+
+def instruction(pair: EditPair) -> str:
+    """The edit as an instruction, which says the change and not the result, such as "make it yellow"."""
+    ((name, value),) = pair.changed.items()
+    match name:
+        case "shape":
+            return f"replace it with a {value}"
+        case "background":
+            return f"put it {_where(value)}"
+        case "style":
+            return f"turn it into {_STYLE[value].removesuffix(' of')}"
+        case "glasses":
+            return "put glasses on" if value == "yes" else "take the glasses off"
+        case _:
+            return f"make it {value}"
 
 
 def random_named(scene: Scene, rng: np.random.Generator) -> set[str]:

@@ -1,0 +1,38 @@
+"""A small training run on the Tiny Studio, as a configuration, for the training command's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STEPS = 6
+
+
+def settings(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A small run on the Tiny Studio; `changes` by dotted names with __ for the dots."""
+    tree: dict[str, Any] = {
+        "base": "tiny_studio",
+        "data": {"path": str(data / "pairs"), "resolution": 64},
+        "output": str(output),
+        "cache": str(data / "encoded"),
+        "steps": STEPS,
+        "bridge": {"rank": 4, "alpha": 4.0},
+        "train": {"batch": 2, "learning_rate": 1e-3, "ema": 0.5},
+        "checkpoint": {"every": 1, "keep": 2},
+        "validation": {"every": 0},
+        "logging": {"every": 2, "tensorboard": False},
+    }
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return tree
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path

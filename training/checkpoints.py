@@ -1,0 +1,58 @@
+"""A run's checkpoints: a folder of `step-000123.pt`, the last few kept, the newest whole one gone on from."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from .trainer import BrokenCheckpoint, Trainer
+
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+class Checkpoints:
+    """keep: how many of the last ones stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def files(self) -> list[Path]:
+        """From the newest to the oldest."""
+        named = [(_NAME.fullmatch(path.name), path) for path in self.folder.glob("*")]
+        return [
+            path for _, path in sorted(((int(name[1]), path) for name, path in named if name), reverse=True)
+        ]
+
+    def save(self, trainer: Trainer) -> Path:
+        """A checkpoint of now; older ones go only when it is in its place. Raises OSError if it cannot be
+        written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{trainer.step:06}.pt"
+        trainer.save(path)
+        for old in self.files()[self.keep :]:
+            old.unlink(missing_ok=True)
+        for part in self.folder.glob("*.part"):  # of a run that was killed
+            part.unlink(missing_ok=True)
+        return path
+
+    def resume(self, trainer: Trainer) -> Path | None:
+        """Load the newest that can be read; a broken one is skipped with a warning. None if there are none.
+
+        Raises ValueError if there are some and none can be read, or if it is of another configuration.
+        """
+        files = self.files()
+        for path in files:
+            try:
+                trainer.load(path)
+            except BrokenCheckpoint as problem:
+                logging.warning("%s: trying the one before", problem)
+            else:
+                return path
+        if files:
+            raise ValueError(
+                f"none of the {len(files)} checkpoints in {self.folder} can be read: move them away to begin "
+                "anew"
+            )
+        return None

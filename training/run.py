@@ -1,0 +1,290 @@
+"""`python -m training --config FILE`: train a bridge with one process or many, on one machine or several.
+
+    python -m training --config FILE                            one GPU, or the CPU
+    accelerate launch -m training --config FILE                 as `accelerate config` says
+    python dev.py train --config FILE                           with dev.py's ComfyUI
+
+The first two from the pack's own folder, with ComfyUI's Python. The same command again goes on from the last
+checkpoint. Every setting is shown by --print-config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import numpy as np
+import torch
+
+from ..models.bridge import AttentionBridge, widths_of
+from ..models.bridge_file import save_bridge
+from ..models.sites import find_sites
+from .base import Base, free
+from .cache import EncodedPairs, encode_share, indexed_pairs
+from .checkpoints import Checkpoints
+from .config import Config, documented, read_config
+from .sources import DataConfig
+from .trainer import PRECISIONS, Team, Trainer
+from .validation import Validation, save_picture, validation_data
+
+BRIDGE = "bridge.safetensors"
+# A process may wait for another one's pictures or its encoding.
+PATIENCE = timedelta(hours=24)
+
+
+class Run:
+    """One run of the command. accelerator: of Hugging Face accelerate.
+
+    Raises ValueError for settings, data or checkpoints that do not fit, OSError if nothing can be written,
+    and FloatingPointError, naming the step, for a loss that is not finite: the state before it is saved.
+    """
+
+    def __init__(self, config: Config, accelerator: Any) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.output = Path(config.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.base = Base(config.base)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint.keep)
+        self._encoders = self.base.fingerprint()
+        pairs, self.validation = self._data()
+        dtype = PRECISIONS[config.train.precision] or torch.float32
+        self.model = self.base.unet(dtype)
+        unet = self.model.model.diffusion_model
+        family = type(self.model.model.model_config).__name__
+        settings = config.bridge.settings(family, widths_of(find_sites(unet, "training")))
+        bridge = AttentionBridge(settings, torch.float32).reset(config.train.seed).to(accelerator.device)
+        self.trainer = Trainer(
+            self.model.model,
+            bridge,
+            pairs,
+            config.train,
+            accelerator.device,
+            Team(accelerator.process_index, accelerator.num_processes, self._total),
+            {
+                "base": self._encoders,
+                "bridge": vars(config.bridge),
+                "pairs": f"{len(pairs)} ({_digest(repr(pairs.files).encode())})",
+            },
+        )
+
+    def train(self) -> bool:
+        """Go on until the last step, or until the process is told to stop; whether it was the last."""
+        config, trainer = self.config, self.trainer
+        found = self.checkpoints.resume(trainer)
+        self._check_same()
+        if found:
+            self.say(f"going on from {found.name}")
+        if config.logging.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+        progress = _Progress(config, self.accelerator.num_processes, trainer.step)
+        with _signals() as told:
+            while trainer.step < config.steps:
+                try:
+                    trainer.run_step()
+                except FloatingPointError:
+                    self._save()
+                    raise
+                stop = bool(self._total(torch.tensor(float(told()), device=trainer.device)) > 0)
+                last = stop or trainer.step == config.steps
+                if last or trainer.step % config.logging.every == 0:
+                    self._log(progress)
+                if last or trainer.step % config.checkpoint.every == 0:
+                    self._save()
+                if self._due():
+                    self._validate()
+                if stop and trainer.step < config.steps:
+                    self.say(f"told to stop: step {trainer.step} is saved, the same command goes on")
+                    return False
+        if self.accelerator.is_main_process:
+            with trainer.averaged():
+                save_bridge(trainer.bridge, self.output / BRIDGE)
+        self.say(f"done: {self.output / BRIDGE}")
+        return True
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def _data(self) -> tuple[EncodedPairs, Validation | None]:
+        """Every process encodes its share, and all read the whole."""
+        config = self.config
+        pairs = self._encoded(config.data)
+        if not config.validation.every:
+            return pairs, None
+        data = validation_data(config.data, config.validation)
+        shown = pairs if data is config.data else self._encoded(data)
+        main = self.accelerator.is_main_process
+        return pairs, Validation.of(config.validation, data, shown) if main else None
+
+    def _encoded(self, data: DataConfig) -> EncodedPairs:
+        config, accelerator = self.config, self.accelerator
+        cache = Path(config.cache) if config.cache else self.output / "encoded"
+        share = accelerator.process_index, accelerator.num_processes
+
+        def report(done: int) -> None:
+            if done % 100 == 0:
+                self.say(f"encoded {done * share[1]} pairs of {data.name}")
+
+        encode_share(data, self._encoders, self.base.encoders, cache, share, report)
+        free()
+        accelerator.wait_for_everyone()
+        pairs = indexed_pairs(data, self._encoders, cache)
+        if pairs is None:
+            raise ValueError(
+                f"the indexes of the encoded pairs in {cache} are not complete: with several machines the "
+                "folder must be one that all of them see, and the data the same on all"
+            )
+        return pairs
+
+    def _total(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    def _save(self) -> None:
+        self._check_same()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.trainer)
+
+    def _check_same(self) -> None:
+        """Raises ValueError if the processes have not all the same step and weights."""
+        digest = hashlib.sha256(str(self.trainer.step).encode())
+        for weight in self.trainer.bridge.parameters():
+            digest.update(weight.detach().cpu().numpy().tobytes())
+        mark = torch.tensor([int.from_bytes(digest.digest()[:7])], device=self.trainer.device)
+        marks = self.accelerator.gather(mark).tolist()
+        if len(set(marks)) > 1:
+            other = [rank for rank, found in enumerate(marks) if found != marks[0]]
+            raise ValueError(
+                f"the processes {', '.join(map(str, other))} have other weights than process 0: with several "
+                "machines the output folder must be one that all of them see"
+            )
+
+    def _log(self, progress: _Progress) -> None:
+        line, figures = progress.line(self.trainer)
+        self.say(line)
+        self.accelerator.log(figures, self.trainer.step)
+
+    def _due(self) -> bool:
+        every, step = self.config.validation.every, self.trainer.step
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
+    def _validate(self) -> None:
+        if self.validation is None:
+            return
+        picture = self.validation.picture(self.trainer, self.model, self.base)
+        path = self.output / "validation" / f"step-{self.trainer.step:06}.png"
+        save_picture(picture, path)
+        self.say(f"validation: {path}")
+        if self.config.logging.tensorboard:
+            tracker = self.accelerator.get_tracker("tensorboard")
+            images = {"validation": np.asarray(picture)[None]}
+            tracker.log_images(images, self.trainer.step, dataformats="NHWC")
+
+
+class _Progress:
+    """Speed and time left, from this session alone."""
+
+    def __init__(self, config: Config, world: int, step: int) -> None:
+        self._pairs = config.train.batch * config.train.accumulate * world
+        self._steps, self._every = config.steps, config.logging.every
+        self._first, self._begin = step, time.monotonic()
+
+    def line(self, trainer: Trainer) -> tuple[str, dict[str, float]]:
+        """A line for people, and the curves' points: the loss is the mean since the line before."""
+        recent = trainer.losses[-self._every :]
+        speed = (trainer.step - self._first) / (time.monotonic() - self._begin)
+        left = timedelta(seconds=round((self._steps - trainer.step) / speed))
+        figures = {
+            "loss": sum(recent) / len(recent),
+            "gradient_norm": trainer.gradient_norm,
+            "learning_rate": trainer.settings.rate(trainer.step - 1),
+            "samples_per_second": speed * self._pairs,
+        }
+        return (
+            f"step {trainer.step}/{self._steps}  loss {figures['loss']:.4f}  "
+            f"{figures['samples_per_second']:.2f} samples/s  {left} left",
+            figures,
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether the process was told to stop by Ctrl-C or SIGTERM; a second time stops it at once."""
+    told: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        told.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield lambda: bool(told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def accelerator_for(config: Config) -> Any:
+    """The processes and this one's device. Raises ValueError without a GPU where one is asked for, and
+    ImportError, naming the extra, without a library that is needed.
+    """
+    wanted = ["accelerate", *(["tensorboard"] if config.logging.tensorboard else [])]
+    for library in wanted:
+        if importlib.util.find_spec(library) is None:
+            raise ImportError(
+                f"training needs {library}: install the pack's extra [train], or pip install {library}"
+            )
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    cpu = comfy.model_management.cpu_mode()
+    if cpu and config.device == "cuda":
+        raise ValueError("device is cuda but torch finds no GPU here: install a torch for it, or take auto")
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # the trainer's own autocast, whatever `accelerate config` says
+        log_with="tensorboard" if config.logging.tensorboard else None,
+        project_dir=config.output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="the run's settings, such as training/configs/folder.yaml")
+    what.add_argument("--print-config", action="store_true", help="print every setting with its default")
+    args = parser.parse_args()
+    if args.print_config:
+        print(documented(), end="")
+        return
+    try:
+        config = read_config(args.config)
+        accelerator = accelerator_for(config)
+        Run(config, accelerator).train()
+        accelerator.end_training()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"training: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

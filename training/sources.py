@@ -1,0 +1,272 @@
+"""Where edit pairs come from: a folder, WebDataset shards, or a Hugging Face data set, streamed or not.
+
+All three give the same pairs for the same pictures and texts, count bad samples the same way, and can be
+shared out among processes. Pictures are read by Pillow and texts as UTF-8 or JSON; nothing in the data is
+executed.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import itertools
+import json
+import logging
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .pairs import BAD_SHARE, BadPair, Parts, Picture, Reading, Sample, folder_samples
+
+KINDS = ("folder", "webdataset", "huggingface")
+ROLES = ("source_image", "edit_image", "source_text", "edit_text")
+SHARD_MEMBERS = {
+    "source_image": "source.png;source.jpg;source.jpeg;source.webp",
+    "edit_image": "edit.png;edit.jpg;edit.jpeg;edit.webp",
+    "source_text": "json:source",
+    "edit_text": "json:edit",
+}
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training data: the `data` part of a training configuration.
+
+    kind: `folder`, as `pairs` describes it; `webdataset`, tar shards; `huggingface`, a data set of the hub
+    or a local folder or parquet files, which the library `datasets` reads.
+    path: the folder; shards or parquet files, as a pattern with {000..009} or *, or a list of such; or a data
+    set's name on the hub, owner/name.
+    split, revision, streaming: of a Hugging Face data set. revision: a commit of the hub, empty for the
+    newest. streaming: read as it comes instead of being downloaded and prepared first.
+    columns: where to find each role, source_image, edit_image, source_text, edit_text; roles left out keep
+    their default. Of a data set, a column; by default the role's name. Of shards, the member's extension:
+    everything after the first dot of its name; several with ; between them, for the first that is there; and
+    for a text, with : the field of a JSON member. By default `source.png;source.jpg;source.jpeg;source.webp`,
+    the same with `edit`, `json:source` and `json:edit`. A folder has no columns.
+    resolution, step: pictures are scaled and cropped to about resolution x resolution pixels, to multiples of
+    step (a multiple of 8), in the bucket nearest to their shape from 1:2 to 2:1.
+    limit: use the first so many samples, good or bad; 0 for all.
+
+    Raises ValueError for settings that cannot be.
+    """
+
+    path: str | Sequence[str]
+    kind: str = "folder"
+    split: str = "train"
+    revision: str = ""
+    streaming: bool = True
+    columns: Mapping[str, str] = field(default_factory=dict)
+    resolution: int = 512
+    step: int = 64
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r} but must be one of {', '.join(KINDS)}")
+        if not self.path or (self.kind == "folder" and not isinstance(self.path, str)):
+            raise ValueError(f"path is {self.path!r} but must say where the {self.kind} is")
+        unknown = sorted(set(self.columns) - set(ROLES))
+        if unknown:
+            raise ValueError(f"columns has {', '.join(unknown)} but the roles are {', '.join(ROLES)}")
+        if self.columns and self.kind == "folder":
+            raise ValueError("columns are for webdataset and huggingface: a folder's names are fixed")
+        if self.step < 8 or self.step % 8 or self.resolution < self.step:
+            raise ValueError(
+                f"resolution is {self.resolution} and step {self.step} but step must be a multiple of 8 and "
+                "resolution at least step"
+            )
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit} but must be 0, for all, or more")
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        path = self.path if isinstance(self.path, str) else self.path[0]
+        return Path(path).name if self.kind == "folder" else path
+
+
+def read_pairs(data: DataConfig, share: tuple[int, int] = (0, 1)) -> Reading:
+    """The usable pairs of a share, (rank, world): of the samples rank, rank + world, rank + 2 world, ...
+
+    Every process passes over all samples, but decodes its own pictures only.
+
+    Iterating raises ValueError when more than 1% of the samples cannot be used (`pairs.Reading` says when) or
+    more than 1% of the shards are damaged. A damaged shard is logged, and read up to the damage: with fewer
+    than a hundred shards the first one stops.
+    Raises ValueError for data that is not there, and ImportError, naming the extra, if a library is missing.
+    """
+    rank, world = share
+    if not 0 <= rank < world:
+        raise ValueError(f"share is {rank} of {world}, which cannot be")
+    total = None
+    match data.kind:
+        case "folder":
+            samples: Iterable[Sample] = folder_samples(_folder(data))
+        case "webdataset":
+            samples = _shard_samples(_files(data.path), {**SHARD_MEMBERS, **data.columns})
+        case _:
+            samples, total = _row_samples(data)
+    if isinstance(samples, list):
+        total = len(samples)
+    if data.limit:
+        samples = itertools.islice(samples, data.limit)
+        total = min(total, data.limit) if total else None
+    return Reading(data.name, samples, data.resolution, data.step, total, share)
+
+
+def local_files(data: DataConfig) -> list[Path]:
+    """The files on this machine that the pairs come from; none for a data set of the hub."""
+    match data.kind:
+        case "folder":
+            return sorted(path for path in _folder(data).iterdir() if path.is_file())
+        case "webdataset":
+            return _files(data.path)
+        case _ if _is_parquet(data.path):
+            return _files(data.path)
+        case _:
+            return sorted(path for path in Path(str(data.path)).rglob("*") if path.is_file())
+
+
+def _folder(data: DataConfig) -> Path:
+    folder = Path(str(data.path))
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    return folder
+
+
+def _files(path: str | Sequence[str]) -> list[Path]:
+    """The files of patterns, in their order."""
+    expand = _library("braceexpand", "webdataset").braceexpand
+    found: list[Path] = []
+    missing = []
+    for pattern in [path] if isinstance(path, str) else path:
+        for name in expand(pattern, escape=False):
+            files = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+            found += map(Path, files)
+            if not files:
+                missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"there is no file {missing[0]}{more}")
+    return found
+
+
+def _library(name: str, package: str = "") -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(
+            f"this training data needs the library {package or name}: install the pack's extra [train], "
+            f"or pip install {package or name}"
+        ) from None
+
+
+def _shard_samples(shards: Sequence[Path], members: Mapping[str, str]) -> Iterator[Sample]:
+    group = _library("webdataset.tariterators", "webdataset").group_by_keys
+    damaged = 0
+    for shard in shards:
+        last = "its beginning"
+        try:
+            with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for found in group(_members(tar)):
+                    name = found["__key__"]
+                    yield Sample(name, partial(_member_parts, found, members))
+                    last = f"sample {name}"
+        except (OSError, tarfile.TarError, ValueError) as error:
+            damaged += 1
+            reason = error.args[0] if isinstance(error, ValueError) else error
+            problem = f"the shard {shard} is damaged after {last} ({reason})"
+            if damaged > BAD_SHARE * len(shards):
+                raise ValueError(
+                    f"{problem}: {damaged} of {len(shards)} shards are, more than 1%. Replace it"
+                ) from None
+            logging.warning("%s: the rest of it is left out", problem)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+    """The files in an uncompressed tar, unread, as the library's grouping expects them.
+
+    tarfile takes a damaged header for the end of the archive, webdataset's own reader with it: here the end
+    must be there.
+    """
+    end = 0
+    for member in tar:
+        end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
+        if member.isreg():
+            yield {"fname": member.name, "data": partial(tar.extractfile, member), "__url__": tar.name}
+    tar.fileobj.seek(end)
+    if tar.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+        raise tarfile.ReadError("it does not end as a tar file does")
+
+
+def _member_parts(found: Mapping[str, Any], members: Mapping[str, str]) -> Parts:
+    pictures, texts = [], []
+    for role in ROLES[:2]:
+        name, extract = _member(found, members[role])
+        pictures.append(Picture(name, lambda extract=extract: Image.open(extract())))
+    for role in ROLES[2:]:
+        extensions, _, key = members[role].partition(":")
+        name, extract = _member(found, extensions)
+        try:
+            text = extract().read().decode("utf-8")
+            texts.append(json.loads(text)[key] if key else text.strip())
+        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+            raise BadPair(f"{name} has no {role} ({error})") from None
+    return Parts(*pictures, *texts)
+
+
+def _member(found: Mapping[str, Any], extensions: str) -> tuple[str, Callable[[], Any]]:
+    for extension in extensions.split(";"):
+        if extension in found:
+            return f"{found['__key__']}.{extension}", found[extension]
+    raise BadPair(f"there is no {found['__key__']}.{extensions.split(';')[0]}")
+
+
+def _is_parquet(path: str | Sequence[str]) -> bool:
+    return not isinstance(path, str) or path.endswith(".parquet")
+
+
+def _row_samples(data: DataConfig) -> tuple[Iterable[Sample], int | None]:
+    datasets = _library("datasets")
+    columns = {role: data.columns.get(role, role) for role in ROLES}
+    if _is_parquet(data.path):
+        where = {"path": "parquet", "data_files": {data.split: [str(file) for file in _files(data.path)]}}
+    else:
+        where = {"path": data.path, "revision": data.revision or None}
+    try:
+        rows = datasets.load_dataset(**where, split=data.split, streaming=data.streaming)
+        there = rows.column_names or []
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"the data set {data.name} cannot be opened ({error})") from None
+    missing = sorted(set(columns.values()) - set(there))
+    if missing:
+        raise ValueError(
+            f"the data set {data.name} has no column {', '.join(missing)} but {', '.join(there)}: say in "
+            "`columns` where the roles are"
+        )
+    rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+    for role in ROLES[:2]:
+        rows = rows.cast_column(columns[role], datasets.Image(decode=False))
+    decode = datasets.Image().decode_example
+
+    def parts(row: Mapping[str, Any]) -> Parts:
+        pictures = (Picture(columns[role], partial(decode, row[columns[role]])) for role in ROLES[:2])
+        return Parts(*pictures, *(row[columns[role]] for role in ROLES[2:]))
+
+    def samples() -> Iterator[Sample]:
+        number = 0
+        try:
+            for number, row in enumerate(rows):
+                yield Sample(f"row {number}", partial(parts, row))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(
+                f"the data set {data.name} cannot be read after row {number} ({error})"
+            ) from None
+
+    return samples(), None if data.streaming else len(rows)

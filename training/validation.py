@@ -1,0 +1,119 @@
+"""Fixed edits on the way: what the bridge has learned so far, through the host's sampler, as a picture."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..models.bridge import AttentionBridge, manage
+from ..patches.bridge import apply_bridge
+from ..patches.bridge_run import BridgeSetup
+from ..patches.guidance import DualGuidance, DualGuider
+from .base import Base, to_device
+from .cache import EncodedPairs
+from .config import ValidationConfig
+from .pairs import EditPair
+from .sources import DataConfig, read_pairs
+from .trainer import Trainer
+
+GAP, TEXT_SIZE, LINES = 8, 13, 5
+
+
+def validation_data(data: DataConfig, settings: ValidationConfig) -> DataConfig:
+    """Where the fixed edits come from: their own folder, or the training data."""
+    if not settings.folder:
+        return data
+    return replace(data, kind="folder", path=settings.folder, columns={}, limit=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """edits: pictures and texts. pairs: the same, encoded, from its first on."""
+
+    settings: ValidationConfig
+    edits: Sequence[EditPair]
+    pairs: EncodedPairs
+
+    @classmethod
+    def of(cls, settings: ValidationConfig, data: DataConfig, pairs: EncodedPairs) -> Validation:
+        """The first pairs of `data`, whose encoded ones are `pairs`."""
+        return cls(settings, list(itertools.islice(read_pairs(data), settings.count)), pairs)
+
+    def picture(self, trainer: Trainer, model: Any, base: Base) -> Image.Image:
+        """Source, target and what is sampled with the averaged bridge, a row for each edit. model: the
+        ModelPatcher that is trained on, which is on its device again afterwards.
+        """
+        with trainer.averaged():
+            bridge = AttentionBridge(trainer.bridge.settings, torch.float32)
+            bridge.load_state_dict(trainer.bridge.state_dict())
+        managed = manage(bridge.requires_grad_(False))
+        try:
+            with torch.inference_mode():
+                latents = [self._sample(number, model, managed) for number in range(len(self.edits))]
+                vae = base.vae()
+                sampled = [vae.decode(latent)[0].clamp(0, 1) for latent in latents]
+                del vae
+        finally:
+            to_device(model)
+        return sheet(self.edits, sampled, f"after step {trainer.step}")
+
+    def _sample(self, number: int, model: Any, bridge: Any) -> torch.Tensor:
+        """A latent in the VAE's scale, from noise that is the same every time."""
+        pair = self.pairs.batch([number], torch.device("cpu"), lambda latent: latent)
+        setup = BridgeSetup(bridge, pair.source, [[pair.source_text, {}]])
+        guidance = DualGuidance(self.settings.image_guidance, self.settings.text_guidance)
+        guider = DualGuider(apply_bridge(model, setup), guidance)
+        guider.set_conds([[pair.edit_text, {}]], [[pair.empty_text, {}]])
+        noise = torch.randn(pair.source.shape, generator=torch.Generator().manual_seed(number))
+        levels = comfy.samplers.calculate_sigmas(
+            model.get_model_object("model_sampling"), "normal", self.settings.steps
+        )
+        sampler = comfy.samplers.sampler_object("euler")
+        start = torch.zeros_like(pair.source)
+        return guider.sample(noise, start, sampler, levels, disable_pbar=True, seed=number)
+
+
+def sheet(edits: Sequence[EditPair], sampled: Sequence[torch.Tensor], title: str) -> Image.Image:
+    """A row for each edit: source, target, sampled, each [height, width, 3], 0 to 1, with the texts below."""
+    font = ImageFont.load_default(TEXT_SIZE)
+    width = max(edit.source.shape[1] for edit in edits)
+    below = LINES * (TEXT_SIZE + 4)
+    heights = [edit.source.shape[0] + below + GAP for edit in edits]
+    page = Image.new("RGB", (3 * (width + GAP) + GAP, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(page)
+    top = GAP
+    for edit, picture, height in zip(edits, sampled, heights, strict=True):
+        columns = (
+            (edit.source, edit.source_text),
+            (edit.edit, edit.edit_text),
+            (picture, title),
+        )
+        for column, (pixels, text) in enumerate(columns):
+            left = GAP + column * (width + GAP)
+            page.paste(Image.fromarray((pixels.cpu().numpy() * 255).round().astype(np.uint8)), (left, top))
+            lines = textwrap.wrap(text, max(8, int(width / (0.55 * TEXT_SIZE))), max_lines=LINES)
+            draw.multiline_text((left, top + edit.source.shape[0] + 2), "\n".join(lines), "black", font)
+        top += height
+    return page
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """As PNG, beside `path` first and then into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        picture.save(part, "PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
