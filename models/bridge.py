@@ -28,7 +28,8 @@ class BridgeSettings:
 
     base: the host's name of the model family it belongs to, such as `SD15`. rank: of the LoRA updates, from
     1. alpha: their scale is alpha / rank. direction: `edit_queries`, Q from the picture, K and V from the
-    reference, as in the authors' figure and code; `reference_queries`, the other way round. fusion: how Z'
+    reference, as in the authors' figure and code; `reference_queries`, the other way round, which learned far
+    faster where this pack measured it (docs/bridge_study.md). fusion: how Z'
     joins the self-attention's output Z: `linear`, Z + F Z' with a learned F that starts at zero; `add`,
     Z + Z'; `replace`, Z'. reference_self_bridge: whether the reference's own rows pass through the bridge
     too, attending to themselves, as in the authors' code. widths: channels at every site.
@@ -40,7 +41,7 @@ class BridgeSettings:
     widths: Mapping[SiteKey, int]
     rank: int = 64
     alpha: float = 64.0
-    direction: str = "edit_queries"
+    direction: str = "reference_queries"
     fusion: str = "linear"
     reference_self_bridge: bool = False
 

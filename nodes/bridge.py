@@ -120,8 +120,10 @@ class DescEditNewBridge(io.ComfyNode):
                 io.Combo.Input(
                     "direction",
                     options=list(DIRECTIONS),
-                    tooltip="edit_queries: the picture asks, the reference answers (the authors' code). "
-                    "reference_queries: the other way round; needs a reference of the picture's size.",
+                    default=BridgeSettings.direction,
+                    tooltip="reference_queries: the reference asks, the picture answers; learns faster, and "
+                    "needs a reference of the picture's size. edit_queries: the other way round, as in the "
+                    "authors' code.",
                 ),
                 io.Combo.Input(
                     "fusion",

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..models.bridge_file import load_bridge
 from ..models.tiny_studio import drawing, scenes, studio
+from .bridge import BridgeType
 
 CATEGORY = "descriptive edit/tiny studio"
 ALIASES = ["Tiny Studio", "tiny model", "demo model", "DescriptiveEdit", "UnifyEdit"]
@@ -24,16 +26,26 @@ class DescEditTinyStudio(io.ComfyNode):
             description=(
                 "Loads the small model that ships with the pack: Stable Diffusion 1.5's layout at reduced "
                 "width, 128x128 pixels. It knows one drawn world, coloured shapes and cartoon faces, "
-                "and works with the stock nodes: every method can be tried in seconds without a download."
+                "and works with the stock nodes: every method can be tried in seconds without a download. "
+                "With it comes its attention bridge."
             ),
             search_aliases=ALIASES,
             inputs=[],
-            outputs=[io.Model.Output("model"), io.Clip.Output("clip"), io.Vae.Output("vae")],
+            outputs=[
+                io.Model.Output("model"),
+                io.Clip.Output("clip"),
+                io.Vae.Output("vae"),
+                BridgeType.Output(
+                    "bridge", tooltip="Its attention bridge, trained on edits of the drawn world."
+                ),
+            ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(studio.load_model(), studio.load_clip(), studio.load_vae())
+        return io.NodeOutput(
+            studio.load_model(), studio.load_clip(), studio.load_vae(), load_bridge(studio.BRIDGE)
+        )
 
 
 class DescEditTinyScene(io.ComfyNode):

@@ -183,7 +183,7 @@ class DescEditTrainBridge(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Computes layers again for their gradient instead of keeping what they need for "
-                    "it: about a third slower, with much less memory. The result is the same.",
+                    "it: slower, with much less memory. The result is the same.",
                 ),
             ],
             outputs=[

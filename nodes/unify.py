@@ -1,137 +1,25 @@
-"""UnifyEdit (arXiv 2504.05594): invert the image, find the words, balance the gradients, sample."""
+"""UnifyEdit (arXiv 2504.05594): balance the gradients, sample, and see what happened."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from comfy_api.input import CurveInput
 from comfy_api.latest import io
 
-from ..patches.inversion import Inversion, invert
-from ..patches.tokens import EditTokens, find_tokens
-from ..patches.unify_balance import COMBINATIONS, Balance, draw_balance
-from ..patches.unify_sampler import UnifySampler, UnifySettings
+from ..patches.inversion import Inversion
+from ..patches.tokens import EditTokens
+from ..patches.unify_balance import COMBINATIONS, CURVES, Balance, draw_balance
+from ..patches.unify_losses import FORMS
+from ..patches.unify_presets import CUSTOM, PRESETS
+from ..patches.unify_sampler import UnifySampler
+from ..patches.unify_settings import METHODS, REGIONS, UnifySettings
+from ..patches.unify_trace import read_trace
+from .inversion import ALIASES, CATEGORY, EditTokensType, InversionType
 
-CATEGORY = "descriptive edit/unifyedit"
-ALIASES = ["UnifyEdit", "2504.05594", "attention guidance", "latent optimization"]
-
-InversionType = io.Custom("INVERSION")
-EditTokensType = io.Custom("EDIT_TOKENS")
 BalanceType = io.Custom("BALANCE")
-
-
-class DescEditInvert(io.ComfyNode):
-    """Node: `patches.inversion.invert`."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="DescEditInvert",
-            display_name="Invert Image (DDIM)",
-            category=CATEGORY,
-            description=(
-                "Finds the noise from which the stock Euler sampler, with the same SIGMAS, the source "
-                "description and guidance 1, gives this image back, and keeps the whole path. UnifyEdit "
-                "follows that path."
-            ),
-            search_aliases=[*ALIASES, "DDIM inversion", "inverse noise", "unsample"],
-            inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model that will sample. Wire the same one to the guider."
-                ),
-                io.Latent.Input(
-                    "latent",
-                    tooltip="The image to edit, from VAEEncode. Several images are inverted together. A "
-                    "noise mask in it is ignored.",
-                ),
-                io.Conditioning.Input(
-                    "source", tooltip="The source description, encoded: what the image shows now."
-                ),
-                io.Sigmas.Input(
-                    "sigmas",
-                    tooltip="Noise levels that fall to 0, the same that the sampler will get. More steps "
-                    "follow the image more closely. Denoise below 1 starts from less noise and changes less.",
-                ),
-                io.Int.Input(
-                    "refine",
-                    default=3,
-                    min=0,
-                    max=50,
-                    advanced=True,
-                    tooltip="Extra model calls per step that make the inversion more exact, 0 to 50. 0 is "
-                    "plain DDIM inversion, which drifts from the image; each one more costs as much as the "
-                    "inversion at 0.",
-                ),
-            ],
-            outputs=[
-                InversionType.Output("inversion", tooltip="The path from image to noise."),
-                io.Latent.Output(
-                    "noise",
-                    tooltip="The path's noisy end, in the latent's own scale. Sample it with DisableNoise "
-                    "and the same SIGMAS.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def execute(
-        cls, model: Any, latent: dict[str, Any], source: list[Any], sigmas: torch.Tensor, refine: int
-    ) -> io.NodeOutput:
-        inversion = invert(model, latent["samples"], source, sigmas, refine)
-        noise = {name: value for name, value in latent.items() if name != "noise_mask"}
-        noise["samples"] = model.model.process_latent_out(inversion.trajectory[0].clone())
-        return io.NodeOutput(inversion, noise)
-
-
-class DescEditFindTokens(io.ComfyNode):
-    """Node: `patches.tokens.find_tokens`."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="DescEditFindTokens",
-            display_name="Find Edit Tokens",
-            category=CATEGORY,
-            description=(
-                "Finds the tokens of the edit description that carry the edit: by default the words that are "
-                "not in the source description."
-            ),
-            search_aliases=[*ALIASES, "token index", "word position"],
-            inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder that encodes the edit description."),
-                io.String.Input(
-                    "source_description",
-                    multiline=True,
-                    tooltip="What the image shows now. Not empty, at most 75 tokens.",
-                ),
-                io.String.Input(
-                    "edit_description",
-                    multiline=True,
-                    tooltip="What it shall show, the same text that is encoded for the guider. Not empty, "
-                    "at most 75 tokens, and other words than the source description. Weights such as "
-                    "(red:1.3) are allowed.",
-                ),
-                io.String.Input(
-                    "words",
-                    default="",
-                    optional=True,
-                    tooltip="Words or phrases of the edit description that carry the edit, separated by "
-                    "commas. Empty: the words that differ from the source description, or, where words are "
-                    "only left out, the ones beside them.",
-                ),
-            ],
-            outputs=[
-                EditTokensType.Output("edit_tokens"),
-                io.String.Output("text", tooltip="The words found and their token positions, for people."),
-            ],
-        )
-
-    @classmethod
-    def execute(
-        cls, clip: Any, source_description: str, edit_description: str, words: str = ""
-    ) -> io.NodeOutput:
-        tokens = find_tokens(clip, source_description, edit_description, words)
-        return io.NodeOutput(tokens, tokens.describe())
 
 
 class DescEditAdaptiveScheduler(io.ComfyNode):
@@ -147,8 +35,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
             description=(
                 "Balances keeping the structure against following the words over the sampling: structure "
                 "weighs beta1 exp(-k1 (1 - p)), the words beta2 exp(-k2 p), with p from 0 at pure noise to 1 "
-                "at the image. The paper's own function is not published; this one is the pack's choice with "
-                "the published shape."
+                "at the image, or other curves with the same ends. The paper's own function is not "
+                "published; these are the pack's choice with the published shape."
             ),
             search_aliases=[*ALIASES, "adaptive time-step scheduler", "balance"],
             inputs=[
@@ -196,6 +84,40 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     tooltip="How fast the words' weight falls from its start at pure noise, 0 to 20. 0 "
                     "keeps it constant; high values leave it to the first steps.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *PRESETS],
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip="Values for a kind of edit, with simple (a red circle) or complex descriptions; "
+                    "every other input is then ignored. Not tuned yet: all have this node's defaults. "
+                    "custom: the inputs of this node.",
+                ),
+                io.Combo.Input(
+                    "curve",
+                    options=list(CURVES),
+                    default=default.curve,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the weights of balanced change: exponential; linear and cosine, which are 0 "
+                    "from 1/k of the way on; drawn, along the two curves below instead of k.",
+                ),
+                io.Curve.Input(
+                    "structure_curve",
+                    default=[(0.0, 0.0), (1.0, 1.0)],
+                    optional=True,
+                    advanced=True,
+                    tooltip="For the curve drawn: the structure's weight from noise to image, 0 to 1, times "
+                    "beta1.",
+                ),
+                io.Curve.Input(
+                    "words_curve",
+                    default=[(0.0, 1.0), (1.0, 0.0)],
+                    optional=True,
+                    advanced=True,
+                    tooltip="For the curve drawn: the words' weight from noise to image, 0 to 1, times "
+                    "beta2.",
+                ),
             ],
             outputs=[
                 BalanceType.Output("balance"),
@@ -204,12 +126,36 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, combination: str, beta1: float, k1: float, beta2: float, k2: float) -> io.NodeOutput:
+    def execute(
+        cls,
+        combination: str,
+        beta1: float,
+        k1: float,
+        beta2: float,
+        k2: float,
+        preset: str = CUSTOM,
+        curve: str = Balance.curve,
+        structure_curve: Any = None,
+        words_curve: Any = None,
+    ) -> io.NodeOutput:
+        if preset != CUSTOM:
+            return _balance(PRESETS[preset])
+        drawn = None
+        if curve == "drawn" and structure_curve is not None and words_curve is not None:
+            along = np.linspace(0.0, 1.0, 101)
+            drawn = tuple(
+                tuple(CurveInput.from_raw(raw).interp_array(along).tolist())
+                for raw in (structure_curve, words_curve)
+            )
         try:
-            balance = Balance(combination, beta1, k1, beta2, k2)
+            balance = Balance(combination, beta1, k1, beta2, k2, curve, drawn)
         except ValueError as error:
             raise ValueError(f"DescEditAdaptiveScheduler: {error}") from None
-        return io.NodeOutput(balance, draw_balance(balance))
+        return _balance(balance)
+
+
+def _balance(balance: Balance) -> io.NodeOutput:
+    return io.NodeOutput(balance, draw_balance(balance))
 
 
 class DescEditUnifySampler(io.ComfyNode):
@@ -225,8 +171,9 @@ class DescEditUnifySampler(io.ComfyNode):
                 "A SAMPLER for SamplerCustomAdvanced that edits an inverted image with no training. Before "
                 "each Euler step it moves the latent down the gradient of two losses: keep the "
                 "self-attention of the source, make the edit's words take hold in the cross-attention. It "
-                "starts from the inversion's noise, so the noise input does not matter (use DisableNoise); "
-                "of latent_image only its size, number of images and noise mask count."
+                "starts from the inversion's noise, so what is wired to the noise input does not matter: "
+                "DisableNoise, or the noise output here, which also carries the trace. Of latent_image only "
+                "the size, the number of images and the noise mask count."
             ),
             search_aliases=[*ALIASES, "prompt to prompt", "tuning-free editing"],
             inputs=[
@@ -266,8 +213,113 @@ class DescEditUnifySampler(io.ComfyNode):
                     tooltip="Words take hold at the cross-attentions whose grid is nearest to this many "
                     "tokens a side, 1 to 256: 1 is the coarsest that the model has, 256 the finest.",
                 ),
+                io.Combo.Input(
+                    "alignment",
+                    options=list(FORMS),
+                    default=UnifySettings.alignment,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What makes a word take hold. token_ratio: its share among the description's "
+                    "words inside the mask; the only one that works without a mask. spatial_ratio: the share "
+                    "of its attention that falls inside. area_ratio: inside against outside, squared, the "
+                    "form quoted from the paper, without a bound.",
+                ),
+                io.Combo.Input(
+                    "keep",
+                    options=list(REGIONS),
+                    default=UnifySettings.keep,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where structure is kept: everywhere, or only among the places inside or outside "
+                    "of the mask.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=UnifySettings.method,
+                    optional=True,
+                    advanced=True,
+                    tooltip="latent: move the latent before each prediction. noise: add the gradient to the "
+                    "predicted noise instead, the paper's ablation.",
+                ),
+                io.Int.Input(
+                    "inner_iterations",
+                    default=UnifySettings.inner_iterations,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Gradient steps before each prediction, 1 to 100, each as long as the balance "
+                    "says. Time grows with them. 1 for the method noise.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=UnifySettings.start,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Share of the sampling after which the latent is optimised, 0 to 1. 0: from the "
+                    "start.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=UnifySettings.end,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Share of the sampling after which it is not any more, above start_percent, to "
+                    "1. 1: to the end. Steps that are not optimised cost no more than stock ones.",
+                ),
+                io.Boolean.Input(
+                    "mask_update",
+                    default=UnifySettings.mask_update,
+                    optional=True,
+                    advanced=True,
+                    tooltip="On: the latent is moved inside the mask only. Needs a mask.",
+                ),
+                io.Boolean.Input(
+                    "auto_mask",
+                    default=UnifySettings.auto_mask,
+                    optional=True,
+                    tooltip="On: where no mask is wired, find one from where the edit's words look and where "
+                    "the words they replace do. A wired mask comes first.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=UnifySettings.checkpoint,
+                    optional=True,
+                    advanced=True,
+                    tooltip="On: take less memory for the gradients and more time. The result is the same.",
+                ),
+                io.String.Input(
+                    "structure_sites",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Names of the self-attentions to keep, such as output.3.0, or beginnings such as "
+                    "output or input.4, separated by commas; they replace structure_side. Empty: by side.",
+                ),
+                io.String.Input(
+                    "word_sites",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Names of the cross-attentions for the words, in the same way; they replace "
+                    "word_side. Empty: by side.",
+                ),
             ],
-            outputs=[io.Sampler.Output("sampler")],
+            outputs=[
+                io.Sampler.Output("sampler"),
+                io.Noise.Output(
+                    "noise",
+                    tooltip="For the noise input of SamplerCustomAdvanced in place of DisableNoise: no noise "
+                    "either, and the sampled latent carries the trace for UnifyEdit Trace.",
+                ),
+            ],
         )
 
     @classmethod
@@ -279,14 +331,76 @@ class DescEditUnifySampler(io.ComfyNode):
         structure_side: int,
         word_side: int,
         mask: torch.Tensor | None = None,
+        alignment: str = UnifySettings.alignment,
+        keep: str = UnifySettings.keep,
+        method: str = UnifySettings.method,
+        inner_iterations: int = UnifySettings.inner_iterations,
+        start_percent: float = UnifySettings.start,
+        end_percent: float = UnifySettings.end,
+        mask_update: bool = UnifySettings.mask_update,
+        auto_mask: bool = UnifySettings.auto_mask,
+        checkpointing: bool = UnifySettings.checkpoint,
+        structure_sites: str = "",
+        word_sites: str = "",
     ) -> io.NodeOutput:
-        if mask is not None and bool((mask.flatten(1).amax(dim=1) <= 0).any()):
-            raise ValueError(
-                "DescEditUnifySampler: mask is empty (0 everywhere): paint where the edit happens, or leave "
-                "it unconnected"
+        try:
+            settings = UnifySettings(
+                inversion,
+                edit_tokens,
+                balance,
+                mask,
+                structure_side,
+                word_side,
+                structure_sites,
+                word_sites,
+                alignment,
+                keep,
+                method,
+                inner_iterations,
+                start_percent,
+                end_percent,
+                mask_update,
+                auto_mask,
+                checkpointing,
             )
-        settings = UnifySettings(inversion, edit_tokens, balance, mask, structure_side, word_side)
-        return io.NodeOutput(UnifySampler(settings))
+        except ValueError as error:
+            raise ValueError(f"DescEditUnifySampler: {error}") from None
+        sampler = UnifySampler(settings)
+        return io.NodeOutput(sampler, sampler.noise)
 
 
-NODES = [DescEditInvert, DescEditFindTokens, DescEditAdaptiveScheduler, DescEditUnifySampler]
+class DescEditTrace(io.ComfyNode):
+    """Node: `patches.unify_trace.Trace`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditTrace",
+            display_name="UnifyEdit Trace",
+            category=CATEGORY,
+            description=(
+                "What happened in a run of UnifyEdit Sampler, by step: both losses and the norms of their "
+                "gradients, each relative to its largest value, and the steps that were skipped because no "
+                "gradient was usable. Wire the sampler's noise output to SamplerCustomAdvanced for it."
+            ),
+            search_aliases=[*ALIASES, "loss curve", "gradient norm"],
+            inputs=[
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The output of the SamplerCustomAdvanced that had UnifyEdit Sampler's sampler "
+                    "and noise.",
+                )
+            ],
+            outputs=[
+                io.Image.Output("plot", tooltip="A picture for each image: losses above, gradients below."),
+                io.String.Output("text", tooltip="How many steps were optimised and skipped, for people."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent: dict[str, Any]) -> io.NodeOutput:
+        trace = read_trace("DescEditTrace", latent)
+        return io.NodeOutput(trace.draw(), trace.describe())
+
+
+NODES = [DescEditAdaptiveScheduler, DescEditUnifySampler, DescEditTrace]

@@ -8,7 +8,7 @@ stop early: then the UNet ends at the last attention that is recorded, and its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import comfy.model_patcher
@@ -30,23 +30,30 @@ class _LastSiteReached(Exception):
 class AttentionRecorder:
     """Attention probabilities of one model call.
 
-    self_sites, cross_sites: where to record. stop: end the UNet after the last of them.
+    self_sites, cross_sites: where to record. stop: end the UNet after the last of them; with `whole_layers`
+    not inside of a layer but before the next block, as `checkpointing` needs.
 
     After the call, `self_attention` and `cross_attention` map a site's key to probabilities of shape [rows,
     heads, queries, keys] in float32 that sum to 1 over keys; a row is an image of the call's batch. Where the
-    call has a gradient, they belong to a graph that ends at this recorder, and `gradient` carries a loss back
-    through the UNet.
+    call has a gradient, they belong to a graph that ends at this recorder, and `gradients` carries losses
+    back through the UNet.
     """
 
     def __init__(
-        self, self_sites: Iterable[Site], cross_sites: Iterable[Site], *, stop: bool = False
+        self,
+        self_sites: Iterable[Site],
+        cross_sites: Iterable[Site],
+        *,
+        stop: bool = False,
+        whole_layers: bool = False,
     ) -> None:
         self._wanted = {
             "attn1": {site.key for site in self_sites},
             "attn2": {site.key for site in cross_sites},
         }
         self._pending = {(name, key) for name, keys in self._wanted.items() for key in keys}
-        self._stop = stop
+        self._stop, self._whole_layers = stop, whole_layers
+        self._seen: dict[tuple[str, SiteKey], tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._outer: list[torch.Tensor] = []
         self._inner: list[torch.Tensor] = []
         self.self_attention: dict[SiteKey, torch.Tensor] = {}
@@ -65,21 +72,25 @@ class AttentionRecorder:
         )
         return options
 
-    def gradient(self, losses: torch.Tensor, latent: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
-        """d(sum of losses)/d(latent), with the recorded probabilities as the way back into the UNet.
+    def gradients(self, losses: Sequence[torch.Tensor], latent: torch.Tensor) -> list[torch.Tensor]:
+        """d(sum of a loss)/d(latent) for each of `losses`, with the recorded probabilities as the way back
+        into the UNet. The graph is gone afterwards.
 
-        losses: [rows], each a function of its own row's maps. latent: the leaf the model call started from,
-        [rows, ...]. keep: leave the graph for a second loss. Gradients of attention losses are far below what
-        half precision can hold, so what enters the UNet is scaled row by row to a largest value of 1, and
-        scaled back in float32.
+        losses: each [rows], a function of its own row's maps. latent: the leaf the model call started from,
+        [rows, ...]. Gradients of attention losses are far below what half precision can hold, so what enters
+        the UNet is scaled row by row to a largest value of 1, and scaled back in float32.
         """
-        inner = torch.autograd.grad(losses.sum(), self._inner, retain_graph=keep, allow_unused=True)
-        used = [(outer, grad) for outer, grad in zip(self._outer, inner, strict=True) if grad is not None]
-        peaks = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in used]).amax(dim=0)
-        peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
-        scaled = [(grad / peaks[:, None, None]).to(outer.dtype) for outer, grad in used]
-        (gradient,) = torch.autograd.grad([outer for outer, _ in used], latent, scaled, retain_graph=keep)
-        return gradient.float() * peaks.view(-1, *[1] * (gradient.ndim - 1))
+        found = []
+        for number, loss in enumerate(losses, start=1):
+            keep = number < len(losses)
+            inner = torch.autograd.grad(loss.sum(), self._inner, retain_graph=keep, allow_unused=True)
+            used = [(outer, grad) for outer, grad in zip(self._outer, inner, strict=True) if grad is not None]
+            peaks = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in used]).amax(dim=0)
+            peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
+            scaled = [(grad / peaks[:, None, None]).to(outer.dtype) for outer, grad in used]
+            (gradient,) = torch.autograd.grad([outer for outer, _ in used], latent, scaled, retain_graph=keep)
+            found.append(gradient.float() * peaks.view(-1, *[1] * (gradient.ndim - 1)))
+        return found
 
     def _wrap(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         options = dict(read_options(args, kwargs))
@@ -89,22 +100,32 @@ class AttentionRecorder:
             for key in keys:
                 patches[key] = self._patch(name, key, patches.get(key, patches.get(key[:2])))
         options["patches_replace"] = replace
+        if self._stop and self._whole_layers:
+            patches = options["patches"] = dict(options.get("patches", {}))
+            for name in ("input_block_patch", "output_block_patch"):
+                patches[name] = [self._end_block, *patches.get(name, ())]
         args, kwargs = replace_options(args, kwargs, options)
         try:
-            return executor(*args, **kwargs)
+            output = executor(*args, **kwargs)
         except _LastSiteReached:
-            return torch.zeros_like(args[0])
+            output = torch.zeros_like(args[0])
+        # Out here, where it is no part of a layer that is computed again.
+        for (name, key), pair in self._seen.items():
+            maps = self.self_attention if name == "attn1" else self.cross_attention
+            maps[key] = attention_probabilities(*pair)
+        self._seen.clear()
+        return output
 
     def _patch(self, name: str, key: SiteKey, previous: Callable | None) -> Callable:
         def patch(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
         ) -> torch.Tensor:
             heads = extra_options["n_heads"]
-            maps = self.self_attention if name == "attn1" else self.cross_attention
-            maps[key] = attention_probabilities(self._boundary(q), self._boundary(k), heads)
-            self._pending.discard((name, key))
-            if self._stop and not self._pending:
-                raise _LastSiteReached
+            if (name, key) in self._pending:  # not so when a checkpointed layer is computed again
+                self._seen[name, key] = self._boundary(q), self._boundary(k), heads
+                self._pending.discard((name, key))
+                if self._stop and not self._pending and not self._whole_layers:
+                    raise _LastSiteReached
             if previous is not None:
                 return previous(q, k, v, extra_options)
             precision = extra_options.get("attn_precision")
@@ -113,6 +134,12 @@ class AttentionRecorder:
             )
 
         return patch
+
+    def _end_block(self, hidden: torch.Tensor, *rest: Any) -> Any:
+        """A block patch of the host, for either side: (h, options) or (h, skip, options)."""
+        if not self._pending:
+            raise _LastSiteReached
+        return hidden if len(rest) == 1 else (hidden, rest[0])
 
     def _boundary(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` in float32; with gradient, as a leaf of its own whose partner in the UNet's graph is

@@ -1,4 +1,4 @@
-"""DDIM inversion: the noise and the whole path that lead the host's Euler sampler back to a given image."""
+"""Inversion: the noise and the whole path that lead the host's Euler sampler back to a given image."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from comfy.utils import model_trange
 from ..models.sites import find_sites
 
 NODE = "DescEditInvert"
+MODES = ("ddim", "virtual")
 # Layers at the UNet's two ends: every finetune changes them, and they are small.
 _SAMPLED_LAYERS = ("diffusion_model.input_blocks.0.", "diffusion_model.out.")
 
@@ -67,13 +68,14 @@ class Inversion:
     trajectory: [steps + 1, images, channels, height, width] float32 in host RAM, in the model's own space
     (after `process_latent_in`); entry i belongs to `sigmas[i]`, the last one is the clean latent. sigmas:
     [steps + 1], falling to 0. conditioning: the source description's CONDITIONING. model: what it was made
-    with.
+    with. virtual: whether the path is the straight line of `invert_virtually`.
     """
 
     trajectory: torch.Tensor
     sigmas: torch.Tensor
     conditioning: list[Any]
     model: ModelIdentity
+    virtual: bool = False
 
     @property
     def steps(self) -> int:
@@ -131,6 +133,51 @@ def invert(
     falling to 0. Raises ValueError for an empty latent, a latent of another model family and sigmas that do
     not fall to 0.
     """
+    sigmas = _checked(model, samples, sigmas)
+    path: list[torch.Tensor] = []
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": conditioning})
+    guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        comfy.samplers.KSAMPLER(_sample_upwards, {"refine": refine, "path": path}),
+        sigmas,
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=0,
+    )
+    trajectory = torch.stack(path[::-1]).cpu()
+    return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model))
+
+
+def invert_virtually(
+    model: Any, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, seed: int
+) -> Inversion:
+    """The straight path x_i = x_0 + sigma_i n from a clean latent to noise n, without a model call.
+
+    The idea of InfEdit's virtual inversion (arXiv 2312.04965): it is no solution of the model's ODE, but the
+    sampler knows x_0 at every step and takes what the source's prediction misses off the target's, so that
+    the same description gives the image back exactly (`unify_source.SourceBranch.read`). InfEdit draws new
+    noise at every step; here n is one for the run, and the same for all images, so that a batch gives what
+    each image gives alone.
+
+    seed: of n, from 0. Other arguments and errors as `invert`; raises ValueError also for a conditioning
+    with areas or masks.
+    """
+    sigmas = _checked(model, samples, sigmas)
+    if any("area" in values or "mask" in values for _, values in conditioning):
+        raise ValueError(
+            f"{NODE}: source has entries with an area or a mask, which a virtual inversion cannot follow: "
+            "wire one description of the whole image, or use the mode ddim"
+        )
+    noise = torch.randn([1, *samples.shape[1:]], generator=torch.Generator().manual_seed(seed))
+    clean = model.model.process_latent_in(samples.detach().cpu().float())
+    trajectory = clean + sigmas.view(-1, 1, 1, 1, 1) * noise
+    return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model), virtual=True)
+
+
+def _checked(model: Any, samples: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """`sigmas` on the CPU; raises ValueError for what cannot be inverted."""
     find_sites(model.model.diffusion_model, NODE)
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
@@ -147,20 +194,7 @@ def invert(
             f"{[round(value, 3) for value in sigmas.tolist()]}: use a scheduler's SIGMAS, or the low part of "
             "split ones"
         )
-    path: list[torch.Tensor] = []
-    guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": conditioning})
-    guider.sample(
-        torch.zeros_like(samples),
-        samples,
-        comfy.samplers.KSAMPLER(_sample_upwards, {"refine": refine, "path": path}),
-        sigmas,
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=0,
-    )
-    trajectory = torch.stack(path[::-1]).cpu()
-    return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model))
+    return sigmas
 
 
 def _sample_upwards(

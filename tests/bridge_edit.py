@@ -27,6 +27,7 @@ LAYOUTS = (
 
 def random_bridge(host: Host, model: Any, rank: int = 4, gain: float = 0.3, **inputs: Any) -> Any:
     """ATTENTION_BRIDGE for `model` whose every weight is random, so that nothing of it is neutral."""
+    inputs.setdefault("direction", "edit_queries")
     (bridge,) = host.execute("DescEditNewBridge", model=model, rank=rank, alpha=2.0 * rank, **inputs)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -71,7 +71,7 @@ def test_another_base(host: Host, bridge: Any) -> None:
     """Protects: a bridge for another base is refused with both shapes named, also where only the family
     differs.
     """
-    (studio, _, _) = host.execute("DescEditTinyStudio")
+    studio, *_ = host.execute("DescEditTinyStudio")
     with pytest.raises(
         ValueError,
         match=r"for _SmallSD15 with 10 sites \(3 of width 32, 7 of width 64\), but .* is TinySD15 with",

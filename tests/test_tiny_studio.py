@@ -15,7 +15,7 @@ import torch
 @pytest.fixture(scope="module")
 def studio(host: Any) -> tuple[Any, Any, Any]:
     """MODEL, CLIP, VAE from the node."""
-    return host.execute("DescEditTinyStudio")
+    return host.execute("DescEditTinyStudio")[:3]
 
 
 @pytest.fixture(scope="module")

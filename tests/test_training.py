@@ -229,10 +229,10 @@ def test_offset_noise(training: Any) -> None:
 
 
 def test_rate_falls_along_a_cosine(training: Any) -> None:
-    """Protects: `decay` takes the rate from its peak to zero along half a cosine, and 0 keeps it."""
+    """Protects: `decay` takes the rate from its peak down half a cosine and starts again; 0 keeps it."""
     settings = training.trainer.TrainSettings(learning_rate=0.2, decay=100)
-    assert [settings.rate(step) for step in (0, 25, 50, 100, 150)] == pytest.approx(
-        [0.2, 0.1 + 0.1 * 0.5**0.5, 0.1, 0.0, 0.0]
+    assert [settings.rate(step) for step in (0, 25, 50, 75, 100, 150)] == pytest.approx(
+        [0.2, 0.1 + 0.1 * 0.5**0.5, 0.1, 0.1 - 0.1 * 0.5**0.5, 0.2, 0.1]
     )
     assert training.trainer.TrainSettings(learning_rate=0.2).rate(150) == 0.2
 

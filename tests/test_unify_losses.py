@@ -50,36 +50,114 @@ def test_structure_loss(losses: Any) -> None:
     assert losses.structure_loss(source, source).tolist() == [0, 0]
 
 
-def test_alignment_loss(losses: Any) -> None:
-    """Protects: L_CAA is (1 - share of the description's attention in the mask)^2, averaged over all there
-    is.
+@pytest.mark.parametrize("rows", [1, 2])
+def test_structure_loss_in_a_region(losses: Any, rows: int) -> None:
+    """Protects: with M^ = M M^T only pairs of places in the region count, each map weighted before the
+    square.
     """
-    target = maps(2, 9)
-    words, length = [(2,), (4, 5)], 6
-    masks = {SITES[0]: torch.rand(2, 16), SITES[1]: torch.tensor([[0.0, 1.0, 0.5, 0.0]])}
+    source, target = maps(0, 0), maps(1, 0)
+    generator = torch.Generator().manual_seed(5)
+    regions = {
+        site: torch.rand(rows, places, generator=generator)
+        for site, places in zip(SITES, (16, 4), strict=True)
+    }
     expected = []
     for row in range(2):
-        terms = []
-        for site, word, head in itertools.product(SITES, words, range(3)):
-            weights = masks[site].expand(2, -1)[row].double()
-            ratio = 0.0
-            for place, weight in enumerate(weights):
-                places = target[site][row, head, place].double()
-                ratio += float(weight * sum(places[i] for i in word) / places[1 : length + 1].sum())
-            terms.append((1 - ratio / float(weights.sum())) ** 2)
-        expected.append(sum(terms) / len(terms))
-    result = losses.alignment_loss(target, words, length, masks)
+        total = 0.0
+        for site, head in itertools.product(SITES, range(3)):
+            weights = regions[site].expand(2, -1)[row].double()
+            pair = weights[:, None] * weights[None, :]
+            change = pair * source[site][row, head].double() - pair * target[site][row, head].double()
+            total += float((change**2).sum()) / 3
+        expected.append(total / 2)
+    result = losses.structure_loss(source, target, regions)
     torch.testing.assert_close(result.double(), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_alignment_loss_is_bounded(losses: Any) -> None:
-    """Protects: 0 when the word has all of the description's attention in the mask, 1 when it has none."""
+def edit_tokens(host: Host, length: int, *words: tuple[int, ...]) -> Any:
+    """EDIT_TOKENS of a description of `length` tokens with the given words' positions."""
+    tokens = host.pack_module("patches.tokens")
+    found = tuple(tokens.EditWord("word", word, tuple(token + 1 for token in word)) for word in words)
+    return tokens.EditTokens(found, length, length + 1, ())
+
+
+@pytest.mark.parametrize("form", ["token_ratio", "spatial_ratio", "area_ratio"])
+def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
+    """Protects: each form's formula, averaged over heads, sites and words, for rows with words and lengths
+    of their own.
+    """
+    target = maps(2, 9)
+    rows = [([(2,), (4, 5)], 6), ([(3,)], 4)]
+    words = host.pack_module("patches.unify_words").edit_words(
+        [edit_tokens(host, length, *found) for found, length in rows], 9
+    )
+    masks = {SITES[0]: torch.rand(2, 16), SITES[1]: torch.tensor([[0.0, 1.0, 0.5, 0.0]])}
+    expected = []
+    for row, (found, length) in enumerate(rows):
+        terms = []
+        for site, word, head in itertools.product(SITES, found, range(3)):
+            inside = masks[site].expand(2, -1)[row].double()
+            maps_here = target[site][row, head].double()
+            attention = sum(maps_here[:, token] for token in word)
+            if form == "token_ratio":
+                share = attention / maps_here[:, 1 : length + 1].sum(dim=1)
+                terms.append((1 - float((share * inside).sum() / inside.sum())) ** 2)
+            elif form == "spatial_ratio":
+                terms.append(3 - 4 * float((attention * inside).sum() / attention.sum()))
+            else:
+                ratio = (attention * inside).sum() / inside.sum()
+                ratio /= (attention * (1 - inside)).sum() / (1 - inside).sum()
+                terms.append(-(float(ratio) ** 2))
+        expected.append(sum(terms) / len(terms))
+    result = losses.alignment_loss(target, words, masks, form)
+    torch.testing.assert_close(result.double(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_alignment_loss_is_bounded(host: Host, losses: Any) -> None:
+    """Protects: token_ratio is 0 when the word has all of the description's attention in the mask and 1 when
+    it has none; spatial_ratio is -1 and 3 when all of its attention is inside and outside.
+    """
+    words = host.pack_module("patches.unify_words").edit_words([edit_tokens(host, 4, (2,))], 6)
+    masks = {SITES[0]: torch.tensor([[1.0, 1.0, 0.0, 0.0]])}
     for token, expected in ((2, 0.0), (3, 1.0)):
         target = {SITES[0]: torch.zeros(1, 1, 4, 6)}
         target[SITES[0]][..., 0] = 0.7
         target[SITES[0]][..., token] = 0.3
-        masks = {SITES[0]: torch.ones(1, 4)}
-        assert losses.alignment_loss(target, [(2,)], 4, masks).item() == pytest.approx(expected)
+        assert losses.alignment_loss(target, words, masks).item() == pytest.approx(expected)
+    for places, expected in (((0, 1), -1.0), ((2, 3), 3.0)):
+        target = {SITES[0]: torch.zeros(1, 1, 4, 6)}
+        target[SITES[0]][0, 0, places, 2] = 0.3
+        assert losses.alignment_loss(target, words, masks, "spatial_ratio").item() == pytest.approx(expected)
+
+
+def test_padded_words_leave_gradients_alone(host: Host, losses: Any) -> None:
+    """Protects: a row with fewer words than its neighbour has the gradient it has alone, in every form."""
+    make = host.pack_module("patches.unify_words").edit_words
+    both = make([edit_tokens(host, 6, (2,)), edit_tokens(host, 6, (3,), (4,))], 9)
+    alone = make([edit_tokens(host, 6, (2,))], 9)
+    target = maps(2, 9)
+    masks = {site: torch.linspace(0, 1, target[site].shape[2])[None] for site in SITES}
+    for form in losses.FORMS:
+        found = []
+        for words, rows in ((both, 2), (alone, 1)):
+            leaves = {site: value[:rows].clone().requires_grad_() for site, value in target.items()}
+            losses.alignment_loss(leaves, words, masks, form).sum().backward()
+            found.append([leaf.grad[:1] for leaf in leaves.values()])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(("tokens", "context"), [((0,), 9), ((9,), 9), ((8, 9), 9)])
+def test_tokens_out_of_range(host: Host, tokens: tuple[int, ...], context: int) -> None:
+    """Protects: the start mark and positions beyond the context are refused, for both descriptions."""
+    words = host.pack_module("patches.unify_words")
+    with pytest.raises(ValueError, match=f"edit_tokens has token {tokens[-1]} but .* has 9 tokens"):
+        words.edit_words([edit_tokens(host, 6, tokens)], context)
+    shifted = edit_tokens(host, 6, tuple(token - 1 for token in tokens))
+    with pytest.raises(ValueError, match=r"edit_tokens \(of the source description\) has token"):
+        words.source_words([shifted], context)
+    with pytest.raises(ValueError, match="edit_tokens has no words"):
+        words.edit_words([edit_tokens(host, 6)], context)
 
 
 def test_site_masks(host: Host) -> None:
@@ -107,6 +185,48 @@ def test_weights(balance: Any) -> None:
         assert first == pytest.approx(0.5 * math.exp(-3.0 * (1 - progress)))
         assert second == pytest.approx(2.0 * math.exp(-1.5 * progress))
     assert balance.Balance("norm", 0.5, 3.0, 2.0, 1.5).weights(0.2) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 0.55, 1.0])
+def test_other_curves(balance: Any, progress: float) -> None:
+    """Protects: linear and cosine weights fall to 0 at 1/k from their own end; drawn ones follow their
+    points.
+    """
+    settings = {"beta1": 0.5, "k1": 2.0, "beta2": 2.0, "k2": 1.0}
+    far, near = min(1.0, 2.0 * (1 - progress)), min(1.0, progress)
+    expected = {
+        "linear": (0.5 * (1 - far), 2.0 * (1 - near)),
+        "cosine": (0.25 * (1 + math.cos(math.pi * far)), 1 + math.cos(math.pi * near)),
+        "drawn": (0.5 * min(0.8, 1.6 * progress), 2.0 * (1 - progress)),
+    }
+    drawn = ((0.0, 0.8, 0.8), (1.0, 0.0))
+    for curve, value in expected.items():
+        made = balance.Balance(curve=curve, drawn=drawn, **settings)
+        assert made.weights(progress) == pytest.approx(value, abs=1e-12)
+
+
+def test_drawn_curves_of_the_node(host: Host) -> None:
+    """Protects: the node's curve widgets reach the balance, each its own weight."""
+    made, _ = host.execute(
+        "DescEditAdaptiveScheduler",
+        curve="drawn",
+        beta1=2.0,
+        structure_curve=[(0.0, 0.0), (0.5, 1.0), (1.0, 1.0)],
+        words_curve=[(0.0, 1.0), (1.0, 0.25)],
+    )
+    assert made.weights(0.0) == pytest.approx((0.0, 1.0))
+    assert made.weights(0.5)[0] == pytest.approx(2.0)
+    assert made.weights(1.0) == pytest.approx((2.0, 0.25))
+
+
+def test_presets(host: Host, balance: Any) -> None:
+    """Protects: every edit type has a preset for both wordings, and a preset replaces the other inputs."""
+    presets = host.pack_module("patches.unify_presets").PRESETS
+    scenes = host.pack_module("models.tiny_studio.scenes")
+    assert set(presets) == {f"{kind}, {how}" for kind in scenes.EDIT_TYPES for how in scenes.WORDINGS}
+    for name, preset in presets.items():
+        assert host.execute("DescEditAdaptiveScheduler", preset=name, beta1=9.0)[0] == preset
+    assert host.execute("DescEditAdaptiveScheduler", preset="custom", beta1=9.0)[0].beta1 == 9.0
 
 
 def test_direction(balance: Any) -> None:

@@ -191,6 +191,11 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
     losses = host.pack_module("patches.unify_losses")
     sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
     masks = host.pack_module("patches.masks").site_masks(None, sites, 16, 16, torch.device("cpu"))
+    tokens = torch.zeros(1, 1, small_models.TEXT_TOKENS)
+    tokens[..., 2:4] = 1
+    description = torch.zeros(1, small_models.TEXT_TOKENS)
+    description[:, 1:11] = 1
+    words = host.pack_module("patches.unify_words").Words(tokens, description, torch.ones(1, 1))
     with torch.inference_mode():
         x, source_x = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * SIGMA
         source = attention.AttentionRecorder(sites, ())
@@ -200,12 +205,12 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
             made = attention.AttentionRecorder(sites, sites, stop=True)
             call(model, at, made.attach({"transformer_options": {}}))
             structure = losses.structure_loss(source.self_attention, made.self_attention)
-            return made, structure, losses.alignment_loss(made.cross_attention, [(2, 3)], 10, masks)
+            return made, structure, losses.alignment_loss(made.cross_attention, words, masks)
 
         with gradients():
             leaf = x.clone().requires_grad_()
             made, structure, alignment = both(leaf)
-            found = (made.gradient(structure, leaf, keep=True), made.gradient(alignment, leaf))
+            found = made.gradients([structure, alignment], leaf)
         for index, gradient in enumerate(found):
             for row in range(2):
                 step = torch.zeros_like(x)
@@ -232,5 +237,42 @@ def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
             call(model, leaf, made.attach({"transformer_options": {}}))
             assert made._outer[0].dtype == dtype
             losses = torch.stack([maps.square().sum(dim=(1, 2, 3)) for maps in made.self_attention.values()])
-            found.append(made.gradient(1e-9 * losses.sum(dim=0), leaf) * 1e9)
+            found.append(made.gradients([1e-9 * losses.sum(dim=0)], leaf)[0] * 1e9)
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+
+
+def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
+    """Protects: with checkpointing the recorder stops between blocks, records the same bits once although
+    layers are computed again, and its gradients are the same.
+    """
+    checkpointed = host.pack_module("patches.checkpointing").checkpointed
+    gradients = host.pack_module("patches.gradient").gradients
+    x = SIGMA * torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
+    found, ran = [], []
+    hooks = [
+        block.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, block in model.model.diffusion_model.named_modules()
+        if name in ("output_blocks.3", "output_blocks.4")
+    ]
+    try:
+        for checkpoint in (False, True):
+            ran.clear()
+            with gradients():
+                leaf = x.clone().requires_grad_()
+                made = attention.AttentionRecorder(sites, sites, stop=True, whole_layers=checkpoint)
+                options = {"transformer_options": checkpointed({}) if checkpoint else {}}
+                call(model, leaf, made.attach(options))
+                maps = {key: value.detach().clone() for key, value in made.self_attention.items()}
+                loss = sum(value.square().sum(dim=(1, 2, 3)) for value in made.self_attention.values())
+                other = sum(value.square().sum(dim=(1, 2, 3)) for value in made.cross_attention.values())
+                found.append((maps, *made.gradients([loss, other], leaf)))
+                assert all(torch.equal(maps[key], made.self_attention[key]) for key in maps)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert "output_blocks.4" not in ran
+    (plain, *expected), (again, *gradient) = found
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    for one, two in zip(expected, gradient, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-7)

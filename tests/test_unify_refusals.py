@@ -62,6 +62,22 @@ def test_other_size_batch_and_steps(host: Host, model: Any) -> None:
         ({"mask": torch.ones(1, SIZE, 2 * SIZE)}, "mask is 256x128 but the image is 128x128"),
         ({"mask": torch.ones(3, SIZE, SIZE)}, "mask has 3 images but 1 are edited"),
         ({"structure_side": 3}, "structure_side is 3 but .* at 16x16, 8x8, 4x4 only"),
+        ({"structure_sites": " , "}, "structure_sites ' , ' names no site"),
+        ({"mask": 2 * box_mask()}, "mask has values from 0.0 to 2.0"),
+        ({"alignment": "area_ratio"}, "alignment area_ratio needs a mask: wire one, or turn auto_mask on"),
+        ({"keep": "outside"}, "keep outside needs a mask"),
+        ({"mask_update": True}, "mask_update needs a mask"),
+        (
+            {"alignment": "spatial_ratio", "mask": torch.ones(1, SIZE, SIZE)},
+            "mask covers the whole image, but alignment spatial_ratio needs an outside",
+        ),
+        (
+            {"keep": "outside", "mask": torch.ones(1, SIZE, SIZE)},
+            "mask covers the whole image, but keep outside needs an outside",
+        ),
+        ({"method": "noise", "inner_iterations": 2}, "inner_iterations is 2 but the method noise"),
+        ({"inner_iterations": 0}, "inner_iterations is 0"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent is 0.5 and end_percent 0.5"),
     ],
 )
 def test_bad_input(host: Host, model: Any, inputs: dict[str, Any], message: str) -> None:
@@ -69,6 +85,63 @@ def test_bad_input(host: Host, model: Any, inputs: dict[str, Any], message: str)
     edit = Edit(host, model, steps=1)
     edit.sampler_inputs.update(inputs)
     with pytest.raises(Exception, match=f"DescEditUnifySampler: {message}"):
+        edit.run()
+
+
+def test_masks_of_a_batch(host: Host, model: Any) -> None:
+    """Protects: of several masks the one that is wrong is named."""
+    edit = Edit(host, model, steps=1, batch=2)
+    for wrong, message in ((torch.zeros, "mask of image 2 is empty"), (torch.ones, "mask of image 2 covers")):
+        edit.sampler_inputs.update(
+            mask=torch.cat([box_mask(), wrong(1, SIZE, SIZE)]), alignment="spatial_ratio"
+        )
+        with pytest.raises(Exception, match=f"DescEditUnifySampler: {message}"):
+            edit.run()
+
+
+def test_a_mask_nobody_needs_an_outside_of(host: Host, model: Any) -> None:
+    """Protects: a mask of the whole image is fine where the loss that compares is switched off."""
+    edit = Edit(host, model, steps=1)
+    edit.sampler_inputs.update(
+        mask=torch.ones(1, SIZE, SIZE), keep="outside", balance=edit.balance(beta1=0.0)
+    )
+    assert bool(torch.isfinite(edit.run()).all())
+
+
+@pytest.mark.parametrize("inputs", [{"beta1": -1.0}, {"k2": float("nan")}, {"beta2": float("inf")}])
+def test_bad_balance(host: Host, inputs: dict[str, float]) -> None:
+    """Protects: factors that are negative or not finite are refused by name."""
+    (name,) = inputs
+    with pytest.raises(Exception, match=f"DescEditAdaptiveScheduler: {name} is .* must be 0 or a positive"):
+        host.execute("DescEditAdaptiveScheduler", **inputs)
+
+
+def test_virtual_inversion_of_a_part(host: Host, model: Any) -> None:
+    """Protects: a source description for an area, or for a part of the sampling, cannot be inverted
+    virtually.
+    """
+    text, values = small_models.conditioning(1)[0]
+    inputs = {"model": model, "latent": {"samples": small_models.latent(3)}, "mode": "virtual"}
+    sigmas = Edit(host, model, steps=2, mode="virtual").sigmas
+    with pytest.raises(Exception, match="DescEditInvert: source has entries with an area"):
+        host.execute(
+            "DescEditInvert", source=[[text, {**values, "area": (8, 8, 0, 0)}]], sigmas=sigmas, **inputs
+        )
+    edit = Edit(host, model, steps=2, mode="virtual")
+    part = [[text, {**values, "start_percent": 0.0, "end_percent": 0.2}]]
+    edit.inversion, edit.noise = host.execute("DescEditInvert", source=part, sigmas=sigmas, **inputs)
+    with pytest.raises(
+        Exception, match="DescEditUnifySampler: the inversion's source description leaves out"
+    ):
+        edit.run()
+
+
+def test_description_that_is_never_there(host: Host, model: Any) -> None:
+    """Protects: an edit description whose time range holds no step is an error."""
+    edit = Edit(host, model)
+    text, values = edit.positive[0]
+    edit.positive = [[text, {**values, "start_percent": 0.98, "end_percent": 0.99}]]
+    with pytest.raises(Exception, match="DescEditUnifySampler: no step was optimised: the guider's positive"):
         edit.run()
 
 
@@ -111,7 +184,8 @@ def _graph_node(host: Host, name: str, outputs: tuple[str, ...], values: tuple[A
 
 def test_through_the_executor(host: Host, model: Any) -> None:
     """Protects: the whole edit as a queued prompt; a refused input is that node's error, and the next
-    prompt runs.
+    prompt runs. A cached run keeps its trace, a node that asks for it later is given it, and a run that is
+    made again has another.
     """
     values = (
         model,
@@ -125,7 +199,7 @@ def test_through_the_executor(host: Host, model: Any) -> None:
     _graph_node(host, "TestUnifyInputs", kinds, values)
     texts = {"source_description": "a red circle", "edit_description": "a green circle"}
 
-    def prompt(steps: int) -> dict[str, Any]:
+    def prompt(steps: int, beta1: float = 1.0, trace: bool = False) -> dict[str, Any]:
         def scheduler(count: int) -> dict[str, Any]:
             return {
                 "class_type": "BasicScheduler",
@@ -147,7 +221,7 @@ def test_through_the_executor(host: Host, model: Any) -> None:
             ),
             "balance": (
                 "DescEditAdaptiveScheduler",
-                {"combination": "balanced", "beta1": 1.0, "k1": 2.0, "beta2": 1.0, "k2": 2.0},
+                {"combination": "balanced", "beta1": beta1, "k1": 2.0, "beta2": 1.0, "k2": 2.0},
             ),
             "unify": (
                 "DescEditUnifySampler",
@@ -164,11 +238,10 @@ def test_through_the_executor(host: Host, model: Any) -> None:
                 "CFGGuider",
                 {"model": ["in", 0], "positive": ["in", 4], "negative": ["in", 3], "cfg": 3.0},
             ),
-            "noise": ("DisableNoise", {}),
             "sample": (
                 "SamplerCustomAdvanced",
                 {
-                    "noise": ["noise", 0],
+                    "noise": ["unify", 1],
                     "guider": ["guider", 0],
                     "sampler": ["unify", 0],
                     "sigmas": ["other", 0],
@@ -177,6 +250,9 @@ def test_through_the_executor(host: Host, model: Any) -> None:
             ),
             "save": ("SaveLatent", {"samples": ["sample", 0], "filename_prefix": "test"}),
         }
+        if trace:
+            nodes["trace"] = ("DescEditTrace", {"latent": ["sample", 0]})
+            nodes["show"] = ("PreviewImage", {"images": ["trace", 0]})
         made = {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
         return {**made, "sigmas": scheduler(STEPS), "other": scheduler(steps)}
 
@@ -186,3 +262,10 @@ def test_through_the_executor(host: Host, model: Any) -> None:
     assert caught.value.node_type == "SamplerCustomAdvanced"
     outputs = host.run_graph(prompt(STEPS), executor)
     assert bool(torch.isfinite(outputs["sample"][0]["samples"]).all())
+    later = host.run_graph(prompt(STEPS, trace=True), executor)
+    assert later["sample"][0] is outputs["sample"][0]
+    assert later["trace"][1].startswith("image 1: 3 steps, 3 gradient steps, 0 skipped")
+    other = host.run_graph(prompt(STEPS, beta1=0.1, trace=True), executor)
+    assert not torch.equal(other["trace"][0], later["trace"][0])
+    back = host.run_graph(prompt(STEPS, trace=True), executor)
+    assert torch.equal(back["trace"][0], later["trace"][0])

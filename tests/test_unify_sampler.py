@@ -52,16 +52,14 @@ def test_each_loss_falls(host: Host, model: Any, beta1: float, beta2: float) -> 
     """Protects: each loss alone, followed by its own gradient, ends lower than without it."""
     edit = Edit(host, model)
     edit.sampler_inputs["balance"] = edit.balance(combination="norm", beta1=beta1, beta2=beta2)
-    module = host.pack_module("patches.unify_sampler")
-    settings = module.UnifySettings(edit.inversion, edit.tokens, edit.balance())
     losses = {}
     for name, latent in (("with", edit.run()), ("without", edit.run(euler(host)))):
-        losses[name] = measure(host, edit, settings, latent)
+        losses[name] = measure(host, edit, latent)
     better = [with_it < without for with_it, without in zip(losses["with"], losses["without"], strict=True)]
     assert better[0 if beta1 else 1]
 
 
-def measure(host: Host, edit: Edit, settings: Any, latent: torch.Tensor) -> tuple[float, float]:
+def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]:
     """Both losses of a finished latent at the smallest noise level, measured with a plain model call."""
     maps, losses = host.pack_module("patches.attention_maps"), host.pack_module("patches.unify_losses")
     sites = host.pack_module("models.sites").find_sites(edit.model.model.diffusion_model, "Test")
@@ -83,9 +81,9 @@ def measure(host: Host, edit: Edit, settings: Any, latent: torch.Tensor) -> tupl
             )
         found[name] = recorder
     masks = host.pack_module("patches.masks").site_masks(None, words, 16, 16, torch.device("cpu"))
-    positions = [word.tokens for word in edit.tokens.words]
+    positions = host.pack_module("patches.unify_words").edit_words([edit.tokens], small_models.TEXT_TOKENS)
     structure = losses.structure_loss(found["source"].self_attention, found["target"].self_attention)
-    alignment = losses.alignment_loss(found["target"].cross_attention, positions, 3, masks)
+    alignment = losses.alignment_loss(found["target"].cross_attention, positions, masks)
     return float(structure), float(alignment)
 
 
@@ -94,7 +92,7 @@ def test_update_follows_the_formula(host: Host, model: Any) -> None:
     a noise mask.
     """
     edit = Edit(host, model, batch=2)
-    module = host.pack_module("patches.unify_sampler")
+    module = host.pack_module("patches.unify_optimiser")
     balance = edit.balance(beta1=0.3, k1=2.0, beta2=0.7, k2=1.0)
     settings = module.UnifySettings(edit.inversion, edit.tokens, balance)
     seen: list[torch.Tensor] = []
@@ -111,11 +109,11 @@ def test_update_follows_the_formula(host: Host, model: Any) -> None:
         x = edit.inversion.latent(1, x) + 0.1
         for mask in (None, denoise_mask):
             args = {**extra_args, "denoise_mask": mask}
-            optimiser = module._LatentOptimiser(model.inner_model, settings, x, sigmas, args)
+            optimiser = module.LatentOptimiser(model.inner_model, settings, x, sigmas, args)
+            optimiser.lay_masks(x, mask)
+            optimiser.read_source(1, x, sigma)
             seen.append(optimiser.update(1, x, sigma))
-            gradients = optimiser._gradients(
-                guider.conds["positive"][0], edit.inversion.latent(1, x), x, sigma, 0
-            )
+            gradients = optimiser._gradients(guider.conds["positive"][0], x, sigma, True)
         seen.extend(gradients)
         return x
 
@@ -286,20 +284,26 @@ def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCapt
     number.
     """
     edit = Edit(host, model)
-    module = host.pack_module("patches.unify_sampler")
-    gradients = module._LatentOptimiser._gradients
+    recorder = host.pack_module("patches.attention_maps").AttentionRecorder
+    gradients = recorder.gradients
     broken = {0}
 
-    def sometimes(self: Any, entry: Any, source_x: Any, x: torch.Tensor, sigma: Any, level: float) -> Any:
-        found = gradients(self, entry, source_x, x, sigma, level)
-        step = self._sigmas.index(level)
-        return tuple(gradient * math.nan for gradient in found) if step in broken else found
+    def sometimes(self: Any, losses: Any, latent: torch.Tensor) -> list[torch.Tensor]:
+        found, step = gradients(self, losses, latent), len(seen)
+        seen.append(step)
+        return [gradient * math.nan for gradient in found] if step in broken else found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._LatentOptimiser, "_gradients", sometimes)
+        patch.setattr(recorder, "gradients", sometimes)
+        seen: list[int] = []
         with caplog.at_level(logging.WARNING):
             assert bool(torch.isfinite(edit.run()).all())
-        assert "1 of 3 steps had no usable gradient" in caplog.text
+        assert "1 of 3 gradient steps had no usable gradient" in caplog.text
+        (_, text) = host.execute("DescEditTrace", latent=edit.output)
+        assert text.startswith("image 1: 3 steps, 2 gradient steps, 1 skipped")
         broken |= {1, 2}
-        with pytest.raises(Exception, match="DescEditUnifySampler: no step had a usable gradient"):
+        seen.clear()
+        with pytest.raises(
+            Exception, match="DescEditUnifySampler: no step had a usable gradient for image 1"
+        ):
             edit.run()

@@ -19,7 +19,8 @@ from PIL import Image
 from test_bridge_formula import attention_lora
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE", "COMFY_DYNAMICCOMBO_V3"}
+SEEDS = {"seed", "noise_seed"}
 NOTES = {"Note", "MarkdownNote"}
 
 
@@ -36,11 +37,11 @@ def input_specs(info: dict[str, Any]) -> dict[str, tuple[bool, dict[str, Any]]]:
 
 def widget_values(node: dict[str, Any], specs: dict[str, tuple[bool, dict[str, Any]]]) -> dict[str, Any]:
     """A saved node's widget values by name; the page stores a second value for seeds and for uploads."""
-    stored, found = list(node["widgets_values"]), {}
+    stored, found = list(node.get("widgets_values", [])), {}
     for name, (widget, settings) in specs.items():
         if widget:
             found[name] = stored.pop(0)
-            if settings.get("control_after_generate") or settings.get("image_upload"):
+            if name in SEEDS or settings.get("control_after_generate") or settings.get("image_upload"):
                 stored.pop(0)
     assert stored == [], f"{node['type']} has widget values left over"
     return found
@@ -56,13 +57,14 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
             continue
         specs = input_specs(object_info[node["type"]])
         inputs = widget_values(node, specs)
-        assert {item["name"] for item in node["inputs"]} <= set(specs), node["type"]
+        # An input that grows is saved as its own name, a dot, and the name of the part.
+        assert {item["name"].split(".")[0] for item in node["inputs"]} <= set(specs), node["type"]
         for slot, item in enumerate(node["inputs"]):
             if item["link"] is None:
                 continue
             number, origin, output, target, target_slot, kind = links[item["link"]]
             assert (target, target_slot) == (node["id"], slot)
-            assert object_info[nodes[origin]["type"]]["output"][output] == kind
+            assert object_info[nodes[origin]["type"]]["output"][output] in (kind, "COMFY_MATCHTYPE_V3")
             assert number in nodes[origin]["outputs"][output]["links"]
             inputs[item["name"]] = [str(origin), output]
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}

@@ -18,7 +18,9 @@ SIZE = small_models.LATENT_SIZE * 8
 class Edit:
     """One edit of a random latent; every part can be replaced before `run`."""
 
-    def __init__(self, host: Host, model: Any, steps: int = STEPS, batch: int = 1, seed: int = 3) -> None:
+    def __init__(
+        self, host: Host, model: Any, steps: int = STEPS, batch: int = 1, seed: int = 3, **inversion: Any
+    ) -> None:
         self.host, self.model = host, model
         self.sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), "normal", steps
@@ -30,7 +32,7 @@ class Edit:
             latent=self.latent,
             source=small_models.conditioning(1),
             sigmas=self.sigmas,
-            refine=1,
+            **{"refine": 1, **inversion},
         )
         self.tokens, _ = host.execute(
             "DescEditFindTokens",
@@ -40,26 +42,35 @@ class Edit:
         )
         self.positive = small_models.conditioning(2)
         self.cfg = 3.0
+        self.guider: Any = None
         self.sampler_inputs: dict[str, Any] = {}
 
     def balance(self, **inputs: Any) -> Any:
         """BALANCE from its node."""
         return self.host.execute("DescEditAdaptiveScheduler", **inputs)[0]
 
+    def trace(self) -> Any:
+        """What the last run recorded."""
+        return self.output["descriptive_edit_trace"].trace
+
     def run(self, sampler: Any = None, noise: Any = None) -> torch.Tensor:
         """Sample, in the host's own nodes; returns the edited latent."""
         if sampler is None:
             inputs = {"balance": self.balance(), **self.sampler_inputs}
-            (sampler,) = self.host.execute(
+            sampler, own_noise = self.host.execute(
                 "DescEditUnifySampler", inversion=self.inversion, edit_tokens=self.tokens, **inputs
             )
+            noise = noise or own_noise
         (no_noise,) = self.host.execute("DisableNoise")
-        (guider,) = self.host.execute(
-            "CFGGuider",
-            model=self.model,
-            positive=self.positive,
-            negative=small_models.conditioning(4),
-            cfg=self.cfg,
+        guider = (
+            self.guider
+            or self.host.execute(
+                "CFGGuider",
+                model=self.model,
+                positive=self.positive,
+                negative=small_models.conditioning(4),
+                cfg=self.cfg,
+            )[0]
         )
         output, _ = self.host.execute(
             "SamplerCustomAdvanced",
@@ -69,6 +80,7 @@ class Edit:
             sigmas=self.sigmas,
             latent_image=self.noise,
         )
+        self.output = output
         return output["samples"]
 
 
@@ -88,6 +100,19 @@ def box_mask(rows: int = 1) -> torch.Tensor:
 def euler(host: Host) -> Any:
     """The stock Euler sampler."""
     return host.execute("KSamplerSelect", sampler_name="euler")[0]
+
+
+def denoise(model: Any, x: torch.Tensor, sigma: torch.Tensor, condition: Any) -> torch.Tensor:
+    """The model's prediction for one conditioning at guidance 1, in its own space, by a plain call."""
+    entries = {"positive": comfy.sampler_helpers.convert_cond(condition)}
+    model.pre_run()
+    with torch.inference_mode():
+        conds = comfy.samplers.process_conds(model.model, x, entries, x.device)["positive"]
+        levels = sigma * torch.ones(len(x))
+        (found,) = comfy.samplers.calc_cond_batch(
+            model.model, [conds], x, levels, {"transformer_options": {}}
+        )
+    return found
 
 
 class FakeControl:

@@ -44,7 +44,7 @@ class BridgeConfig:
 
     rank: int = 64
     alpha: float = 64.0
-    direction: str = "edit_queries"
+    direction: str = "reference_queries"
     fusion: str = "linear"
     reference_self_bridge: bool = False
 

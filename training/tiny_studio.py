@@ -41,7 +41,7 @@ SETTINGS = TrainSettings(
 @dataclass(frozen=True)
 class Variant:
     """A bridge and its training. zero_start: whether a linear F starts at zero. instruction: whether the
-    edit's text says the change only. rate: the learning rate. decay: the steps over which it falls to zero.
+    edit's text says the change only. rate: the learning rate. decay: the steps over which it falls.
     """
 
     direction: str = "reference_queries"
@@ -56,7 +56,7 @@ class Variant:
 
 SHIPPED = "shipped"
 VARIANTS = {
-    SHIPPED: Variant(steps=2200, rate=5e-3, decay=2200),
+    SHIPPED: Variant(steps=4400, rate=5e-3, decay=2200),
     **{f"{d}_{f}": Variant(d, f) for d in DIRECTIONS for f in FUSIONS},
     "random_start": Variant(zero_start=False),
     "same_time": Variant(reference_time="same"),

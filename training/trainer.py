@@ -38,13 +38,12 @@ FORWARDS = "forwards a step"
 class TrainSettings:
     """How a bridge is trained; the defaults are the paper's, where it says.
 
-    batch: pairs a forward. accumulate: forwards a step. optimiser: `adamw`, or `muon`, which learns a small
-    bridge in far fewer steps. learning_rate, weight_decay: the optimiser's. decay: the number of steps over
-    which the rate falls to zero along half a cosine, 0 for a constant rate. clip: largest norm of the
-    gradient. precision: `fp32`, or `bf16` or `fp16` by autocast. ema: decay of the
-    weights' moving average, 0 for none. seed: of order and noise. objective: what is learned. checkpointing:
-    compute layers again for their gradient instead of keeping what they need for it, which takes about a
-    third longer and much less memory.
+    batch: pairs a forward. accumulate: forwards a step. optimiser: `adamw` or `muon`. learning_rate,
+    weight_decay: the optimiser's. decay: the number of steps over which the rate falls to zero along half a
+    cosine, to start again from its peak (SGDR, arXiv 1608.03983); 0 for a constant rate. clip: largest norm
+    of the gradient. precision: `fp32`, or `bf16` or `fp16` by autocast. ema: decay of the weights' moving
+    average, 0 for none. seed: of order and noise. objective: what is learned. checkpointing: compute layers
+    again for their gradient instead of keeping what they need for it, which takes much less memory.
 
     Raises ValueError for settings that cannot be.
     """
@@ -80,7 +79,7 @@ class TrainSettings:
         """The learning rate of a step, counted from 0."""
         if not self.decay:
             return self.learning_rate
-        return self.learning_rate * (1 + math.cos(math.pi * min(1.0, step / self.decay))) / 2
+        return self.learning_rate * (1 + math.cos(math.pi * (step % self.decay) / self.decay)) / 2
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from comfy.supported_models_base import ClipTarget
 from . import networks, words
 
 FILE = Path(__file__).with_name("tiny_studio.safetensors")
+BRIDGE = Path(__file__).with_name("bridge.safetensors")
 
 
 class TinySD15(SD15):

@@ -1,0 +1,1 @@
+"""The edit benchmark: methods, which are ComfyUI workflows, on cases with texts, masks and true edits."""

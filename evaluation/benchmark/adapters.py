@@ -1,0 +1,248 @@
+"""Benchmarks in the layouts they are published in, read where they lie; nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...models.tiny_studio import scenes
+from .cases import PICTURES, Case, Picture, distinct, file_picture, from_values, read_folder, read_json
+
+TINY_A_TYPE = 50
+PIE_SIDE = 512
+PIE_TYPES = (
+    *("random", "change object", "add object", "delete object", "change content", "change pose"),
+    *("change colour", "change material", "change background", "change style"),
+)
+
+
+def _rows(folder: Path, split: str) -> Any:
+    """A Hugging Face data set on this disk, pictures still encoded: what `save_to_disk` wrote, or parquet
+    files named after their split.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ImportError("this layout needs the library datasets: pip install datasets") from None
+    files = sorted(str(path) for path in folder.rglob(f"{split}-*.parquet"))
+    try:
+        if files:
+            found = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+        else:
+            found = datasets.load_from_disk(str(folder))
+            found = found[split] if isinstance(found, dict) else found
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{folder} holds neither {split}-*.parquet nor a data set with the split {split} ({error})"
+        ) from None
+    for name, feature in found.features.items():
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(name, datasets.Image(decode=False))
+    return found
+
+
+def _column(rows: Any, number: int, name: str) -> Picture:
+    def load() -> Image.Image:
+        value = rows[number][name]
+        return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
+
+    return Picture(f"{name} of row {number}", load)
+
+
+def _light(rows: Any, needed: tuple[str, ...]) -> Any:
+    """The columns without pictures. Raises ValueError if one is not there."""
+    missing = sorted(set(needed) - set(rows.column_names))
+    if missing:
+        raise ValueError(
+            f"the data set has no column {', '.join(missing)} but {', '.join(rows.column_names)}"
+        )
+    pictures = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"]
+    return rows.remove_columns(pictures)
+
+
+def read_dataset(folder: Path, split: str) -> Iterator[Case]:
+    """A Hugging Face data set whose columns are named as the values of a benchmark folder's `cases.jsonl`."""
+    rows = _rows(folder, split)
+    light = _light(rows, ("id", "type", "source_image", "source_description", "edit_description"))
+    given = {name: rows.data[name].is_valid().to_pylist() for name in PICTURES if name in rows.column_names}
+    for number, values in enumerate(light):
+        pictures = {name: name for name, valid in given.items() if valid[number]}
+        yield from_values(f"row {number}", {**values, **pictures}, partial(_column, rows, number))
+
+
+def read_emu_edit(folder: Path, split: str) -> Iterator[Case]:
+    """The Emu Edit test set, huggingface.co/datasets/facebook/emu_edit_test_set, with its two captions.
+
+    It has neither masks nor true edits: edits are compared with their source.
+    """
+    rows = _rows(folder, split)
+    needed = ("instruction", "image", "task", "input_caption", "output_caption")
+    for number, row in enumerate(_light(rows, needed)):
+        yield Case(
+            f"{split}-{number:05}",
+            row["task"] or "no task",
+            f"row {number}",
+            _column(rows, number, "image"),
+            row["input_caption"] or "",
+            row["output_caption"] or "",
+            row["instruction"] or "",
+        )
+
+
+def read_magicbrush(folder: Path, split: str) -> Iterator[Case]:
+    """MagicBrush's test or dev folder (arXiv 2306.10012): `edit_sessions.json`, `global_descriptions.json`
+    and `images/ID/...`.
+
+    Each turn is a case on its own, from the true picture before it: the paper's single-turn setting. The edit
+    type is the turn. A mask's transparent part is where the edit happens, or its white part if none is.
+    """
+    folder = folder / split if (folder / split).is_dir() else folder
+    sessions = read_json(folder / "edit_sessions.json")
+    texts = read_json(folder / "global_descriptions.json")
+    for image, turns in sessions.items():
+        for number, turn in enumerate(turns, start=1):
+            place = f"edit_sessions.json {image} turn {number}"
+            try:
+                source, mask, target = (
+                    file_picture(folder / "images" / image, turn[name])
+                    for name in ("input", "mask", "output")
+                )
+                described = [texts[image][turn[name]] for name in ("input", "output")]
+                yield Case(
+                    f"{image}-{number}",
+                    f"turn {number}",
+                    place,
+                    source,
+                    *described,
+                    turn["instruction"],
+                    Picture(mask.name, partial(_transparent, mask.open)),
+                    target,
+                )
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{place}: there is no {error}") from None
+
+
+def _transparent(load: Callable[[], Image.Image]) -> Image.Image:
+    with load() as picture:
+        alpha = picture.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] == 255:
+            return picture.convert("L")
+        return alpha.point([255] * 255 + [0])
+
+
+def read_pie_bench(folder: Path, split: str) -> Iterator[Case]:
+    """PIE-Bench (arXiv 2310.01506): `mapping_file.json` and `annotation_images/...`; it has no splits.
+
+    Its masks are runs, start and length, over 512x512 pixels row by row; the outermost pixels count as
+    edited, as in its authors' evaluation. Brackets in its descriptions mark the words that differ.
+    """
+    for key, entry in read_json(folder / "mapping_file.json").items():
+        place = f"mapping_file.json {key}"
+        try:
+            kind = int(entry["editing_type_id"])
+            source, edit = (
+                entry[name].replace("[", "").replace("]", "")
+                for name in ("original_prompt", "editing_prompt")
+            )
+            yield Case(
+                key,
+                f"{kind} {PIE_TYPES[kind]}",
+                place,
+                file_picture(folder / "annotation_images", entry["image_path"]),
+                source,
+                edit,
+                entry.get("editing_instruction", "").replace("[", "").replace("]", ""),
+                Picture(f"mask of {key}", partial(pie_mask, entry["mask"])),
+            )
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{place}: not an entry of PIE-Bench ({error!r})") from None
+
+
+def pie_mask(runs: list[int]) -> Image.Image:
+    """A mask of PIE-Bench as a picture, white where the edit happens."""
+    mask = np.zeros(PIE_SIDE * PIE_SIDE, np.uint8)
+    for start, length in zip(runs[::2], runs[1::2], strict=False):
+        mask[start : start + length] = 255
+    mask = mask.reshape(PIE_SIDE, PIE_SIDE)
+    mask[[0, -1]] = mask[:, [0, -1]] = 255
+    return Image.fromarray(mask)
+
+
+def read_unify_bench(folder: Path, split: str) -> Iterator[Case]:
+    """Unify-Bench (arXiv 2504.05594, Table I): folders color_sim, color_cmp, texture_sim, texture_cmp,
+    obj_sim, obj_cmp, background, style, human; for each picture two prompts and a mask, "None" for a style.
+
+    How it is laid out beyond that is not published. This reads `prompts.json` in each of the folders,
+    {"fox.png": {"source_prompt": ..., "target_prompt": ..., "mask": "fox_mask.png"}}. It has no splits.
+    """
+    files = sorted(folder.glob("*/prompts.json"))
+    if not files:
+        raise ValueError(f"{folder} has no folder with a prompts.json")
+    for file in files:
+        for name, entry in read_json(file).items():
+            group, place = file.parent, f"{file.parent.name}/prompts.json {name}"
+            try:
+                mask = entry["mask"]
+                yield Case(
+                    f"{group.name}/{Path(name).stem}",
+                    group.name,
+                    place,
+                    file_picture(group, name),
+                    entry["source_prompt"],
+                    entry["target_prompt"],
+                    mask=None if mask in (None, "None") else file_picture(group, mask),
+                )
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{place}: there is no {error}") from None
+
+
+def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
+    """The Tiny Studio's held-out edits, half of them with short descriptions; they are drawn, not read."""
+    for edit_type in scenes.EDIT_TYPES:
+        for number in range(TINY_A_TYPE):
+            pair = scenes.sample_edit(edit_type, number, scenes.WORDINGS[number % 2], held=True)
+            yield Case(
+                f"{edit_type}-{number:03}",
+                edit_type,
+                f"drawn {edit_type} {number}",
+                Picture("source", partial(_drawn, pair.source.draw)),
+                pair.source_text,
+                pair.edit_text,
+                scenes.instruction(pair),
+                None if edit_type == "style" else Picture("mask", partial(_drawn, pair.mask)),
+                Picture("target", partial(_drawn, pair.target.draw)),
+                {"kind": pair.target.kind, **pair.target.values},
+            )
+
+
+def _drawn(draw: Callable[[], np.ndarray]) -> Image.Image:
+    return Image.fromarray((draw() * 255).round().astype(np.uint8))
+
+
+LAYOUTS: Mapping[str, Callable[[Any, str], Any]] = {
+    "folder": lambda folder, split: read_folder(folder),
+    "dataset": read_dataset,
+    "emu-edit": read_emu_edit,
+    "unify-bench": read_unify_bench,
+    "pie-bench": read_pie_bench,
+    "magicbrush": read_magicbrush,
+    "tiny-studio": draw_tiny_studio,
+}
+
+
+def read_cases(layout: str, folder: Path | None, split: str) -> list[Case]:
+    """A benchmark's cases. Raises ValueError for one that is not of the layout, or with an id twice."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if folder is None and layout != "tiny-studio":
+        raise ValueError(f"the layout {layout} needs the folder that the benchmark lies in")
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    return distinct(LAYOUTS[layout](folder, split))

@@ -1,0 +1,160 @@
+"""A benchmark's cases, and the folder that holds one.
+
+A folder has `cases.jsonl`, a case a line:
+
+    {"id": "fox-1", "type": "object", "source_image": "fox.png", "source_description": "a fox on snow",
+     "edit_description": "a wolf on snow", "instruction": "make it a wolf", "mask": "fox_mask.png",
+     "target_image": "wolf.png"}
+
+Pictures are files below the folder. `mask` is white where the edit happens. The last three may be left out.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageOps
+
+TEXTS = ("source_description", "edit_description", "instruction")
+PICTURES = ("source_image", "mask", "target_image")
+_NEEDED = ("id", "type", "source_image", "source_description", "edit_description")
+_KNOWN = {"id", "type", *TEXTS, *PICTURES}
+
+
+class CaseError(ValueError):
+    """A case that cannot be used."""
+
+
+class Picture(NamedTuple):
+    """A picture that nobody has read yet."""
+
+    name: str
+    open: Callable[[], Image.Image]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One edit. place: where it is written, for messages. Texts that a benchmark does not have are empty.
+
+    expected: what the Tiny Studio's judge must read in the edited picture, attribute by attribute; None for
+    any other benchmark.
+    """
+
+    id: str
+    edit_type: str
+    place: str
+    source_image: Picture
+    source_description: str = ""
+    edit_description: str = ""
+    instruction: str = ""
+    mask: Picture | None = None
+    target_image: Picture | None = None
+    expected: Mapping[str, str] | None = None
+
+    @property
+    def seed(self) -> int:
+        """The same for every method, so that methods are compared on the same noise."""
+        return zlib.crc32(self.id.encode())
+
+    def read(self, role: str) -> Image.Image | None:
+        """The picture of one of PICTURES, upright, RGB or for the mask L; None if the case has none.
+
+        Raises CaseError for one that is not there or is no picture.
+        """
+        picture: Picture | None = getattr(self, role)
+        if picture is None:
+            return None
+        try:
+            with picture.open() as file:
+                return ImageOps.exif_transpose(file).convert("L" if role == "mask" else "RGB")
+        except FileNotFoundError:
+            problem = "is missing"
+        except Exception as error:  # Pillow raises nearly anything for broken bytes
+            problem = f"cannot be read ({error})"
+        raise CaseError(f"case {self.id} ({self.place}): its {role} {picture.name} {problem}")
+
+
+def distinct(cases: Iterable[Case]) -> list[Case]:
+    """The cases as a list. Raises ValueError if there is none, or if two have one id, naming both."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        other = found.setdefault(case.id, case)
+        if other is not case:
+            raise ValueError(f"two cases have the id {case.id!r}: {other.place} and {case.place}")
+    if not found:
+        raise ValueError("the benchmark has no cases")
+    return list(found.values())
+
+
+def first_of_each_type(cases: Iterable[Case], count: int) -> list[Case]:
+    """The first `count` cases of each edit type."""
+    seen: Counter[str] = Counter()
+    found = []
+    for case in cases:
+        seen[case.edit_type] += 1
+        if seen[case.edit_type] <= count:
+            found.append(case)
+    return found
+
+
+def file_picture(folder: Path, name: str) -> Picture:
+    """A file below the folder. Raises ValueError for a name that leads out of it."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} leads out of {folder}")
+    return Picture(name, partial(Image.open, path))
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError, naming the file, if it is not there or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+
+
+def read_folder(folder: Path) -> list[Case]:
+    """The cases of a benchmark folder. Raises ValueError for lines that are not cases."""
+    path = folder / "cases.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder} is not a benchmark folder: {error}") from None
+    return [
+        _from_line(folder, f"{path.name} line {number}", line)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _from_line(folder: Path, place: str, line: str) -> Case:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return from_values(place, values, partial(file_picture, folder))
+
+
+def from_values(place: str, values: Any, picture: Callable[[str], Picture]) -> Case:
+    """A case of named values, in which `picture` makes a picture of what stands for one."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: a case is an object of named values")
+    values = {name: value for name, value in values.items() if value not in (None, "")}
+    missing = [name for name in _NEEDED if name not in values]
+    unknown = sorted(set(values) - _KNOWN)
+    if missing or unknown:
+        found = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
+        raise ValueError(f"{place}: the case {found}; the names are {', '.join(sorted(_KNOWN))}")
+    wrong = [name for name in ("type", *TEXTS) if not isinstance(values.get(name, ""), str)]
+    if wrong:
+        raise ValueError(f"{place}: {wrong[0]} is not a text")
+    pictures = {name: picture(values[name]) for name in PICTURES if name in values}
+    texts = {name: values[name] for name in TEXTS if name in values}
+    return Case(str(values["id"]), values["type"], place, **pictures, **texts)

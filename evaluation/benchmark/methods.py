@@ -1,0 +1,162 @@
+"""Methods: workflows in ComfyUI's API format, and a file beside each that says where a case goes in.
+
+A method file names the inputs of nodes, `NODE.INPUT`, by slot:
+
+    {"name": "Bridge",
+     "workflow": "bridge.api.json",
+     "slots": {"source_image": "5.image", "source_description": "8.text",
+               "edit_description": ["9.text", "12.text"], "mask": "6.image", "seed": "15.noise_seed",
+               "image_guidance": "14.image_guidance", "steps": "17.steps", "output": "21"},
+     "values": {"steps": 20},
+     "sweep": {"image_guidance": [1.0, 1.5, 2.0]}}
+
+Pictures go where the name of an uploaded file goes: `image` of LoadImage, and for the mask of LoadImageMask
+with the channel red. A case without a mask is given a white one. `output` is the node, such as SaveImage,
+whose picture is the edit. Slots that no case fills are settings and get their value from `values`, or from
+`sweep`, which makes a method of every value. Any ComfyUI workflow, of whatever node packs, can be a method.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..server import Prompt
+from .cases import TEXTS, Case, CaseError, read_json
+
+PICTURE_SLOTS = ("source_image", "mask")
+CASE_SLOTS = (*PICTURE_SLOTS, *TEXTS, "seed")
+OUTPUT = "output"
+_ENTRIES = {"name", "workflow", "slots", "values", "sweep"}
+Place = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A workflow with named slots. label: its name and its value in a sweep. swept: slot and value."""
+
+    name: str
+    label: str
+    prompt: Prompt
+    slots: Mapping[str, Sequence[Place]]
+    output: str
+    swept: tuple[str, float] | None
+
+    @property
+    def digest(self) -> str:
+        """Equal for methods that make the same pictures."""
+        places = {slot: list(map(list, places)) for slot, places in self.slots.items() if slot in CASE_SLOTS}
+        text = json.dumps([self.prompt, places, self.output], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def fill(self, case: Case, pictures: Mapping[str, str]) -> Prompt:
+        """The prompt for a case; pictures: the uploaded files' names by slot.
+
+        Raises CaseError if the workflow wants a text that the case does not have.
+        """
+        prompt = copy.deepcopy(self.prompt)
+        for slot in self.slots:
+            if slot not in CASE_SLOTS:
+                continue
+            value = pictures[slot] if slot in PICTURE_SLOTS else getattr(case, slot)
+            if value == "":
+                raise CaseError(f"case {case.id} ({case.place}) has no {slot}, which {self.name} asks for")
+            _put(prompt, self.slots[slot], value)
+        return prompt
+
+
+def _put(prompt: Prompt, places: Sequence[Place], value: Any) -> None:
+    for node, name in places:
+        prompt[node]["inputs"][name] = value
+
+
+def read_methods(files: Sequence[Path]) -> list[Method]:
+    """The methods of method files. Raises ValueError for a file, workflow or slot that cannot be used."""
+    methods = [method for file in files for method in read_method(file)]
+    labels = [method.label for method in methods]
+    doubled = sorted({label for label in labels if labels.count(label) > 1})
+    if doubled:
+        raise ValueError(f"two methods are named {doubled[0]!r}: give each a name of its own")
+    return methods
+
+
+def read_method(file: Path) -> list[Method]:
+    """The method of a file, or one for each value of its sweep."""
+    entries = read_json(file)
+    if not isinstance(entries, dict) or not {"name", "workflow", "slots"} <= set(entries) <= _ENTRIES:
+        raise ValueError(
+            f"{file}: a method has name, workflow and slots, and may have values and sweep; "
+            f"this has {', '.join(entries) if isinstance(entries, dict) else type(entries).__name__}"
+        )
+    prompt = read_json(file.parent / entries["workflow"])
+    if not isinstance(prompt, dict) or not all(
+        isinstance(node, dict) and "class_type" in node and "inputs" in node for node in prompt.values()
+    ):
+        raise ValueError(f"{entries['workflow']} is no workflow in API format: save it with Export (API)")
+    values, sweep = entries.get("values", {}), entries.get("sweep", {})
+    slots = {
+        slot: [_place(file, prompt, slot, at) for at in ([places] if isinstance(places, str) else places)]
+        for slot, places in entries["slots"].items()
+        if slot != OUTPUT
+    }
+    output = str(entries["slots"].get(OUTPUT, ""))
+    _check_slots(file, slots, output, values, sweep)
+    if output not in prompt:
+        raise ValueError(f"{file}: slot {OUTPUT}: no node {output!r}; there are {_nodes(prompt)}")
+    for slot, value in values.items():
+        _put(prompt, slots[slot], value)
+    if not sweep:
+        return [Method(entries["name"], entries["name"], prompt, slots, output, None)]
+    ((slot, steps),) = sweep.items()
+    methods = []
+    for step in steps:
+        changed = copy.deepcopy(prompt)
+        _put(changed, slots[slot], step)
+        label = f"{entries['name']} {slot}={step:g}"
+        methods.append(Method(entries["name"], label, changed, slots, output, (slot, float(step))))
+    return methods
+
+
+def _place(file: Path, prompt: Prompt, slot: str, at: Any) -> Place:
+    node, _, name = at.partition(".") if isinstance(at, str) else (str(at), "", "")
+    if node not in prompt:
+        raise ValueError(f"{file}: slot {slot}: no node {node!r}; there are {_nodes(prompt)}")
+    if name not in prompt[node]["inputs"]:
+        raise ValueError(
+            f"{file}: slot {slot}: node {node}, {prompt[node]['class_type']}, has no input {name!r} but "
+            f"{', '.join(prompt[node]['inputs'])}"
+        )
+    return node, name
+
+
+def _nodes(prompt: Prompt) -> str:
+    return ", ".join(f"{key} ({node['class_type']})" for key, node in prompt.items())
+
+
+def _check_slots(
+    file: Path, slots: Mapping[str, Any], output: str, values: Mapping[str, Any], sweep: Mapping[str, Any]
+) -> None:
+    known = ", ".join((*CASE_SLOTS, OUTPUT))
+    if "source_image" not in slots or not output or not {"edit_description", "instruction"} & set(slots):
+        raise ValueError(
+            f"{file}: the slots source_image, output, and edit_description or instruction are needed, and "
+            f"it has {', '.join(slots)}"
+        )
+    unknown = sorted(set(slots) - set(CASE_SLOTS) - set(values) - set(sweep))
+    if unknown:
+        raise ValueError(
+            f"{file}: unknown slot {unknown[0]}: the slots that cases fill are {known}; any other needs a "
+            "value in values or sweep"
+        )
+    homeless = sorted((set(values) | set(sweep)) - (set(slots) - set(CASE_SLOTS)))
+    if homeless:
+        raise ValueError(f"{file}: {homeless[0]} has a value but is no slot of a setting")
+    steps = next(iter(sweep.values()), [0.0])
+    numbers = isinstance(steps, list) and all(type(step) in (int, float) for step in steps)
+    if len(sweep) > 1 or not numbers or not steps:
+        raise ValueError(f"{file}: sweep is one slot with a list of numbers")

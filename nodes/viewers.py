@@ -1,0 +1,212 @@
+"""Looking at an edit: what the model attends to, and pictures side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from einops import rearrange
+
+from ..evaluation.contact_sheet import draw_sheet
+from ..patches.heat_maps import NODE, Place, look, paint
+from ..patches.inversion import Inversion
+from ..patches.tokens import EditTokens
+from .inversion import EditTokensType, InversionType
+
+CATEGORY = "descriptive edit/evaluation"
+
+
+class DescEditAttentionMaps(io.ComfyNode):
+    """Node: `patches.heat_maps.look`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Attention Maps",
+            category=CATEGORY,
+            description=(
+                "Shows what the model attends to at one point of the sampling: for each word where in the "
+                "image it acts, and the layout that self-attention sees, as colours. UnifyEdit steers by "
+                "these maps."
+            ),
+            search_aliases=["UnifyEdit", "cross attention", "self attention", "heat map", "DAAM", "daam"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion model with a UNet, patches included."),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="The description, encoded: the one in which the tokens were found.",
+                ),
+                EditTokensType.Input("edit_tokens", tooltip="The words to show, from Find Edit Tokens."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The image, from VAEEncode; noise of the seed is added. Connect this or an "
+                    "inversion.",
+                ),
+                InversionType.Input(
+                    "inversion",
+                    optional=True,
+                    tooltip="From Invert Image: its path is looked at, at the step nearest to percent. "
+                    "Connect this or a latent.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The image to lay the words' maps over, one or one for each. Without it they are "
+                    "shown alone.",
+                ),
+                io.Float.Input(
+                    "percent",
+                    default=0.3,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="When to look, 0 to 0.99: 0 is pure noise, 0.99 almost the clean image.",
+                ),
+                io.Int.Input(
+                    "word_side",
+                    default=16,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Words are shown on the grid nearest to this many tokens a side, 1 to 64: 1 is "
+                    "the coarsest that the model has.",
+                ),
+                io.Int.Input(
+                    "structure_side",
+                    default=32,
+                    min=1,
+                    max=32,
+                    advanced=True,
+                    tooltip="Self-attention is shown on the grid nearest to this many tokens a side, 1 to "
+                    "32: 1 is the coarsest that the model has, 32 takes about a second on a CPU.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    advanced=True,
+                    tooltip="Of the noise that is added to latent, 0 or more. An inversion does not use it.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=256,
+                    min=64,
+                    max=1024,
+                    advanced=True,
+                    tooltip="Size of each picture in pixels, 64 to 1024.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "words",
+                    tooltip="For each word a map, each from its own lowest value (blue) to its highest "
+                    "(yellow).",
+                ),
+                io.Image.Output(
+                    "structure",
+                    tooltip="The three leading components of self-attention as red, green and blue: places "
+                    "that attend alike have the same colour.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        conditioning: list[Any],
+        edit_tokens: EditTokens,
+        percent: float,
+        word_side: int,
+        structure_side: int,
+        seed: int,
+        side: int,
+        latent: dict[str, Any] | None = None,
+        inversion: Inversion | None = None,
+        image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        samples = None if latent is None else latent["samples"]
+        place = Place(percent, samples, inversion, seed)
+        view = look(model, conditioning, edit_tokens, place, word_side, structure_side)
+        rows = len(view.structure)
+        if image is not None and len(image) not in (1, rows):
+            raise ValueError(
+                f"{NODE}: image has {len(image)} images but {rows} are looked at: give one, or {rows}"
+            )
+        shown = [] if image is None else [("image", image)]
+        for word, maps in view.words.items():
+            below = maps.new_zeros(1, *_size(maps, side), 3) if image is None else image
+            shown.append((word, paint(maps, below)))
+        structure = rearrange(view.structure, "b h w c -> b c h w")
+        structure = torch.nn.functional.interpolate(structure, _size(view.structure, side), mode="nearest")
+        return io.NodeOutput(draw_sheet(shown, side), rearrange(structure, "b c h w -> b h w c"))
+
+
+def _size(maps: torch.Tensor, side: int) -> tuple[int, int]:
+    """Height and width of maps [images, rows, columns, ...] whose longer side is `side` pixels."""
+    rows, columns = maps.shape[1:3]
+    return max(1, round(rows * side / max(rows, columns))), max(1, round(columns * side / max(rows, columns)))
+
+
+class DescEditCompare(io.ComfyNode):
+    """Node: `evaluation.contact_sheet.draw_sheet`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        image = io.Image.Input("image", tooltip="One image, or one for each row.")
+        return io.Schema(
+            node_id="DescEditCompare",
+            display_name="Compare Images",
+            category=CATEGORY,
+            description=(
+                "Puts images side by side under labels, as one picture: a column for each input, a row for "
+                "each image of a batch."
+            ),
+            search_aliases=["contact sheet", "grid", "side by side", "comparison", "DescriptiveEdit"],
+            inputs=[
+                io.Autogrow.Input(
+                    "images",
+                    template=io.Autogrow.TemplatePrefix(image, prefix="image", min=1, max=24),
+                    tooltip="Up to 24 inputs, a column each. A single image is repeated in every row.",
+                ),
+                io.String.Input(
+                    "labels",
+                    default="source\nedited",
+                    multiline=True,
+                    optional=True,
+                    tooltip="A label for each input, one a line. Missing ones are left empty; more than "
+                    "there are inputs is an error.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=320,
+                    min=64,
+                    max=2048,
+                    optional=True,
+                    tooltip="Size of each image's longer side in the picture, 64 to 2048 pixels.",
+                ),
+            ],
+            outputs=[io.Image.Output("sheet")],
+        )
+
+    @classmethod
+    def execute(cls, images: dict[str, torch.Tensor], labels: str = "", side: int = 320) -> io.NodeOutput:
+        shown = [image for image in images.values() if image is not None]
+        titles = labels.strip("\n").split("\n") if labels.strip() else []
+        if len(titles) > len(shown):
+            raise ValueError(
+                f"DescEditCompare: labels has {len(titles)} lines but {len(shown)} images are connected: "
+                "give one line for each"
+            )
+        titles += [""] * (len(shown) - len(titles))
+        try:
+            return io.NodeOutput(draw_sheet(list(zip(titles, shown, strict=True)), side))
+        except ValueError as error:
+            raise ValueError(f"DescEditCompare: {error}") from None
+
+
+NODES = [DescEditAttentionMaps, DescEditCompare]

@@ -1,0 +1,94 @@
+"""The edit's words as weights over a context's positions, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .tokens import EditTokens
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """The words of each row of a batch.
+
+    tokens: [rows or 1, words, context], 1 at each word's tokens. description: [rows or 1, context], 1 at the
+    description's own tokens: neither the start mark nor the padding. weights: [rows or 1, words], each word's
+    part in its row, which sum to 1; 0 for what pads a row that has fewer words than another, and all 0 for
+    a row without words.
+    """
+
+    tokens: torch.Tensor
+    description: torch.Tensor
+    weights: torch.Tensor
+
+    def to(self, device: torch.device) -> Words:
+        return Words(self.tokens.to(device), self.description.to(device), self.weights.to(device))
+
+
+def edit_words(rows: Sequence[EditTokens], context: int) -> Words:
+    """Each row's edit words in a context of `context` positions.
+
+    Raises ValueError for a row without words and for a position that is not in the context.
+    """
+    for tokens in rows:
+        if not tokens.words or not all(word.tokens for word in tokens.words):
+            raise ValueError("edit_tokens has no words: find the words of the edit first")
+    words = [[word.tokens for word in tokens.words] for tokens in rows]
+    return _words(
+        words,
+        [tokens.edit_length for tokens in rows],
+        context,
+        "edit_tokens",
+        "the guider's positive conditioning",
+        "edit",
+    )
+
+
+def source_words(rows: Sequence[EditTokens], context: int) -> Words:
+    """What each row's edit words replace or repeat in the source description; words without such a partner
+    are left out.
+
+    Raises ValueError for a position that is not in the context.
+    """
+    words = [[word.source_tokens for word in tokens.words if word.source_tokens] for tokens in rows]
+    return _words(
+        words,
+        [tokens.source_length for tokens in rows],
+        context,
+        "edit_tokens (of the source description)",
+        "the inversion's conditioning",
+        "source",
+    )
+
+
+def _words(
+    rows: list[list[tuple[int, ...]]],
+    lengths: list[int],
+    context: int,
+    name: str,
+    conditioning: str,
+    description: str,
+) -> Words:
+    most = max(1, *map(len, rows))
+    found = Words(
+        torch.zeros(len(rows), most, context),
+        torch.zeros(len(rows), context),
+        torch.zeros(len(rows), most),
+    )
+    for row, (words, length) in enumerate(zip(rows, lengths, strict=True)):
+        # What pads a row repeats a word: losses stay finite, and the weight 0 takes it out.
+        padding = [words[0]] * (most - len(words)) if words else []
+        for place, word in enumerate([*words, *padding]):
+            for token in word:
+                if not 0 < token < context:
+                    raise ValueError(
+                        f"{name} has token {token} but {conditioning} has {context} tokens: encode the "
+                        f"{description} description that the tokens were found in"
+                    )
+                found.tokens[row, place, token] = 1
+            found.weights[row, place] = 1 / len(words) if place < len(words) else 0
+        found.description[row, 1 : length + 1] = 1
+    return found

@@ -1,0 +1,371 @@
+"""What can be chosen at UnifyEdit's sampler and inversion: each option does what it says and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import pytest
+import small_models
+import torch
+from host import Host
+from unify_edit import SIZE, Edit, box_mask, denoise, euler, tokenizer_only_clip
+
+SCALE = 0.18215
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random UNet with inference-tensor weights."""
+    return small_models.small_unet()
+
+
+def one_step(host: Host, model: Any) -> Edit:
+    """An edit in one Euler step at guidance 1: what comes out is the prediction itself."""
+    edit = Edit(host, model, steps=1)
+    edit.cfg = 1.0
+    return edit
+
+
+def test_noise_and_latent(host: Host, model: Any) -> None:
+    """Protects: the method noise predicts at the latent that was there and takes the update off the next
+    one; the method latent takes it off first and predicts there.
+    """
+    edit = one_step(host, model)
+    plain = edit.run(euler(host)) * SCALE
+    edit.sampler_inputs["method"] = "noise"
+    move = plain - edit.run() * SCALE
+    assert float(move.norm()) > 0
+    edit.sampler_inputs["method"] = "latent"
+    start = edit.inversion.trajectory[0]
+    expected = denoise(model, start - move, edit.sigmas[0], edit.positive)
+    torch.testing.assert_close(edit.run() * SCALE, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_update_inside_the_mask(host: Host, model: Any) -> None:
+    """Protects: with mask_update the latent is moved by the same update inside the mask, and not outside."""
+    edit = one_step(host, model)
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, :, : SIZE // 2] = 1
+    edit.sampler_inputs.update(method="noise", mask=mask)
+    plain, everywhere = edit.run(euler(host)), edit.run()
+    edit.sampler_inputs["mask_update"] = True
+    inside = edit.run()
+    torch.testing.assert_close(inside[..., :8], everywhere[..., :8])
+    torch.testing.assert_close(inside[..., 8:], plain[..., 8:], rtol=1e-4, atol=1e-4)
+    assert float((everywhere - plain)[..., 8:].abs().max()) > 1e-3
+
+
+def test_inner_iterations(host: Host, model: Any) -> None:
+    """Protects: every inner iteration starts where the last one ended, so the loss falls within a step."""
+    edit = Edit(host, model, steps=2)
+    edit.sampler_inputs.update(balance=edit.balance(beta1=0.0, beta2=0.05), inner_iterations=3)
+    edit.run()
+    trace = edit.trace()
+    assert trace.places == pytest.approx((0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3))
+    for step in (0, 3):
+        losses = trace.values[step : step + 3, 1, 0]
+        assert bool((losses[1:] < losses[:-1]).all())
+
+
+def test_range_of_steps(host: Host, model: Any) -> None:
+    """Protects: only steps between start and end are optimised; the others are stock Euler steps."""
+    edit = Edit(host, model, steps=4)
+    sampling = model.get_model_object("model_sampling")
+    percents = [1 - float(sampling.timestep(sigma)) / 999 for sigma in edit.sigmas[:-1]]
+    edit.sampler_inputs.update(start_percent=percents[1] - 0.01, end_percent=percents[2] + 0.01)
+    edit.run()
+    assert edit.trace().places == (1, 2)
+    edit.sampler_inputs.update(start_percent=percents[0] + 0.01, end_percent=percents[1] - 0.01)
+    with pytest.raises(Exception, match=r"DescEditUnifySampler: no step is optimised: start_percent 0\."):
+        edit.run()
+
+
+def test_curve_that_ends_early(host: Host, model: Any) -> None:
+    """Protects: a loss whose curve has come to 0 is not computed any more, nor the source branch for it."""
+    edit = Edit(host, model, steps=4)
+    edit.sampler_inputs["balance"] = edit.balance(curve="linear", k1=2.0, k2=2.0)
+    edit.run()
+    computed = torch.isfinite(edit.trace().values[:, :2, 0])
+    assert computed.tolist() == [[False, True], [False, True], [True, False], [True, False]]
+
+
+@pytest.mark.parametrize("option", ["keep", "alignment"])
+def test_regions_and_forms(host: Host, model: Any, option: str) -> None:
+    """Protects: each choice reaches its loss: three choices, three edits."""
+    choices = {
+        "keep": ("everywhere", "inside", "outside"),
+        "alignment": ("token_ratio", "spatial_ratio", "area_ratio"),
+    }
+    edit = Edit(host, model, steps=1)
+    edit.sampler_inputs["mask"] = box_mask()
+    found = []
+    for choice in choices[option]:
+        edit.sampler_inputs[option] = choice
+        found.append(edit.run())
+        assert bool(torch.isfinite(found[-1]).all())
+    for one, two in ((0, 1), (0, 2), (1, 2)):
+        assert float((found[one] - found[two]).abs().max()) > 1e-3
+
+
+def test_named_sites(host: Host, model: Any) -> None:
+    """Protects: names and beginnings of names choose the same sites as their resolution does."""
+    sites_of = host.pack_module("models.sites").find_sites
+    named = host.pack_module("patches.unify_sites").named_sites
+    sites = sites_of(model.model.diffusion_model, "Test")
+    assert named("Test", "word_sites", sites, "output") == tuple(s for s in sites if s.key[0] == "output")
+    assert named("Test", "word_sites", sites, " Middle.0.0, input.1") == tuple(
+        site for site in sites if site.key in (("input", 1, 0), ("middle", 0, 0))
+    )
+    edit = Edit(host, model, steps=1)
+    by_side = edit.run()
+    fine = ", ".join(site.name for site in sites if site.level == 0)
+    edit.sampler_inputs.update(structure_sites="input, middle, output", word_sites=fine, word_side=4)
+    assert torch.equal(edit.run(), by_side)
+    for name in ("structure_sites", "word_sites"):
+        edit.sampler_inputs.update({"structure_sites": "", "word_sites": "", name: "output.99"})
+        with pytest.raises(
+            Exception, match=f"DescEditUnifySampler: {name} has 'output.99', but .* input.1.0"
+        ):
+            edit.run()
+
+
+def test_checkpointing(host: Host, model: Any) -> None:
+    """Protects: with checkpointing the edit is the same, and layers are computed again in the backward
+    passes.
+    """
+    edit = Edit(host, model, steps=2)
+    ran: list[int] = []
+    layer = model.model.diffusion_model.middle_block[0]
+    handle = layer.register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        plain, count = edit.run(), len(ran)
+        edit.sampler_inputs["checkpointing"] = True
+        torch.testing.assert_close(edit.run(), plain, rtol=1e-3, atol=1e-3)
+    finally:
+        handle.remove()
+    # Three calls a step: source, target, prediction; and twice again the target, for each loss's gradient.
+    assert (count, len(ran) - count) == (6, 10)
+
+
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+def test_virtual_inversion_is_exact(host: Host, model: Any, scheduler: str) -> None:
+    """Protects: from a virtual inversion the same description gives the image back, whatever the SIGMAS."""
+    edit = Edit(host, model, batch=2, mode="virtual")
+    sampling = model.get_model_object("model_sampling")
+    edit.sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, 4)
+    edit.inversion, edit.noise = host.execute(
+        "DescEditInvert",
+        model=model,
+        latent=edit.latent,
+        source=small_models.conditioning(1),
+        sigmas=edit.sigmas,
+        mode="virtual",
+    )
+    edit.positive, edit.cfg = small_models.conditioning(1), 1.0
+    edit.sampler_inputs["balance"] = edit.balance(beta1=0.0, beta2=0.0)
+    torch.testing.assert_close(edit.run(), edit.latent["samples"], rtol=1e-4, atol=1e-3)
+
+
+def test_virtual_inversion_follows_the_formula(host: Host, model: Any) -> None:
+    """Protects: the path is x_0 + sigma n with one n for all images, and a step takes the source's error off
+    the target's prediction: InfEdit's x_0 + (x*_t - x^s_t) - sigma (eps* - eps_s).
+    """
+    edit = Edit(host, model, batch=2, steps=2, mode="virtual", virtual_seed=7)
+    clean = edit.latent["samples"].double() * SCALE
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7)).double()
+    path = torch.stack([clean + sigma * noise for sigma in edit.sigmas.double()])
+    torch.testing.assert_close(edit.inversion.trajectory.double(), path, rtol=1e-5, atol=1e-5)
+    edit.cfg = 1.0
+    edit.sampler_inputs["balance"] = edit.balance(beta1=0.0, beta2=0.0)
+    x = path[0]
+    for step in range(2):
+        sigma, below = edit.sigmas[step : step + 2].double()
+        noises = []
+        for at, condition in ((x, edit.positive), (path[step], small_models.conditioning(1))):
+            denoised = denoise(model, at.float(), edit.sigmas[step], condition).double()
+            noises.append((at - denoised) / sigma)
+        x0 = clean + (x - path[step]) - sigma * (noises[0] - noises[1])
+        x = x0 + below * (noises[0] - noises[1] + noise)
+    torch.testing.assert_close((edit.run() * SCALE).double(), x, rtol=1e-3, atol=1e-3)
+
+
+def test_virtual_inversion_edits(host: Host, model: Any) -> None:
+    """Protects: the losses act on a virtual inversion too, with a noise mask that keeps the rest, and another
+    seed is another edit.
+    """
+    results = []
+    for seed in (0, 1):
+        edit = Edit(host, model, mode="virtual", virtual_seed=seed)
+        edit.noise = {**edit.noise, "noise_mask": box_mask()}
+        results.append(edit.run())
+        assert bool(torch.isfinite(results[-1]).all())
+        assert bool(torch.isfinite(edit.trace().values).all())
+        source = edit.latent["samples"]
+        torch.testing.assert_close(results[-1][..., 7:], source[..., 7:], rtol=1e-4, atol=1e-3)
+        assert torch.equal(edit.run(), results[-1])
+    assert not torch.allclose(*results, atol=1e-2)
+
+
+def test_automatic_mask(host: Host) -> None:
+    """Protects: the mask is where the edit's words or the words they replace look, image by image, on the
+    latent's grid.
+    """
+    mask = host.pack_module("patches.unify_mask")
+    words = host.pack_module("patches.unify_words").Words
+    site = host.pack_module("models.sites").Site(("output", 0, 0), level=0, width=8, path="")
+    tokens = torch.zeros(1, 1, 6)
+    tokens[..., 2] = 1
+    description = torch.zeros(1, 6)
+    description[:, 1:4] = 1
+    found = []
+    for left in (1, 4):
+        maps = torch.full((2, 3, 8, 8, 6), 0.1)
+        maps[0, :, 2:4, left : left + 2, 2] = 0.9
+        maps[1, :, 6, 6, 2] = 0.9
+        readings = {site.key: maps.flatten(2, 3)}
+        made = words(tokens, description, torch.ones(1, 1))
+        found.append(mask.word_attention(readings, made, [site], 8, 8))
+        torch.testing.assert_close(found[-1][0, 2, left], torch.tensor(0.9 / 1.1))
+        torch.testing.assert_close(found[-1][0, 0, 0], torch.tensor(1 / 3))
+    expected = torch.zeros(2, 8, 8)
+    expected[0, 2:4, 1:3] = expected[0, 2:4, 4:6] = 1
+    expected[1, 6, 6] = 1
+    assert torch.equal(mask.attention_mask(found), expected)
+
+
+def test_automatic_mask_in_a_run(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: auto_mask edits as its mask would if it were wired, and a wired mask comes first."""
+    module = host.pack_module("patches.unify_optimiser")
+    attention_mask = module.attention_mask
+    masks = []
+
+    def note(attention: Any) -> torch.Tensor:
+        assert len(attention) == 6
+        masks.append(attention_mask(attention))
+        return masks[-1]
+
+    monkeypatch.setattr(module, "attention_mask", note)
+    edit = Edit(host, model, batch=2)
+    edit.sampler_inputs.update(auto_mask=True, alignment="spatial_ratio", keep="outside", mask_update=True)
+    automatic = edit.run()
+    edit.sampler_inputs["mask"] = masks[0].repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    wired = edit.run()
+    assert len(masks) == 1
+    torch.testing.assert_close(automatic, wired, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_their_own(host: Host, model: Any) -> None:
+    """Protects: in a batch every image has its own words, texts and mask, and comes out as alone."""
+    sampler = host.pack_module("patches.unify_sampler")
+    texts = ("a green circle on sand", "a red star")
+    tokens = [
+        host.execute(
+            "DescEditFindTokens",
+            clip=tokenizer_only_clip(),
+            source_description="a red circle",
+            edit_description=text,
+        )[0]
+        for text in texts
+    ]
+    assert len({len(found.words) for found in tokens}) == 2
+    masks = torch.cat([box_mask(), 1 - box_mask()])
+
+    def batched(seeds: tuple[int, ...]) -> Any:
+        made = [small_models.conditioning(seed)[0] for seed in seeds]
+        return [[torch.cat([text for text, _ in made]), {"pooled_output": made[0][1]["pooled_output"]}]]
+
+    def edit(rows: tuple[int, ...]) -> torch.Tensor:
+        made = Edit(host, model, steps=2)
+        made.latent = {"samples": torch.cat([small_models.latent(3 + row) for row in rows])}
+        made.inversion, made.noise = host.execute(
+            "DescEditInvert",
+            model=model,
+            latent=made.latent,
+            source=batched(tuple(10 + row for row in rows)),
+            sigmas=made.sigmas,
+            refine=1,
+        )
+        made.positive = batched(tuple(20 + row for row in rows))
+        settings = sampler.UnifySettings(
+            made.inversion,
+            tuple(tokens[row] for row in rows),
+            made.balance(),
+            masks[list(rows)],
+            keep="outside",
+            mask_update=True,
+        )
+        return made.run(sampler.UnifySampler(settings)) * SCALE
+
+    for together, alone in zip(edit((0, 1)), (edit((0,)), edit((1,))), strict=True):
+        assert float((together - alone).norm() / alone.norm()) < 1e-4
+    made = Edit(host, model)
+    settings = sampler.UnifySettings(made.inversion, tuple(tokens), made.balance())
+    with pytest.raises(
+        Exception, match="DescEditUnifySampler: edit_tokens are for 2 images but 1 are edited"
+    ):
+        made.run(sampler.UnifySampler(settings))
+
+
+@pytest.mark.parametrize("layout", [None, small_models.SDXL_LAYOUT])
+@pytest.mark.parametrize("level", [0, 1])
+def test_memory_estimate(host: Host, layout: Any, level: int) -> None:
+    """Protects: the estimate covers what a recorded forward leaves for its backward, and not much more; it
+    grows with the batch and shrinks with checkpointing.
+    """
+    estimate = host.pack_module("patches.unify_memory").backward_bytes
+    maps, gradients = host.pack_module("patches.attention_maps"), host.pack_module("patches.gradient")
+    unet = small_models.small_unet(layout=layout)
+    sites = [
+        site
+        for site in host.pack_module("models.sites").find_sites(unet.model.diffusion_model, "Test")
+        if site.level >= level
+    ]
+    words = [site for site in sites if site.level == max(level, sites[0].level)]
+    held: dict[int, int] = {}
+    weights = {weight.untyped_storage().data_ptr() for weight in unet.model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(2, 4, 16, 16)
+    entries = {"positive": comfy.sampler_helpers.convert_cond(small_models.conditioning(1))}
+    unet.pre_run()
+    with gradients.gradients():
+        conds = comfy.samplers.process_conds(unet.model, x, entries, x.device)["positive"]
+        leaf = x.clone().requires_grad_()
+        recorder = maps.AttentionRecorder(sites, words, stop=True)
+        options = recorder.attach(gradients.differentiable_options(unet.model_options))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            comfy.samplers.calc_cond_batch(unet.model, [conds], leaf, torch.full((2,), 2.0), options)
+            losses = [(value * 1.01).square().sum() for value in recorder.self_attention.values()]
+    assert losses
+    found = estimate(unet.model.diffusion_model, sites, words, x.shape, 4, False)
+    assert 1.0 <= found / sum(held.values()) < 1.6
+    alone = estimate(unet.model.diffusion_model, sites, words, (1, *x.shape[1:]), 4, False)
+    assert found == 2 * alone
+    assert estimate(unet.model.diffusion_model, sites, words, x.shape, 4, True) < 0.8 * found
+    assert estimate(unet.model.diffusion_model, (), (), x.shape, 4, False) == 0
+
+
+def test_the_host_is_asked_for_memory(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: before the first step the host is asked for the backward's memory on top of a stock run's."""
+    module = host.pack_module("patches.unify_optimiser")
+    monkeypatch.setattr(module, "backward_bytes", lambda *_: 3 * 2**30)
+    asked = []
+    load = comfy.model_management.load_models_gpu
+
+    def note(models: Any, memory_required: float = 0, **others: Any) -> None:
+        asked.append((memory_required, others.get("minimum_memory_required")))
+        load(models, memory_required=memory_required, **others)
+
+    edit = Edit(host, model, steps=1)
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    edit.run()
+    stock, own = asked[0], asked[-1]
+    assert len(asked) == 2
+    assert own[0] - stock[0] == 3 * 2**30
+    assert own[1] - stock[1] == 3 * 2**30
