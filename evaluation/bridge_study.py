@@ -30,8 +30,9 @@ COMPARED = Path(__file__).with_name("bridges")
 PAGE, PAGE_TEXT = ROOT / "docs" / "bridge_study.md", Path(__file__).with_name("bridge_study_page.md")
 PICTURE = ROOT / "docs" / "pictures" / "bridge_study.jpg"
 # Chosen on the tuning cases.
-GUIDANCE = DualGuidance(image=1.5, text=3.0)
+GUIDANCE = DualGuidance(image=3.0, text=3.0)
 TEXT_ONLY_CFG, DENOISE, INVERSION_CFG = 3.0, 0.6, 3.0
+COMPARED_GUIDANCE = DualGuidance(image=1.5, text=3.0)
 FEWER_A_TYPE = 10  # of the comparisons beside the main one
 SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 
@@ -87,7 +88,7 @@ def bridge_row(label: str, file: Path, guidance: DualGuidance = GUIDANCE, instru
 
 def variant_row(label: str, name: str) -> Row:
     """A bridge of the comparison; the one that learned from instructions is asked with them."""
-    return bridge_row(label, COMPARED / f"{name}.safetensors", instruction=name == "instruction")
+    return bridge_row(label, COMPARED / f"{name}.safetensors", COMPARED_GUIDANCE, name == "instruction")
 
 
 def tables() -> dict[str, list[Row]]:
@@ -133,9 +134,12 @@ def measure(studies: dict[str, Study]) -> tuple[dict[str, float], str]:
     contact_sheet(main.cases, shown, 2, PICTURE)
     page = PAGE_TEXT.read_text(encoding="utf-8").format(
         cases=len(main.cases),
+        margin=100 * (figures["success"] - figures["success_best_baseline"]),
+        short="reaches 90%" if figures["success"] >= 0.9 else "stays below 90%",
         fewer=len(studies["sweep"].cases),
         image=GUIDANCE.image,
         text=GUIDANCE.text,
+        compared=COMPARED_GUIDANCE.image,
         **{name: table(found, by_type=True) for name, found in scores.items()},
     )
     return figures, page
