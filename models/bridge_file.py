@@ -197,7 +197,9 @@ def _read_release(path: Path, tensors: Tensors) -> tuple[BridgeSettings, Tensors
     if len(ranks) != 1:
         raise ValueError(f"{path.name}: the LoRA weights have ranks {sorted(ranks)}, not one")
     rank = ranks.pop()
-    settings = BridgeSettings("SD15", widths, rank, float(rank), reference_self_bridge=True)
+    settings = BridgeSettings(
+        "SD15", widths, rank, float(rank), direction="edit_queries", reference_self_bridge=True
+    )
     return settings, found
 
 

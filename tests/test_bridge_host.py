@@ -290,9 +290,8 @@ def test_full_width_sd15(host: Host) -> None:
     (fresh,) = host.execute("DescEditNewBridge", model=model)
     assert len(fresh.model.settings.widths) == 16
     with counted(model) as calls:
-        found = sample(
-            host, apply_bridge(host, model, fresh, small_models.latent(9), source=source), **inputs
-        )
+        reference = small_models.latent(9, size=(8, 8))
+        found = sample(host, apply_bridge(host, model, fresh, reference, source=source), **inputs)
     assert calls.rows == [1, 2, 2]
     assert torch.equal(found, plain)
     keeps_its_contracts(host, model, 24, ("an area", "odd text"), steps=1)
