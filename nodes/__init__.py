@@ -1,4 +1,6 @@
-"""What a user wires: one module a family, each with its `NODES`."""
+"""What a user wires: one module a family, each with its `NODES`; and the extension that lists them all."""
+
+from comfy_api.latest import ComfyExtension, io
 
 from . import bridge, describe, guidance, inversion, metrics, tiny_studio, training, unify, viewers
 
@@ -13,3 +15,14 @@ NODES = [
     *describe.NODES,
     *tiny_studio.NODES,
 ]
+
+
+class DescriptiveEdit(ComfyExtension):
+    """The pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> DescriptiveEdit:
+    return DescriptiveEdit()

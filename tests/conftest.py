@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import host as _host
 import pytest
 
 _host.prepare()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--page", action="store_true", help="run tests/page too: ComfyUI's page in Chromium")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "page" and not config.getoption("--page") else None
 
 
 @pytest.fixture(scope="session")

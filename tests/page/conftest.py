@@ -1,0 +1,138 @@
+"""Headless Chromium on the real page of a real server; every test leaves its screenshot in output/page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from host import ROOT, comfyui_path, server
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+SCREENSHOTS = ROOT / "output" / "page"
+FLAGS = (
+    *("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+# Few frames a second: the page's drawing must not starve the server on a small machine.
+SETTINGS = {"LiteGraph.Canvas.MaximumFps": 2, "Comfy.Minimap.Visible": False}
+# What a fresh ComfyUI logs by itself: files that a user may have and has not, and its own order of start.
+HOST_NOISE = re.compile(r"/(api/userdata|user\.css)|graph accessed before initialization")
+
+
+class Site:
+    """The page of one server, in one language, with what its console said that the host's own does not."""
+
+    def __init__(self, browser: Browser, running: Any) -> None:
+        self.server = running
+        self.errors: list[str] = []
+        self.page: Page = browser.new_page(viewport={"width": 1500, "height": 950})
+        self.page.set_default_timeout(120_000)
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        text = f"{message.text} {message.location.get('url', '')}"
+        if message.type == "error" and not HOST_NOISE.search(text):
+            self.errors.append(text)
+
+    def settings(self, **values: Any) -> None:
+        body = json.dumps({**SETTINGS, **values}).encode()
+        headers = {"Content-Type": "application/json"}
+        urllib.request.urlopen(
+            urllib.request.Request(f"{self.server.address}/settings", body, headers)
+        ).close()
+
+    def open(self) -> None:
+        """Load the page and wait until it knows the server's nodes."""
+        self.page.goto(self.server.address, wait_until="commit")
+        ready = "window.app?.extensionManager && window.LiteGraph?.registered_node_types.DescEditTinyStudio"
+        self.page.wait_for_function(f"!!({ready} && app.extensionManager.workflow?.activeWorkflow)")
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        """Open a workflow as the page's own menu does."""
+        self.page.keyboard.press("Escape")
+        self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+
+    def look_at(self, node_type: str) -> None:
+        """Select the only node of a type and bring it into view."""
+        self.page.evaluate(
+            """type => {
+                const node = app.graph.nodes.find(node => node.type === type)
+                app.canvas.selectNode(node)
+                app.canvas.ds.scale = 0.9
+                app.canvas.ds.offset = [300 - node.pos[0], 200 - node.pos[1]]
+                app.canvas.setDirty(true, true)
+            }""",
+            node_type,
+        )
+
+    def set_widget(self, node_type: str, name: str, value: Any) -> None:
+        self.page.evaluate(
+            """([type, name, value]) => {
+                const node = app.graph.nodes.find(node => node.type === type)
+                node.widgets.find(widget => widget.name === name).value = value
+            }""",
+            [node_type, name, value],
+        )
+
+    def missing(self) -> list[str]:
+        """The types of nodes in the open graph that the page does not know."""
+        return self.page.evaluate(
+            "app.graph.nodes.filter(n => !n.isVirtualNode && !LiteGraph.registered_node_types[n.type]"
+            " && !n.subgraph).map(n => n.type)"
+        )
+
+    def screenshot(self, name: str) -> None:
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", timeout=60_000)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        raise RuntimeError("no Chromium: `apt-get install chromium`, or run the tests without --page")
+    shutil.rmtree(SCREENSHOTS, ignore_errors=True)
+    SCREENSHOTS.mkdir(parents=True)
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def site(browser: Browser) -> Iterator[Site]:
+    """The page in English, on a server of its own."""
+    with server.Server(comfyui_path(), ["--cpu"]) as running:
+        shown = Site(browser, running)
+        shown.settings()
+        shown.open()
+        yield shown
+
+
+@pytest.fixture
+def chinese(browser: Browser, site: Site) -> Iterator[Site]:
+    """The page of the same server in Chinese, as someone else opens it."""
+    site.settings(**{"Comfy.Locale": "zh"})
+    shown = Site(browser, site.server)
+    shown.open()
+    yield shown
+    site.settings(**{"Comfy.Locale": "en"})
+    shown.page.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Keep what the page showed at the end of a test, whether it passed or not."""
+    try:
+        return (yield)
+    finally:
+        name = re.sub(r"\W+", "-", item.name).strip("-")
+        for shown in (value for value in item.funcargs.values() if isinstance(value, Site)):
+            shown.screenshot(name)

@@ -1,0 +1,139 @@
+"""ComfyUI's real page with the pack in it, as a user clicks through it. The order is a user's."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host import ROOT
+
+START = ROOT / "workflows" / "UnifyEdit - start here.json"
+OLD = Path(__file__).parent / "first_start_here.json"
+DONE = "type => app.graph.nodes.some(n => n.type === type && app.nodeOutputs[n.id]?.images?.length)"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_template_opens(site: Any) -> None:
+    """Protects: the template browser lists the pack's templates; one opens whole, and nothing complains."""
+    dialog = site.page.get_by_role("dialog")
+    if not dialog.count():
+        site.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog.get_by_text("ComfyUI-DescriptiveEdit").first.click()
+    site.page.get_by_test_id(f"template-workflow-{START.stem}").click()
+    site.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(read(START)["nodes"]))
+    assert site.missing() == []
+    assert site.errors == []
+
+
+def test_run_shows_the_picture(site: Any) -> None:
+    """Protects: Run makes the edited picture appear in the graph that the template opened."""
+    site.set_widget("BasicScheduler", "steps", 2)
+    site.page.get_by_test_id("queue-button").click()
+    site.page.wait_for_function(DONE, arg="SaveImage", timeout=120_000)
+    site.look_at("SaveImage")
+    assert site.errors == []
+
+
+def test_saved_picture_opens_the_graph(site: Any) -> None:
+    """Protects: a picture that SaveImage wrote, dropped on the page, brings the whole graph back."""
+    (saved,) = (site.server.base / "output").rglob("*.png")
+    site.page.evaluate("app.graph.clear()")
+    site.page.evaluate(
+        """async data => {
+            const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0))
+            await app.handleFile(new File([bytes], 'edited.png', {type: 'image/png'}))
+        }""",
+        base64.b64encode(saved.read_bytes()).decode(),
+    )
+    site.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(read(START)["nodes"]))
+    assert site.missing() == []
+
+
+def test_help_panel(site: Any) -> None:
+    """Protects: the help button of a node shows the pack's page, with its picture."""
+    site.load(read(START))
+    site.look_at("DescEditUnifySampler")
+    site.page.get_by_test_id("info-button").click()
+    panel = site.page.locator(".node-help-content")
+    panel.get_by_text("Common mistakes").wait_for()
+    assert "UnifyEdit Sampler" in panel.inner_text()
+    site.page.wait_for_function(
+        "[...document.querySelectorAll('.node-help-content img')].some(image => image.naturalWidth > 0)"
+    )
+
+
+@pytest.mark.parametrize("paper", ["UnifyEdit", "DescriptiveEdit"])
+def test_search_by_paper(site: Any, paper: str) -> None:
+    """Protects: whoever types a paper's name into the node search finds the nodes that do it."""
+    wanted = {"UnifyEdit": "Invert Image (DDIM)", "DescriptiveEdit": "Apply Attention Bridge"}
+    result = site.page.get_by_text(wanted[paper], exact=True)
+    site.page.keyboard.press("Escape")
+    assert result.count() == 0
+    site.page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    site.page.keyboard.type(paper)
+    result.first.wait_for()
+    site.screenshot(f"search-{paper}")
+    site.page.keyboard.press("Escape")
+
+
+def test_wrong_input_marks_the_node(site: Any) -> None:
+    """Protects: a wrong input turns the node that refuses it red, with the pack's own message."""
+    site.load(read(START))
+    site.set_widget("DescEditFindTokens", "words", "zebra")
+    site.page.get_by_test_id("queue-button").click()
+    site.page.wait_for_function("app.lastExecutionError", timeout=120_000)
+    failed = site.page.evaluate("app.lastExecutionError")
+    assert failed["node_type"] == "DescEditFindTokens"
+    assert failed["exception_message"].startswith("DescEditFindTokens: words has 'zebra', which is not in")
+    site.look_at("DescEditFindTokens")
+    site.page.get_by_role("button", name="View details").click()
+    site.page.get_by_text("words has 'zebra'").first.wait_for()
+
+
+def test_old_workflow_loads(site: Any) -> None:
+    """Protects: a graph saved with the pack's first version opens whole, with its values and wires."""
+    old = read(OLD)
+    site.load(old)
+    site.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(old["nodes"]))
+    assert site.missing() == []
+    wires = site.page.evaluate(
+        "app.graph.nodes.flatMap(n => n.inputs ?? []).filter(i => i.link != null).length"
+    )
+    assert wires == len(old["links"])
+    (balance,) = [node for node in old["nodes"] if node["type"] == "DescEditAdaptiveScheduler"]
+    shown = site.page.evaluate(
+        "app.graph.nodes.find(n => n.type === 'DescEditAdaptiveScheduler').widgets.map(w => w.value)"
+    )
+    assert shown[: len(balance["widgets_values"])] == balance["widgets_values"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "subgraphs").glob("*.json")), ids=lambda file: file.stem)
+def test_blueprint_loads(site: Any, file: Path) -> None:
+    """Protects: a blueprint opens as one node whose inside the page knows whole."""
+    site.load(read(file))
+    inside = site.page.evaluate("app.graph.nodes.map(n => (n.subgraph?.nodes ?? []).map(m => m.type))")
+    (types,) = inside
+    assert sorted(types) == sorted(n["type"] for n in read(file)["definitions"]["subgraphs"][0]["nodes"])
+    unknown = site.page.evaluate("types => types.filter(t => !LiteGraph.registered_node_types[t])", types)
+    assert unknown == []
+
+
+def test_chinese(chinese: Any) -> None:
+    """Protects: with the page in Chinese, names on the nodes and the help page are Chinese."""
+    page, names = chinese.page, json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    title = names["DescEditUnifySampler"]["display_name"]
+    chinese.load(read(START))
+    chinese.look_at("DescEditUnifySampler")
+    assert page.evaluate("LiteGraph.registered_node_types.DescEditUnifySampler.title") == title
+    shown = page.evaluate(
+        "app.graph.nodes.find(n => n.type === 'DescEditUnifySampler').inputs.map(i => i.localized_name)"
+    )
+    assert names["DescEditUnifySampler"]["inputs"]["inversion"]["name"] in shown
+    page.get_by_test_id("info-button").click()
+    page.locator(".node-help-content").get_by_text("常见错误").wait_for()

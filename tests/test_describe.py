@@ -1,0 +1,114 @@
+"""The prompt that turns an instruction into an edit description, and the blueprints for beginners."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host import ROOT, Host
+from test_workflows import input_specs
+
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+ENDS = (-10, -20)
+
+
+def prompt(host: Host, **inputs: Any) -> str:
+    return host.execute("DescEditDescribePrompt", **inputs)[0]
+
+
+def test_prompt_asks_for_the_final_look(host: Host) -> None:
+    """Protects: the instruction reaches the model, with the rule that only the final look is described."""
+    text = prompt(host, instruction="make it\n  winter")
+    assert "The edit: make it winter\n" in text
+    assert "only the final look" in text
+    for word in ("change", "replace", "add", "remove", "now", "instead", "no longer", "without"):
+        assert f'"{word}"' in text
+    assert "The picture is attached" in text
+
+
+def test_prompt_keeps_the_source_words(host: Host) -> None:
+    """Protects: with a source description its words are to be kept, and no picture is promised."""
+    text = prompt(host, instruction="make it winter", source_description=" a street\nin summer ")
+    assert "The picture shows now: a street in summer\nKeep the words" in text
+    assert "attached" not in text
+
+
+def test_prompt_takes_any_text_literally(host: Host) -> None:
+    """Protects: braces and percent signs in what a user types."""
+    text = prompt(host, instruction="write {words} 100%", source_description="a {sign}")
+    assert "The edit: write {words} 100%\n" in text
+    assert "a {sign}\n" in text
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(16, 10), (77, 56), (512, 382)])
+def test_prompt_fits_the_context(host: Host, tokens: int, words: int) -> None:
+    """Protects: the length asked for fits the text encoder: two marks, four tokens for three words."""
+    text = prompt(host, instruction="make it winter", max_tokens=tokens)
+    assert re.findall(r"At most (\d+) words", text) == [str(words)]
+
+
+def test_empty_instruction(host: Host) -> None:
+    """Protects: an empty instruction is refused by name, not sent to a language model."""
+    with pytest.raises(ValueError, match=r"DescEditDescribePrompt: instruction is empty: type what"):
+        prompt(host, instruction=" \n")
+
+
+def test_there_are_blueprints() -> None:
+    """Protects: the tests below from passing because they found nothing."""
+    assert len(BLUEPRINTS) == 2
+
+
+@pytest.fixture(scope="module")
+def object_info(live_server: Any) -> dict[str, Any]:
+    """Every node as the server describes it to the page."""
+    return live_server.object_info()
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
+def test_blueprint_is_served(file: Path, live_server: Any) -> None:
+    """Protects: the page lists the blueprint among its nodes, and gets it whole."""
+    listed = live_server.json("/global_subgraphs")
+    (key,) = [key for key, entry in listed.items() if entry["name"] == file.stem]
+    assert json.loads(live_server.json(f"/global_subgraphs/{key}")["data"]) == json.loads(
+        file.read_text(encoding="utf-8")
+    )
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
+def test_blueprint_is_sound(file: Path, object_info: dict[str, Any]) -> None:
+    """Protects: inside a blueprint every node exists as the server has it, every required input is wired or
+    a widget, links are the same from both ends, and a beginner sees image, two texts and one strength.
+    """
+    shown = json.loads(file.read_text(encoding="utf-8"))
+    (outer,), (graph,) = shown["nodes"], shown["definitions"]["subgraphs"]
+    assert outer["type"] == graph["id"]
+    names = [item["name"] for item in graph["inputs"]]
+    assert names[:4] == ["image", "source_description", "edit_description", "strength"]
+    assert [item["name"] for item in outer["inputs"]] == names
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    links = {link["id"]: link for link in graph["links"]}
+    for node in nodes.values():
+        info = object_info[node["type"]]
+        specs = input_specs(info)
+        wired = {item["name"] for item in node["inputs"] if item["link"] is not None}
+        assert {item["name"] for item in node["inputs"]} <= set(specs)
+        needed = {name for name in info["input"].get("required", {}) if not specs[name][0]}
+        assert needed <= wired, f"{node['type']} lacks {needed - wired}"
+        assert [item["type"] for item in node["outputs"]] == info["output"]
+    for link in links.values():
+        if link["origin_id"] == ENDS[0]:
+            assert link["id"] in graph["inputs"][link["origin_slot"]]["linkIds"]
+        else:
+            assert link["id"] in nodes[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
+        if link["target_id"] == ENDS[1]:
+            assert link["id"] in graph["outputs"][link["target_slot"]]["linkIds"]
+        else:
+            assert nodes[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+    ends = [number for item in (*graph["inputs"], *graph["outputs"]) for number in item["linkIds"]]
+    inner = [item["link"] for node in nodes.values() for item in node["inputs"] if item["link"] is not None]
+    assert {*ends, *inner} == set(links)
+    for node_id, name in outer["properties"]["proxyWidgets"]:
+        assert name in input_specs(object_info[nodes[int(node_id)]["type"]])

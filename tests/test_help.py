@@ -1,0 +1,119 @@
+"""What a user reads: translations, and the help page of every node."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from host import ROOT, Host
+
+LANGUAGES = ("en", "zh")
+DOCS = ROOT / "web" / "docs"
+HEADINGS = {
+    "en": ("Works with", "Does not work with", "Connect after it", "Common mistakes"),
+    "zh": ("可配合", "不可配合", "后接", "常见错误"),
+}
+
+
+@pytest.fixture(scope="module")
+def schemas(host: Host) -> dict[str, Any]:
+    """Schema by node id."""
+    return {node_id: host.node(node_id).GET_SCHEMA() for node_id in host.node_ids()}
+
+
+def texts(schema: Any) -> dict[str, Any]:
+    """What a translation file holds of a node, from its schema."""
+
+    def slot(name: str, tooltip: str | None) -> dict[str, str]:
+        return {"name": name, **({"tooltip": tooltip} if tooltip else {})}
+
+    found = {"display_name": schema.display_name, "description": schema.description}
+    inputs = {item.id: slot(item.display_name or item.id, item.tooltip) for item in schema.inputs}
+    outputs = {
+        str(index): slot(item.display_name or item.io_type, item.tooltip)
+        for index, item in enumerate(schema.outputs)
+    }
+    return {**found, **({"inputs": inputs} if inputs else {}), **({"outputs": outputs} if outputs else {})}
+
+
+def shape(entry: Any) -> Any:
+    """A translation without its words."""
+    return {key: shape(value) for key, value in entry.items()} if isinstance(entry, dict) else type(entry)
+
+
+def translation(language: str) -> dict[str, Any]:
+    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def test_english_is_the_schemas_own(schemas: dict[str, Any]) -> None:
+    """Protects: the English page from saying something else than the node does."""
+    assert translation("en") == {node_id: texts(schema) for node_id, schema in schemas.items()}
+
+
+def test_chinese_is_complete(schemas: dict[str, Any]) -> None:
+    """Protects: every name, description and tooltip is translated, and nothing that is gone is left over."""
+    chinese = translation("zh")
+    assert shape(chinese) == shape({node_id: texts(schema) for node_id, schema in schemas.items()})
+    for node_id, entry in chinese.items():
+        words = [entry["display_name"], entry["description"]]
+        words += [item["tooltip"] for item in entry.get("inputs", {}).values()]
+        assert [text for text in words if not re.search("[\u4e00-\u9fff]", text)] == [], node_id
+
+
+def test_choices_are_explained_by_their_names(schemas: dict[str, Any]) -> None:
+    """Protects: a translated tooltip that explains a choice calls it as the list does."""
+    chinese = translation("zh")
+    for node_id, schema in schemas.items():
+        for item in schema.inputs:
+            named = [word for word in getattr(item, "options", None) or [] if f"{word}:" in item.tooltip]
+            explained = chinese[node_id]["inputs"][item.id]["tooltip"]
+            assert [word for word in named if word not in explained] == [], f"{node_id}.{item.id}"
+
+
+def test_every_node_has_its_pages(schemas: dict[str, Any]) -> None:
+    """Protects: pages for nodes that are, in both languages, and none for nodes that are gone."""
+    assert {path.name for path in DOCS.iterdir()} == {*schemas, "pictures"}
+    assert {path.name for node_id in schemas for path in (DOCS / node_id).iterdir()} == {"en.md", "zh.md"}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_pages(language: str, schemas: dict[str, Any]) -> None:
+    """Protects: each page has the node's name, every input with what its tooltip says, and every section."""
+    for node_id, schema in schemas.items():
+        page, entry = (
+            (DOCS / node_id / f"{language}.md").read_text(encoding="utf-8"),
+            translation(language)[node_id],
+        )
+        assert page.startswith(f"# {entry['display_name']}\n\n{entry['description']}\n"), node_id
+        for item in schema.inputs:
+            begins = rf"- \*\*(?:{item.id}\*\*|[^*]+\*\* \({item.id}\)),"
+            line = next((line for line in page.splitlines() if re.match(begins, line)), "")
+            assert line.endswith(entry["inputs"][item.id]["tooltip"]), f"{node_id}.{item.id}"
+        for heading in HEADINGS[language]:
+            section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+            assert section.strip(), f"{node_id}: {heading}"
+
+
+def test_pictures() -> None:
+    """Protects: every picture on a page exists, every picture is on a page, and the pack stays small."""
+    shown = {
+        name
+        for page in DOCS.rglob("*.md")
+        for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    there = {path.relative_to(DOCS).as_posix() for path in (DOCS / "pictures").iterdir()}
+    assert shown == there != set()
+    assert sum(path.stat().st_size for path in DOCS.rglob("*") if path.is_file()) < 3_000_000
+
+
+def test_the_server_has_pages_and_translations(live_server: Any) -> None:
+    """Protects: the addresses from which ComfyUI's page takes help and translations."""
+    folder = "/extensions/ComfyUI-DescriptiveEdit/docs"
+    page = (DOCS / "DescEditInvert" / "zh.md").read_bytes()
+    assert live_server.get(f"{folder}/DescEditInvert/zh.md") == page
+    picture = DOCS / "pictures" / "trace.jpg"
+    assert live_server.get(f"{folder}/pictures/trace.jpg") == picture.read_bytes()
+    served = live_server.json("/i18n")
+    assert served["zh"]["nodeDefs"]["DescEditInvert"] == translation("zh")["DescEditInvert"]
