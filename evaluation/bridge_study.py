@@ -31,9 +31,8 @@ PAGE, PAGE_TEXT = ROOT / "docs" / "bridge_study.md", Path(__file__).with_name("b
 PICTURE = ROOT / "docs" / "pictures" / "bridge_study.jpg"
 # Chosen on the tuning cases.
 GUIDANCE = DualGuidance(image=3.0, text=3.0)
-TEXT_ONLY_CFG, DENOISE, INVERSION_CFG = 3.0, 0.6, 3.0
+TEXT_ONLY_CFG, DENOISE, INVERSION_CFG = 3.0, 0.2, 1.0
 COMPARED_GUIDANCE = DualGuidance(image=1.5, text=3.0)
-FEWER_A_TYPE = 10  # of the comparisons beside the main one
 SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 
 
@@ -93,7 +92,7 @@ def variant_row(label: str, name: str) -> Row:
 
 def tables() -> dict[str, list[Row]]:
     """The rows of every table, by the name that the page gives it."""
-    shipped, equal = bridge_row("bridge", studio.BRIDGE), "edit_queries_linear"
+    shipped, equal = bridge_row("bridge", studio.BRIDGE), "reference_queries_linear"
     return {
         "methods": [shipped, text_row(), image_row(), inverted_row()],
         "fusions": [variant_row(f"{d}, {f}", f"{d}_{f}") for d in DIRECTIONS for f in FUSIONS],
@@ -113,10 +112,10 @@ def tables() -> dict[str, list[Row]]:
     }
 
 
-def measure(studies: dict[str, Study]) -> tuple[dict[str, float], str]:
-    """The figures, and the page with all tables; draws the page's picture. studies: for each table."""
+def measure(study: Study) -> tuple[dict[str, float], str]:
+    """The figures, and the page with all tables; draws the page's picture."""
     rows = tables()
-    scores = {name: {row.label: studies[name].scores(row) for row in some} for name, some in rows.items()}
+    scores = {name: {row.label: study.scores(row) for row in some} for name, some in rows.items()}
     bridge, *baselines = scores["methods"].values()
     figures = {
         "success": bridge.mean("success"),
@@ -129,14 +128,14 @@ def measure(studies: dict[str, Study]) -> tuple[dict[str, float], str]:
         product(DIRECTIONS, FUSIONS), scores["fusions"].values(), strict=True
     ):
         figures[f"success_{direction}_{fusion}"] = found.mean("success")
-    main = studies["methods"]
-    shown = {row.label: (main.pictures(row), scores["methods"][row.label].success) for row in rows["methods"]}
-    contact_sheet(main.cases, shown, 2, PICTURE)
+    shown = {
+        row.label: (study.pictures(row), scores["methods"][row.label].success) for row in rows["methods"]
+    }
+    contact_sheet(study.cases, shown, 2, PICTURE)
     page = PAGE_TEXT.read_text(encoding="utf-8").format(
-        cases=len(main.cases),
+        cases=len(study.cases),
         margin=100 * (figures["success"] - figures["success_best_baseline"]),
         short="reaches 90%" if figures["success"] >= 0.9 else "stays below 90%",
-        fewer=len(studies["sweep"].cases),
         image=GUIDANCE.image,
         text=GUIDANCE.text,
         compared=COMPARED_GUIDANCE.image,
@@ -148,12 +147,12 @@ def measure(studies: dict[str, Study]) -> tuple[dict[str, float], str]:
 def tune(study: Study) -> None:
     """The searches on the tuning cases."""
     scales = [
-        *(DualGuidance(image, text) for image in SWEEP[1:] for text in (2.0, 3.0, 5.0)),
-        *(DualGuidance(image, text, "release") for image in (0.5, 1.5) for text in (1.0, 2.0)),
+        *(DualGuidance(image, text) for text in (3.0, 5.0, 2.0) for image in (2.0, 2.5, 3.0, 4.0)),
+        *(DualGuidance(image, 2.0, "release") for image in (0.5, 1.5)),
     ]
     rows = [
         *map(text_row, (2.0, 3.0, 5.0)),
-        *map(image_row, (0.4, 0.5, 0.6, 0.7, 0.8)),
+        *map(image_row, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
         *map(inverted_row, (1.0, 2.0, 3.0, 5.0)),
         *(
             bridge_row(f"bridge, {g.formula}, λ_I = {g.image:g}, λ_T = {g.text:g}", studio.BRIDGE, g)
@@ -172,10 +171,7 @@ def main() -> None:
     if args.tune:
         tune(Study(tiny, draw_cases(tiny, held_out=False)))
         return
-    whole, fewer = (
-        Study(tiny, draw_cases(tiny, held_out=True, a_type=count)) for count in (None, FEWER_A_TYPE)
-    )
-    figures, page = measure({name: whole if name == "methods" else fewer for name in tables()})
+    figures, page = measure(Study(tiny, draw_cases(tiny, held_out=True)))
     PAGE.write_text(page, encoding="utf-8")
     print(page)
     for name, value in figures.items():

@@ -128,6 +128,9 @@ def run_samples(server: Server, workflow: Prompt) -> list[Edited]:
         print(f"{edit_type}: {pair.source_text} -> {pair.edit_text}", flush=True)
         prompt = copy.deepcopy(workflow)
         set_inputs(prompt, "DescEditTinyScene", edit_type=edit_type, seed=SEED, wording=WORDING)
+        set_inputs(prompt, "DescEditAdaptiveScheduler", preset=f"{edit_type}, {WORDING}")
+        if pair.mask() is None:  # nothing lies outside
+            set_inputs(prompt, "DescEditUnifySampler", keep="everywhere")
         edited = run_one(server, prompt)
         edits.append(Edited(edit_type, pair.source.draw(), edited, pair.mask(), pair))
     return edits
@@ -153,6 +156,8 @@ def run_image(
     }
     names = server.object_info()["DescEditTinyScene"]["output_name"]
     replace_node(prompt, scene, {index: links[name] for index, name in enumerate(names)})
+    if "mask" not in pictures:
+        set_inputs(prompt, "DescEditUnifySampler", keep="everywhere")
     print(f"{options.image}: {options.source} -> {options.edit}", flush=True)
     edited = run_one(server, prompt)
     arrays = {name: np.asarray(picture, np.float32) / 255 for name, picture in pictures.items()}

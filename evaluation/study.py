@@ -25,7 +25,10 @@ COLUMNS = {
     "ssim": ("SSIM", "{:.3f}"),
     "lpips": ("LPIPS", "{:.3f}"),
     "kept_db": ("PSNR outside mask (dB)", "{:.2f}"),
+    "kept_ssim": ("SSIM outside mask", "{:.3f}"),
+    "structure": ("structure distance", "{:.2f}"),
 }
+AGAINST_TRUE = ("success", "psnr_db", "ssim", "lpips", "kept_db")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ class Study:
         return digest.hexdigest()[:24]
 
 
-def table(rows: Mapping[str, Scores], by_type: bool = False, columns: Sequence[str] = tuple(COLUMNS)) -> str:
+def table(rows: Mapping[str, Scores], by_type: bool = False, columns: Sequence[str] = AGAINST_TRUE) -> str:
     """A Markdown table, a line for each row; `by_type` adds the success of each edit type."""
     types = scenes.EDIT_TYPES if by_type else ()
     head = ["", *(COLUMNS[name][0] for name in columns), *types]

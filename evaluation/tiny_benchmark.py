@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
+from ..models.sites import find_sites
 from ..models.tiny_studio import judge, scenes, studio
+from ..patches.attention_maps import AttentionRecorder
 from . import metrics
 from .metrics import Network
 
@@ -71,6 +73,11 @@ class Cases:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def chosen(self, numbers: list[int]) -> Cases:
+        """Some of the cases."""
+        pairs = tuple(self.pairs[number] for number in numbers)
+        return Cases(pairs, *(getattr(self, field.name)[numbers] for field in fields(self)[1:]))
+
     def batches(self, size: int = BATCH) -> Iterator[Cases]:
         for start in range(0, len(self), size):
             yield Cases(*(getattr(self, field.name)[start : start + size] for field in fields(self)))
@@ -120,10 +127,10 @@ def cfg_guider(model: Any, positive: torch.Tensor, negative: torch.Tensor, cfg: 
     return guider
 
 
-def sigmas(tiny: Studio, denoise: float = 1.0) -> torch.Tensor:
-    """STEPS steps of the host's normal schedule from `denoise` (0 to 1) of the noise down."""
+def sigmas(tiny: Studio, denoise: float = 1.0, steps: int = STEPS) -> torch.Tensor:
+    """`steps` steps of the host's normal schedule from `denoise` (0 to 1) of the noise down."""
     sampling = tiny.model.get_model_object("model_sampling")
-    return comfy.samplers.calculate_sigmas(sampling, "normal", round(STEPS / denoise))[-(STEPS + 1) :]
+    return comfy.samplers.calculate_sigmas(sampling, "normal", round(steps / denoise))[-(steps + 1) :]
 
 
 def euler(guider: Any, noise: torch.Tensor, latent: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -154,8 +161,10 @@ def run(tiny: Studio, cases: Cases, method: Method, report: Callable[[int], None
 @dataclass(frozen=True, eq=False)
 class Scores:
     """What pictures score, each [cases]: success, whether the judge reads every attribute as the edit wants
-    it; psnr_db, ssim, lpips (AlexNet) against the true edited picture; kept_db, PSNR outside the mask
-    against the source (the cases without an outside left out as nan).
+    it; psnr_db, ssim, lpips (AlexNet) against the true edited picture; kept_db and kept_ssim, PSNR and SSIM
+    outside the mask against the source (the cases without an outside left out as nan); structure, the mean
+    squared difference of the source's and the edited picture's self-attention in the small UNet, times 1000,
+    for which `structure_distance` is asked apart, since it takes as long as all others.
     """
 
     types: tuple[str, ...]
@@ -164,6 +173,8 @@ class Scores:
     ssim: torch.Tensor
     lpips: torch.Tensor
     kept_db: torch.Tensor
+    kept_ssim: torch.Tensor
+    structure: torch.Tensor
 
     def mean(self, name: str, edit_type: str | None = None) -> float:
         values = getattr(self, name).double()
@@ -182,6 +193,31 @@ def successes(cases: Cases, pictures: torch.Tensor) -> torch.Tensor:
     return torch.tensor([seen == values for seen, values in zip(read, wanted, strict=True)])
 
 
+@torch.inference_mode()
+def structure_distance(tiny: Studio, cases: Cases, pictures: torch.Tensor) -> torch.Tensor:
+    """[cases], times 1000: the mean squared difference of all self-attention probabilities between sources
+    and pictures, each read clean (timestep 0) with no text: how far layout and shapes have moved.
+    """
+    model, sites = tiny.model.model, find_sites(tiny.model.model.diffusion_model, "study")
+    found = []
+    for start in range(0, len(cases), BATCH):
+        part = slice(start, start + BATCH)
+        maps = []
+        for latent in (cases.latent[part], tiny.vae.encode(pictures[part])):
+            recorder = AttentionRecorder(sites, ())
+            sigma = model.model_sampling.sigma_min.expand(len(latent))
+            options = recorder.attach(tiny.model.model_options)["transformer_options"]
+            text = cases.no_text[part]
+            model.apply_model(
+                model.process_latent_in(latent), sigma, c_crossattn=text, transformer_options=options
+            )
+            maps.append(recorder.self_attention)
+        before, after = maps
+        distances = [(before[key] - after[key]).square().flatten(1).mean(dim=1) for key in before]
+        found.append(torch.stack(distances).mean(dim=0))
+    return 1000 * torch.cat(found)
+
+
 def score(cases: Cases, pictures: torch.Tensor, lpips: Network | None) -> Scores:
     """Scores of [cases, 128, 128, 3] pictures; without an `lpips` network that figure is nan."""
     networks = {"lpips": lpips} if lpips else {}
@@ -194,4 +230,6 @@ def score(cases: Cases, pictures: torch.Tensor, lpips: Network | None) -> Scores
         ssim=true["ssim"],
         lpips=true.get("lpips", torch.full_like(true["psnr"], torch.nan)),
         kept_db=kept["psnr_outside"],
+        kept_ssim=kept["ssim_outside"],
+        structure=torch.full_like(true["psnr"], torch.nan),
     )

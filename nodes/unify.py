@@ -90,8 +90,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     default=CUSTOM,
                     optional=True,
                     tooltip="Values for a kind of edit, with simple (a red circle) or complex descriptions; "
-                    "every other input is then ignored. Not tuned yet: all have this node's defaults. "
-                    "custom: the inputs of this node.",
+                    "every other input is then ignored. Chosen on the Tiny Studio; only style differs from "
+                    "this node's defaults. custom: the inputs of this node.",
                 ),
                 io.Combo.Input(
                     "curve",

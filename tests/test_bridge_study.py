@@ -112,6 +112,8 @@ def test_table(study: Any) -> None:
         ssim=torch.tensor([0.5, 0.5, 0.8]),
         lpips=torch.full((3,), torch.nan),
         kept_db=torch.tensor([30.0, 40.0, torch.nan]),
+        kept_ssim=torch.tensor([0.9, 0.8, torch.nan]),
+        structure=torch.tensor([1.0, 2.0, 3.0]),
     )
     line = study.study.table({"row": scores}, by_type=True).splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
