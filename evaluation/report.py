@@ -14,7 +14,7 @@ from types import ModuleType
 
 import comfy.utils
 
-from .study import COLUMNS, Row, Study, table
+from .study import Row, Study, table
 from .tiny_benchmark import Scores, Studio, draw_cases
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -55,7 +55,7 @@ def write(study: Study, studies: Sequence[ModuleType], page: Path) -> dict[str, 
         found |= {f"{module.PAGE.stem}.{name}": value for name, value in figures.items()}
     text = PAGE_TEXT.read_text(encoding="utf-8").format(
         cases=len(study.cases),
-        methods=table(side_by_side(study, studies), by_type=True, columns=tuple(COLUMNS)),
+        methods=table(side_by_side(study, studies), by_type=True),
         figures="\n\n".join(parts),
     )
     page.write_text(text, encoding="utf-8")

@@ -220,6 +220,8 @@ def searched() -> dict[str, list[Row]]:
             row("no mask", replace(EDIT, masked=False, keep="everywhere")),
             row("latent moved inside the mask only", replace(EDIT, mask_update=True)),
             balanced(EDIT, beta1=0.3),
+            row("all noise levels, 25 steps, no mask", Edit(steps=25)),
+            row("the same, CAA only", Edit(Balance(beta1=0.0), steps=25)),
             *(injection_row(*shares) for shares in ((0.2, 0.4), (0.4, 0.8))),
         ],
         "style": [
