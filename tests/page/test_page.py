@@ -86,6 +86,7 @@ def test_wrong_input_marks_the_node(site: Any) -> None:
     """Protects: a wrong input turns the node that refuses it red, with the pack's own message."""
     site.load(read(START))
     site.set_widget("DescEditFindTokens", "words", "zebra")
+    site.set_widget("BasicScheduler", "steps", 2)
     site.page.get_by_test_id("queue-button").click()
     site.page.wait_for_function("app.lastExecutionError", timeout=120_000)
     failed = site.page.evaluate("app.lastExecutionError")
