@@ -27,7 +27,7 @@ def cases(study: Any) -> Any:
 
 def test_shipped_settings_edit(host: Host, study: Any, cases: Any) -> None:
     """Protects: with the presets, on edits that no training saw, most asked attributes change and what lies
-    outside the mask stays; with both strengths at 0 nothing is optimised and the picture is another one.
+    outside the mask stays.
     """
     tiny, drawn = cases
     row = study.unify_study.tables()["methods"][0]
