@@ -91,7 +91,8 @@ class Site:
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", timeout=60_000)
 
 
-@pytest.fixture(scope="session")
+# For one module: until it ends, Playwright holds this thread in an event loop that no other test can share.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Debian's Chromium."""
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -106,7 +107,7 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(browser: Browser) -> Iterator[Site]:
     """The page in English, on a server of its own."""
     with server.Server(comfyui_path(), ["--cpu"]) as running:
