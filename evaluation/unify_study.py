@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from ..patches.unify_balance import Balance
 from ..patches.unify_presets import PRESETS
 from .bridge_study import image_row, inverted_row, text_row
 from .study import Row, Study, contact_sheet, table
-from .tiny_benchmark import Scores, Studio, draw_cases, structure_distance
+from .tiny_benchmark import Cases, Scores, Studio, draw_cases, structure_distance
 from .unify_methods import Edit, injected, unified_by_type
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PAGE_TEXT = ROOT / "docs" / "unify_study.md", Path(__file__).with_name("unify_study_page.md")
 PICTURE = ROOT / "docs" / "pictures" / "unify_study.jpg"
 COLUMNS = ("success", "psnr_db", "kept_db", "kept_ssim", "structure")
-FEWER_A_TYPE = 10  # of the sweeps
+TUNING_A_TYPE = 24
 TIMED = 4  # edits
 # Chosen on the tuning cases.
 EDIT = Edit(denoise=0.4, masked=True, keep="outside")
@@ -78,7 +79,7 @@ def injection_row(self_share: float, cross_share: float) -> Row:
 
 
 def tables() -> dict[str, list[Row]]:
-    """The rows of the tables on all cases, by the name that the page gives them."""
+    """The rows of the tables, by the name that the page gives them."""
     whole = unify_row("UnifyEdit")
     return {
         "methods": [
@@ -101,20 +102,13 @@ def tables() -> dict[str, list[Row]]:
             balance_row("neither", beta1=0.0, beta2=0.0),
         ],
         "ways": [replace(whole, label="latent"), edit_row("noise", method="noise")],
-    }
-
-
-def sweeps() -> dict[str, list[Row]]:
-    """The rows of the tables on fewer cases."""
-    whole = unify_row("as chosen")
-    return {
         "curves": [
             replace(whole, label="exponential"),
             balance_row("linear", curve="linear"),
             balance_row("cosine", curve="cosine"),
         ],
         "factors": [
-            whole,
+            replace(whole, label="as chosen"),
             scaled_row("β1 half", beta1=0.5),
             scaled_row("β1 double", beta1=2.0),
             scaled_row("β2 half", beta2=0.5),
@@ -173,12 +167,8 @@ def measure(study: Study) -> tuple[dict[str, float], str]:
     }
     shown = {row.label: (study.pictures(row), methods[row.label].success) for row in rows["methods"][:5]}
     contact_sheet(study.cases, shown, 2, PICTURE)
-    fewer = Study(study.tiny, draw_cases(study.tiny, held_out=True, a_type=FEWER_A_TYPE), study.work)
-    for name, some in sweeps().items():
-        scores[name] = scores_of(fewer, some)
     page = PAGE_TEXT.read_text(encoding="utf-8").format(
         cases=len(study.cases),
-        fewer=len(fewer.cases),
         times=_time_table(seconds(study.tiny, rows["methods"])),
         presets=preset_table(),
         edit=EDIT,
@@ -200,47 +190,51 @@ def preset_table() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def searched() -> dict[str, list[Row]]:
-    """What the search looked at: every type with one setting, and the style alone."""
+def searched() -> tuple[list[Row], list[Row]]:
+    """What the search looked at, with one setting for all types: ways to run it, and balances."""
 
     def row(label: str, edit: Edit) -> Row:
         edits = dict.fromkeys(scenes.EDIT_TYPES, edit)
         return Row(label, partial(unified_by_type, edits=edits), f"unify all {edit}")
 
-    def balanced(edit: Edit, **values: float) -> Row:
-        label = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        return row(label, replace(edit, balance=Balance(**values)))
+    ways = [
+        row("denoise 0.4, 10 steps, mask, structure kept outside", EDIT),
+        row("denoise 0.3", replace(EDIT, denoise=0.3)),
+        row("denoise 0.6", replace(EDIT, denoise=0.6)),
+        row("structure kept everywhere", replace(EDIT, keep="everywhere")),
+        row("no mask", replace(EDIT, masked=False, keep="everywhere")),
+        row("latent moved inside the mask only", replace(EDIT, mask_update=True)),
+        row("virtual inversion", replace(EDIT, mode="virtual")),
+        row("25 steps", replace(EDIT, steps=25)),
+        row("all noise levels, 25 steps, no mask", Edit(steps=25)),
+        row("the same, CAA only", Edit(Balance(beta1=0.0), steps=25)),
+        *(injection_row(*shares) for shares in ((0.2, 0.4), (0.4, 0.8))),
+    ]
+    factors = ((1.0, 1.0), (3.0, 1.0), (0.3, 1.0), (0.1, 1.0), (1.0, 3.0), (1.0, 0.3), (0.1, 0.3))
+    balances = [
+        row(f"β1 {beta1:g}, β2 {beta2:g}", replace(EDIT, balance=Balance(beta1=beta1, beta2=beta2)))
+        for beta1, beta2 in factors
+    ]
+    return ways, balances
 
-    return {
-        "all types": [
-            row("denoise 0.4, mask, structure kept outside", EDIT),
-            row("denoise 0.3", replace(EDIT, denoise=0.3)),
-            row("25 steps", replace(EDIT, steps=25)),
-            row("structure kept everywhere", replace(EDIT, keep="everywhere")),
-            row("no mask", replace(EDIT, masked=False, keep="everywhere")),
-            row("latent moved inside the mask only", replace(EDIT, mask_update=True)),
-            balanced(EDIT, beta1=0.3),
-            row("all noise levels, 25 steps, no mask", Edit(steps=25)),
-            row("the same, CAA only", Edit(Balance(beta1=0.0), steps=25)),
-            *(injection_row(*shares) for shares in ((0.2, 0.4), (0.4, 0.8))),
-        ],
-        "style": [
-            row("denoise 0.4", EDIT),
-            balanced(EDIT, beta1=0.1),
-            balanced(EDIT, beta1=0.05),
-            balanced(EDIT, beta1=0.1, beta2=0.5),
-            row("denoise 0.6, beta1 0.1", replace(EDIT, denoise=0.6, balance=Balance(beta1=0.1))),
-        ],
-    }
+
+def preset_success(cases: Cases, scores: Mapping[str, Scores]) -> str:
+    """A Markdown table of each row's success by preset, that is by edit type and wording."""
+    wordings = [wording for wording, _ in zip(cycle(scenes.WORDINGS), cases.pairs, strict=False)]
+    kinds = [f"{pair.edit_type}, {wording}" for pair, wording in zip(cases.pairs, wordings, strict=True)]
+    lines = [["", *PRESETS], ["---"] * (len(PRESETS) + 1)]
+    for label, found in scores.items():
+        by_preset = replace(found, types=tuple(kinds))
+        lines.append([label, *(f"{by_preset.mean('success', preset):.0%}" for preset in PRESETS)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def tune(study: Study) -> None:
     """The search on the tuning cases."""
-    for name, rows in searched().items():
-        kinds = scenes.EDIT_TYPES if name == "all types" else (name,)
-        numbers = [number for number, pair in enumerate(study.cases.pairs) if pair.edit_type in kinds]
-        some = Study(study.tiny, study.cases.chosen(numbers), study.work)
-        print(name, table(scores_of(some, rows), True, COLUMNS), sep="\n\n")
+    ways, balances = searched()
+    print(table(scores_of(study, ways), True, COLUMNS), flush=True)
+    found = scores_of(study, balances)
+    print(table(found, True, COLUMNS), preset_success(study.cases, found), sep="\n\n")
 
 
 def main() -> None:
@@ -251,7 +245,7 @@ def main() -> None:
     comfy.utils.set_progress_bar_enabled(False)
     tiny = Studio.load()
     if args.tune:
-        tune(Study(tiny, draw_cases(tiny, held_out=False)))
+        tune(Study(tiny, draw_cases(tiny, held_out=False, a_type=TUNING_A_TYPE)))
         return
     figures, page = measure(Study(tiny, draw_cases(tiny, held_out=True)))
     PAGE.write_text(page, encoding="utf-8")

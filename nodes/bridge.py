@@ -16,7 +16,8 @@ from ..patches.bridge import apply_bridge
 from ..patches.bridge_run import BridgeSetup
 
 CATEGORY = "descriptive edit/bridge"
-ALIASES = ["DescriptiveEdit", "2508.20505", "attention bridge", "reference UNet", "image editing"]
+# The page ranks a node higher, the less an alias says beyond what was typed; the bare name is Apply's.
+ALIASES = ["2508.20505", "attention bridge", "reference UNet", "image editing"]
 FOLDER = "attention_bridges"
 JOIN = ("one for each image", "all for every image")
 
@@ -58,7 +59,7 @@ class DescEditLoadBridge(io.ComfyNode):
                 "Loads an attention bridge from models/attention_bridges: a file of this pack, or the "
                 "authors' release (model.safetensors beside the folder xy_lora)."
             ),
-            search_aliases=[*ALIASES, "load bridge"],
+            search_aliases=["DescriptiveEdit attention bridge file", *ALIASES, "load bridge"],
             inputs=[
                 io.Combo.Input(
                     "bridge_name",
@@ -205,7 +206,7 @@ class DescEditApplyBridge(io.ComfyNode):
                 "result in the sampler's positive prompt. LoRAs on the model act on both readings; "
                 "ControlNet and other nodes' patches act on the picture only."
             ),
-            search_aliases=[*ALIASES, "apply bridge", "reference image"],
+            search_aliases=["DescriptiveEdit", *ALIASES, "apply bridge", "reference image"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the bridge was trained for."),
                 BridgeType.Input("bridge", tooltip="A trained attention bridge. One bridge a model."),

@@ -59,7 +59,7 @@ class DescEditDescribePrompt(io.ComfyNode):
                 "it to Generate Text, and that node's text to where the edit description goes."
             ),
             search_aliases=[
-                *("DescriptiveEdit", "2508.20505", "UnifyEdit", "instruction", "LLM", "MLLM"),
+                *("2508.20505", "instruction", "LLM", "MLLM"),
                 *("prompt enhance", "InstructPix2Pix", "rewrite prompt"),
             ],
             inputs=[

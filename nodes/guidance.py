@@ -19,7 +19,7 @@ from ..patches.guidance import (
 from ..patches.plots import draw_curves
 
 CATEGORY = "descriptive edit/guidance"
-ALIASES = ["DescriptiveEdit", "2508.20505", "dual guidance", "DualCFG", "image guidance", "text guidance"]
+ALIASES = ["2508.20505", "dual guidance", "DualCFG", "image guidance", "text guidance"]
 
 ScheduleType = io.Custom("GUIDANCE_SCHEDULE")
 
@@ -77,7 +77,7 @@ class DescEditDualGuider(io.ComfyNode):
                 "description is followed. For a model with an attention bridge; without one it is plain "
                 "guidance by text."
             ),
-            search_aliases=ALIASES,
+            search_aliases=["DescriptiveEdit dual guidance", *ALIASES],
             inputs=[
                 io.Model.Input("model", tooltip="From Apply Attention Bridge."),
                 io.Conditioning.Input("edit", tooltip="The edit description: what the image shall show."),
@@ -120,7 +120,7 @@ class DescEditDualGuidance(io.ComfyNode):
                 "The Dual Guider for samplers that build their own guider, such as KSampler: positive is the "
                 "edit description, negative the unconditional one. The sampler's cfg is not used."
             ),
-            search_aliases=[*ALIASES, "KSampler"],
+            search_aliases=["DescriptiveEdit dual guidance", *ALIASES, "KSampler"],
             inputs=[
                 io.Model.Input("model", tooltip="With or without an attention bridge."),
                 *_inputs(),

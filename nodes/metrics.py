@@ -14,7 +14,6 @@ from ..evaluation.lpips import NETS, Lpips
 from ..evaluation.metrics import NODE, Network, figures
 
 CATEGORY = "descriptive edit/evaluation"
-ALIASES = ["DescriptiveEdit", "UnifyEdit", "EMU-Edit", "MagicBrush", "PIE-Bench"]
 OFF = "off"
 Figures = dict[str, list[float | None]]
 
@@ -33,7 +32,10 @@ class DescEditMetrics(io.ComfyNode):
                 "structure distance, CLIP-I and CLIP-T where their networks are there; with a mask also "
                 "inside and outside of it, with a true edit also against that. Nothing is downloaded."
             ),
-            search_aliases=[*ALIASES, "PSNR", "SSIM", "LPIPS", "CLIP score", "DINO", "compare images"],
+            search_aliases=[
+                *("PSNR", "SSIM", "LPIPS", "CLIP score", "DINO", "compare images"),
+                *("EMU-Edit", "MagicBrush", "PIE-Bench"),
+            ],
             inputs=[
                 io.Image.Input("edited", tooltip="The edited image or images."),
                 io.Image.Input(

@@ -11,7 +11,7 @@ from ..models.tiny_studio import drawing, scenes, studio
 from .bridge import BridgeType
 
 CATEGORY = "descriptive edit/tiny studio"
-ALIASES = ["Tiny Studio", "tiny model", "demo model", "DescriptiveEdit", "UnifyEdit"]
+ALIASES = ["Tiny Studio", "tiny model", "demo model"]
 
 
 class DescEditTinyStudio(io.ComfyNode):

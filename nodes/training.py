@@ -26,7 +26,7 @@ from ..training.trainer import PRECISIONS, Trainer, TrainSettings
 from .bridge import BridgeType, bridge_path
 
 CATEGORY = "descriptive edit/training"
-ALIASES = ["DescriptiveEdit", "2508.20505", "train bridge", "finetune", "edit pairs"]
+ALIASES = ["2508.20505", "train bridge", "finetune", "edit pairs"]
 PREVIEW_EVERY = 10
 
 EditPairsType = io.Custom("EDIT_PAIRS")
@@ -107,7 +107,7 @@ class DescEditTrainBridge(io.ComfyNode):
                 "Trains a bridge on edit pairs; the model itself does not change. Interrupting keeps what "
                 "was learned so far as a file in models/attention_bridges."
             ),
-            search_aliases=ALIASES,
+            search_aliases=["DescriptiveEdit attention bridge training", *ALIASES],
             inputs=[
                 io.Model.Input("model", tooltip="The base model. LoRAs on it are trained with."),
                 BridgeType.Input("bridge", tooltip="Where to begin: a new bridge, or one to train further."),

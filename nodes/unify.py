@@ -317,7 +317,7 @@ class DescEditUnifySampler(io.ComfyNode):
                 io.Noise.Output(
                     "noise",
                     tooltip="For the noise input of SamplerCustomAdvanced in place of DisableNoise: no noise "
-                    "either, and the sampled latent carries the trace for UnifyEdit Trace.",
+                    "either, and the sampled latent carries the trace for Trace (UnifyEdit).",
                 ),
             ],
         )
@@ -376,7 +376,7 @@ class DescEditTrace(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DescEditTrace",
-            display_name="UnifyEdit Trace",
+            display_name="Trace (UnifyEdit)",
             category=CATEGORY,
             description=(
                 "What happened in a run of UnifyEdit Sampler, by step: both losses and the norms of their "

@@ -31,7 +31,7 @@ class DescEditAttentionMaps(io.ComfyNode):
                 "image it acts, and the layout that self-attention sees, as colours. UnifyEdit steers by "
                 "these maps."
             ),
-            search_aliases=["UnifyEdit", "cross attention", "self attention", "heat map", "DAAM", "daam"],
+            search_aliases=["cross attention", "self attention", "heat map", "DAAM", "daam"],
             inputs=[
                 io.Model.Input("model", tooltip="A Stable Diffusion model with a UNet, patches included."),
                 io.Conditioning.Input(
@@ -166,7 +166,7 @@ class DescEditCompare(io.ComfyNode):
                 "Puts images side by side under labels, as one picture: a column for each input, a row for "
                 "each image of a batch."
             ),
-            search_aliases=["contact sheet", "grid", "side by side", "comparison", "DescriptiveEdit"],
+            search_aliases=["contact sheet", "grid", "side by side", "comparison"],
             inputs=[
                 io.Autogrow.Input(
                     "images",

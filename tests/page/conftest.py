@@ -71,6 +71,53 @@ class Site:
             node_type,
         )
 
+    def show_alone(self, node_type: str) -> dict[str, Any]:
+        """Put one node of a type on the emptied canvas, wide enough for its title, and keep its picture.
+
+        Returns its title, its inputs' names, its widgets' values, its height and where its widgets end.
+        """
+        self.page.keyboard.press("Escape")
+        shown = self.page.evaluate(
+            """type => {
+                // Not clear(), which gives the next node the same number, and the page the old one's values.
+                [...app.graph.nodes, ...app.graph.groups].forEach(item => app.graph.remove(item))
+                const node = LiteGraph.createNode(type)
+                app.graph.add(node)
+                node.setSize([Math.max(node.size[0], 220), node.size[1]])
+                app.canvas.deselectAll()
+                app.canvas.ds.scale = 1
+                app.canvas.ds.offset = [300 - node.pos[0], 150 - node.pos[1]]
+                app.canvas.draw(true, true)
+                const {left, top} = app.canvas.canvas.getBoundingClientRect()
+                const [x, y, width, height] = node.boundingRect
+                const widgets = node.widgets ?? []
+                return {
+                    title: node.title,
+                    inputs: node.inputs.map(input => input.name),
+                    widgets: Object.fromEntries(widgets.map(widget => [widget.name, widget.value])),
+                    texts: widgets.filter(widget => widget.element).length,
+                    bottom: Math.max(0, ...widgets.map(widget => widget.y + widget.computedHeight)),
+                    height: node.size[1],
+                    clip: {x: left + x + 300 - node.pos[0], y: top + y + 150 - node.pos[1], width, height},
+                }
+            }""",
+            node_type,
+        )
+        # Texts of several lines are laid over the canvas, by a drawing that comes after they were made.
+        self.page.wait_for_function(
+            """([count, {x, y, width, height}]) => {
+                app.canvas.draw(true, true)
+                const boxes = [...document.querySelectorAll('textarea')].map(t => t.getBoundingClientRect())
+                const across = box => box.left > x && box.right < x + width
+                const down = box => box.top > y && box.bottom < y + height
+                return boxes.length === count && boxes.every(box => across(box) && down(box))
+            }""",
+            arg=[shown.pop("texts"), shown["clip"]],
+        )
+        picture = SCREENSHOTS / "nodes" / f"{node_type}.jpg"
+        self.page.screenshot(path=picture, type="jpeg", quality=80, clip=shown.pop("clip"), timeout=60_000)
+        return shown
+
     def set_widget(self, node_type: str, name: str, value: Any) -> None:
         self.page.evaluate(
             """([type, name, value]) => {
@@ -111,6 +158,9 @@ def browser() -> Iterator[Browser]:
 def site(browser: Browser) -> Iterator[Site]:
     """The page in English, on a server of its own."""
     with server.Server(comfyui_path(), ["--cpu"]) as running:
+        bridge = running.base / "models" / "attention_bridges" / "tiny_studio.safetensors"
+        bridge.parent.mkdir()
+        shutil.copy(ROOT / "models" / "tiny_studio" / "bridge.safetensors", bridge)
         shown = Site(browser, running)
         shown.settings()
         shown.open()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from host import ROOT
+from playwright.sync_api import expect
 
 START = ROOT / "workflows" / "UnifyEdit - start here.json"
 OLD = Path(__file__).parent / "first_start_here.json"
@@ -68,18 +69,39 @@ def test_help_panel(site: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("paper", ["UnifyEdit", "DescriptiveEdit"])
-def test_search_by_paper(site: Any, paper: str) -> None:
-    """Protects: whoever types a paper's name into the node search finds the nodes that do it."""
-    wanted = {"UnifyEdit": "Invert Image (DDIM)", "DescriptiveEdit": "Apply Attention Bridge"}
-    result = site.page.get_by_text(wanted[paper], exact=True)
+@pytest.mark.parametrize(
+    ("paper", "first", "second"),
+    [
+        ("UnifyEdit", "UnifyEdit Sampler", "Trace (UnifyEdit)"),
+        ("DescriptiveEdit", "Apply Attention Bridge", "Dual Guider (image and text)"),
+    ],
+    ids=["UnifyEdit", "DescriptiveEdit"],
+)
+def test_search_by_paper(site: Any, paper: str, first: str, second: str) -> None:
+    """Protects: whoever types a paper's name into the node search finds the node that does it at the top."""
     site.page.keyboard.press("Escape")
-    assert result.count() == 0
     site.page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     site.page.keyboard.type(paper)
-    result.first.wait_for()
-    site.screenshot(f"search-{paper}")
-    site.page.keyboard.press("Escape")
+    results = site.page.get_by_test_id("result-item")
+    expect(results.first).to_contain_text(first, timeout=60_000)
+    expect(results.nth(1)).to_contain_text(second)
+
+
+def test_every_node_is_drawn(site: Any) -> None:
+    """Protects: every node of ours draws on the page with its title, its inputs, their defaults and room."""
+    ours = {key: info for key, info in site.server.object_info().items() if key.startswith("DescEdit")}
+    for node_type, info in ours.items():
+        shown = site.show_alone(node_type)
+        assert shown["title"] == info["display_name"]
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        # An input that grows is shown as its own name, a dot, and the name of the part.
+        assert {name.partition(".")[0] for name in shown["inputs"]} == inputs.keys(), node_type
+        defaults = {
+            name: options[0]["default"] for name, (_, *options) in inputs.items() if "default" in options[0]
+        }
+        assert {name: shown["widgets"].get(name) for name in defaults} == defaults, node_type
+        assert shown["bottom"] <= shown["height"], node_type
+    assert site.errors == []
 
 
 def test_wrong_input_marks_the_node(site: Any) -> None:
