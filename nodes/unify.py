@@ -20,6 +20,18 @@ from ..patches.unify_trace import read_trace
 from .inversion import ALIASES, CATEGORY, EditTokensType, InversionType
 
 BalanceType = io.Custom("BALANCE")
+_DRAWN = (
+    io.Curve.Input(
+        "structure_curve",
+        default=[(0.0, 0.0), (1.0, 1.0)],
+        tooltip="For the curve drawn: the structure's weight from noise to image, 0 to 1, times beta1.",
+    ),
+    io.Curve.Input(
+        "words_curve",
+        default=[(0.0, 1.0), (1.0, 0.0)],
+        tooltip="For the curve drawn: the words' weight from noise to image, 0 to 1, times beta2.",
+    ),
+)
 
 
 class DescEditAdaptiveScheduler(io.ComfyNode):
@@ -93,30 +105,15 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     "every other input is then ignored. Chosen on the Tiny Studio; only style differs from "
                     "this node's defaults. custom: the inputs of this node.",
                 ),
-                io.Combo.Input(
+                io.DynamicCombo.Input(
                     "curve",
-                    options=list(CURVES),
-                    default=default.curve,
+                    options=[
+                        io.DynamicCombo.Option(name, list(_DRAWN) if name == "drawn" else [])
+                        for name in CURVES
+                    ],
                     optional=True,
-                    advanced=True,
                     tooltip="How the weights of balanced change: exponential; linear and cosine, which are 0 "
-                    "from 1/k of the way on; drawn, along the two curves below instead of k.",
-                ),
-                io.Curve.Input(
-                    "structure_curve",
-                    default=[(0.0, 0.0), (1.0, 1.0)],
-                    optional=True,
-                    advanced=True,
-                    tooltip="For the curve drawn: the structure's weight from noise to image, 0 to 1, times "
-                    "beta1.",
-                ),
-                io.Curve.Input(
-                    "words_curve",
-                    default=[(0.0, 1.0), (1.0, 0.0)],
-                    optional=True,
-                    advanced=True,
-                    tooltip="For the curve drawn: the words' weight from noise to image, 0 to 1, times "
-                    "beta2.",
+                    "from 1/k of the way on; drawn, along two curves instead of k.",
                 ),
             ],
             outputs=[
@@ -134,21 +131,18 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
         beta2: float,
         k2: float,
         preset: str = CUSTOM,
-        curve: str = Balance.curve,
-        structure_curve: Any = None,
-        words_curve: Any = None,
+        curve: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         if preset != CUSTOM:
             return _balance(PRESETS[preset])
-        drawn = None
-        if curve == "drawn" and structure_curve is not None and words_curve is not None:
+        curve, drawn = curve or {"curve": Balance.curve}, None
+        if curve["curve"] == "drawn":
             along = np.linspace(0.0, 1.0, 101)
             drawn = tuple(
-                tuple(CurveInput.from_raw(raw).interp_array(along).tolist())
-                for raw in (structure_curve, words_curve)
+                tuple(CurveInput.from_raw(curve[item.id]).interp_array(along).tolist()) for item in _DRAWN
             )
         try:
-            balance = Balance(combination, beta1, k1, beta2, k2, curve, drawn)
+            balance = Balance(combination, beta1, k1, beta2, k2, curve["curve"], drawn)
         except ValueError as error:
             raise ValueError(f"DescEditAdaptiveScheduler: {error}") from None
         return _balance(balance)

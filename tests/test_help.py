@@ -23,6 +23,16 @@ def schemas(host: Host) -> dict[str, Any]:
     return {node_id: host.node(node_id).GET_SCHEMA() for node_id in host.node_ids()}
 
 
+def inputs_of(schema: Any) -> dict[str, Any]:
+    """A node's inputs by their key in a translation file, those that come with a choice among them."""
+    found = {}
+    for item in schema.inputs:
+        found[item.id] = item
+        for option in getattr(item, "options", None) or []:
+            found.update({f"{item.id}_{inner.id}": inner for inner in getattr(option, "inputs", [])})
+    return found
+
+
 def texts(schema: Any) -> dict[str, Any]:
     """What a translation file holds of a node, from its schema."""
 
@@ -30,7 +40,9 @@ def texts(schema: Any) -> dict[str, Any]:
         return {"name": name, **({"tooltip": tooltip} if tooltip else {})}
 
     found = {"display_name": schema.display_name, "description": schema.description}
-    inputs = {item.id: slot(item.display_name or item.id, item.tooltip) for item in schema.inputs}
+    inputs = {
+        key: slot(item.display_name or item.id, item.tooltip) for key, item in inputs_of(schema).items()
+    }
     outputs = {
         str(index): slot(item.display_name or item.io_type, item.tooltip)
         for index, item in enumerate(schema.outputs)
@@ -66,10 +78,11 @@ def test_choices_are_explained_by_their_names(schemas: dict[str, Any]) -> None:
     """Protects: a translated tooltip that explains a choice calls it as the list does."""
     chinese = translation("zh")
     for node_id, schema in schemas.items():
-        for item in schema.inputs:
-            named = [word for word in getattr(item, "options", None) or [] if f"{word}:" in item.tooltip]
-            explained = chinese[node_id]["inputs"][item.id]["tooltip"]
-            assert [word for word in named if word not in explained] == [], f"{node_id}.{item.id}"
+        for key, item in inputs_of(schema).items():
+            choices = [getattr(option, "key", option) for option in getattr(item, "options", None) or []]
+            named = [word for word in choices if f"{word}:" in item.tooltip]
+            explained = chinese[node_id]["inputs"][key]["tooltip"]
+            assert [word for word in named if word not in explained] == [], f"{node_id}.{key}"
 
 
 def test_every_node_has_its_pages(schemas: dict[str, Any]) -> None:
@@ -87,10 +100,10 @@ def test_pages(language: str, schemas: dict[str, Any]) -> None:
             translation(language)[node_id],
         )
         assert page.startswith(f"# {entry['display_name']}\n\n{entry['description']}\n"), node_id
-        for item in schema.inputs:
+        for key, item in inputs_of(schema).items():
             begins = rf"- \*\*(?:{item.id}\*\*|[^*]+\*\* \({item.id}\)),"
             line = next((line for line in page.splitlines() if re.match(begins, line)), "")
-            assert line.endswith(entry["inputs"][item.id]["tooltip"]), f"{node_id}.{item.id}"
+            assert line.endswith(entry["inputs"][key]["tooltip"]), f"{node_id}.{key}"
         for heading in HEADINGS[language]:
             section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
             assert section.strip(), f"{node_id}: {heading}"

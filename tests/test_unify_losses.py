@@ -210,17 +210,26 @@ def test_other_curves(balance: Any, progress: float) -> None:
 
 
 def test_drawn_curves_of_the_node(host: Host) -> None:
-    """Protects: the node's curve widgets reach the balance, each its own weight."""
-    made, _ = host.execute(
-        "DescEditAdaptiveScheduler",
-        curve="drawn",
-        beta1=2.0,
-        structure_curve=[(0.0, 0.0), (0.5, 1.0), (1.0, 1.0)],
-        words_curve=[(0.0, 1.0), (1.0, 0.25)],
-    )
-    assert made.weights(0.0) == pytest.approx((0.0, 1.0))
-    assert made.weights(0.5)[0] == pytest.approx(2.0)
-    assert made.weights(1.0) == pytest.approx((2.0, 0.25))
+    """Protects: the curves that the page sends with the choice `drawn` reach the balance, each its own
+    weight; without the choice there are none to send.
+    """
+    settings = {"combination": "balanced", "beta1": 2.0, "k1": 2.0, "beta2": 1.0, "k2": 2.0}
+    points = {
+        "structure_curve": [[0.0, 0.0], [0.5, 1.0], [1.0, 1.0]],
+        "words_curve": [[0.0, 1.0], [1.0, 0.25]],
+    }
+    curves = {f"curve.{name}": {"points": some, "interpolation": "linear"} for name, some in points.items()}
+
+    def made(**inputs: Any) -> Any:
+        node = {"class_type": "DescEditAdaptiveScheduler", "inputs": {**settings, **inputs}}
+        shown = {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}}
+        return host.run_graph({"1": node, "2": shown})["1"][0]
+
+    assert made(curve="cosine").curve == "cosine"
+    drawn = made(curve="drawn", **curves)
+    assert drawn.weights(0.0) == pytest.approx((0.0, 1.0))
+    assert drawn.weights(0.5)[0] == pytest.approx(2.0)
+    assert drawn.weights(1.0) == pytest.approx((2.0, 0.25))
 
 
 def test_presets(host: Host, balance: Any) -> None:

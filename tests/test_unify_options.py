@@ -84,7 +84,7 @@ def test_range_of_steps(host: Host, model: Any) -> None:
 def test_curve_that_ends_early(host: Host, model: Any) -> None:
     """Protects: a loss whose curve has come to 0 is not computed any more, nor the source branch for it."""
     edit = Edit(host, model, steps=4)
-    edit.sampler_inputs["balance"] = edit.balance(curve="linear", k1=2.0, k2=2.0)
+    edit.sampler_inputs["balance"] = edit.balance(curve={"curve": "linear"}, k1=2.0, k2=2.0)
     edit.run()
     computed = torch.isfinite(edit.trace().values[:, :2, 0])
     assert computed.tolist() == [[False, True], [False, True], [True, False], [True, False]]
