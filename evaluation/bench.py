@@ -29,7 +29,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     bench = WHAT[args.what]
-    extra = {"attend_and_excite": True} if args.attend_and_excite else {}
+    extra = {"compare": True} if args.attend_and_excite else {}
     figures = bench.measure(args.rounds, **extra)
     print(f"\n{'figure':<36}{'measured':>10}{'aim':>10}")
     for name, value in figures.items():

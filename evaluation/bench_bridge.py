@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.samplers
@@ -140,8 +141,8 @@ def timed(guiders: dict[str, Any], side: int, rounds: int) -> dict[str, Clock]:
     return clocks
 
 
-def peak_memory(guider: Any, side: int, sampler: Any, steps: int = STEPS) -> int:
-    """The largest resident size of this process during a sampling, in bytes."""
+def peak_memory(run: Callable[[], Any]) -> int:
+    """The largest resident size of this process while `run` runs, in bytes."""
     gc.collect()
     process, done, peak = psutil.Process(), threading.Event(), 0
 
@@ -153,7 +154,7 @@ def peak_memory(guider: Any, side: int, sampler: Any, steps: int = STEPS) -> int
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        sample(guider, side, sampler, steps)
+        run()
     finally:
         done.set()
         watcher.join()
@@ -199,10 +200,12 @@ def measure(rounds: int) -> dict[str, float]:
             seconds = "".join(f"{value:>15.2f}s" for value in (stock, step, row, reading))
             print(f"{side}x{side:<5}{seconds}{(step + reading) / stock:>15.2f}x", flush=True)
         figures["reference_pass_forwards"] = max(passes)
-        peaks = [peak_memory(guiders[name], 64, Clock().sampler(1)) for name in ("stock", "dual")]
+        peaks = [
+            peak_memory(partial(sample, guiders[name], 64, Clock().sampler(1))) for name in ("stock", "dual")
+        ]
         figures["peak_memory_ratio_64"] = peaks[1] / peaks[0]
         small = dual(bridged(model, 8))
-        few, many = (peak_memory(small, 8, euler, steps) for steps in (5, 50))
+        few, many = (peak_memory(partial(sample, small, 8, euler, steps)) for steps in (5, 50))
         figures["peak_memory_ratio_50_to_5_steps"] = many / few
         figures["unet_rows_per_run"] = count_rows(model, small, 8)
         pair = {"stock": plain_cfg(model), "off": plain_cfg(bridged(model, 32, strength=0.0))}

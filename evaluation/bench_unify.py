@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.samplers
@@ -28,8 +29,8 @@ from ..patches.unify_sampler import UnifySampler
 from ..patches.unify_settings import UnifySettings
 from ..patches.unify_sites import structure_sites, word_sites
 from ..patches.unify_source import active_entry, record
-from .bench_attend_and_excite import attend_and_excite_step
-from .bench_bridge import conditioning, peak_memory, plain_cfg, torch_attention
+from .bench_attend_and_excite import attend_and_excite
+from .bench_bridge import conditioning, peak_memory, plain_cfg, sample, torch_attention
 from .random_sd15 import random_sd15
 
 NODE = "bench"
@@ -140,10 +141,10 @@ def timed(runs: dict[str, Run], side: int, rounds: int) -> dict[str, float]:
 
 def peak(run: Run, side: int, steps: int) -> int:
     """Bytes."""
-    return peak_memory(run.guider, side, run.sampler(steps), steps)
+    return peak_memory(partial(sample, run.guider, side, run.sampler(steps), steps))
 
 
-def measure(rounds: int, attend_and_excite: bool = False) -> dict[str, float]:
+def measure(rounds: int, compare: bool = False) -> dict[str, float]:
     figures: dict[str, float] = {}
     with torch.inference_mode():
         model = random_sd15()
@@ -182,7 +183,9 @@ def measure(rounds: int, attend_and_excite: bool = False) -> dict[str, float]:
             figures[f"step_ratio_{side}"] = median["unify"] / median["stock"]
             figures[f"step_ratio_{side}_checkpointed"] = median["checkpointed"] / median["stock"]
             figures[f"early_stop_share_{side}"] = median["stopped"] / median["whole"]
-            if attend_and_excite:
-                step = attend_and_excite_step(side, rounds)
-                figures[f"attend_and_excite_step_ratio_{side}"] = step / median["stock"]
+            if compare:
+                other = attend_and_excite(side, rounds)
+                figures[f"attend_and_excite_step_ratio_{side}"] = other["seconds"] / median["stock"]
+    if compare:
+        figures["attend_and_excite_peak_memory_ratio_64"] = other["peak"] / least
     return figures

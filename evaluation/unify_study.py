@@ -198,14 +198,15 @@ def searched() -> tuple[list[Row], list[Row]]:
         return Row(label, partial(unified_by_type, edits=edits), f"unify all {edit}")
 
     ways = [
-        row("denoise 0.4, 10 steps, mask, structure kept outside", EDIT),
+        row("denoise 0.4, CFG 3, mask, structure kept outside", EDIT),
         row("denoise 0.3", replace(EDIT, denoise=0.3)),
         row("denoise 0.6", replace(EDIT, denoise=0.6)),
         row("structure kept everywhere", replace(EDIT, keep="everywhere")),
         row("no mask", replace(EDIT, masked=False, keep="everywhere")),
         row("latent moved inside the mask only", replace(EDIT, mask_update=True)),
         row("virtual inversion", replace(EDIT, mode="virtual")),
-        row("25 steps", replace(EDIT, steps=25)),
+        row("CFG 1", replace(EDIT, cfg=1.0)),
+        row("words at 4x4 in place of 16x16", replace(EDIT, word_side=4)),
         row("all noise levels, 25 steps, no mask", Edit(steps=25)),
         row("the same, CAA only", Edit(Balance(beta1=0.0), steps=25)),
         *(injection_row(*shares) for shares in ((0.2, 0.4), (0.4, 0.8))),
