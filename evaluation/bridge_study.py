@@ -7,8 +7,6 @@ shows that search). The pictures of the cases are kept, so that a study that was
 
 from __future__ import annotations
 
-import argparse
-import json
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,8 +20,8 @@ from ..patches import inversion
 from ..patches.bridge import apply_bridge
 from ..patches.bridge_run import BridgeSetup
 from ..patches.guidance import DualGuidance, DualGuider
-from .study import Row, Study, contact_sheet, table
-from .tiny_benchmark import Cases, Studio, cfg_guider, conditioning, draw_cases, euler, sigmas
+from .study import Row, Study, command, contact_sheet, table
+from .tiny_benchmark import Cases, Studio, cfg_guider, conditioning, euler, sigmas
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARED = Path(__file__).with_name("bridges")
@@ -162,24 +160,5 @@ def tune(study: Study) -> None:
     print(table({row.label: study.scores(row) for row in rows}, by_type=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py bridge-study", description=__doc__)
-    parser.add_argument("--tune", action="store_true", help="the search for scales, on the tuning cases")
-    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
-    args = parser.parse_args()
-    tiny = Studio.load()
-    if args.tune:
-        tune(Study(tiny, draw_cases(tiny, held_out=False)))
-        return
-    figures, page = measure(Study(tiny, draw_cases(tiny, held_out=True)))
-    PAGE.write_text(page, encoding="utf-8")
-    print(page)
-    for name, value in figures.items():
-        print(f"{name:<40}{value:.3f}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    command("dev.py bridge-study", __doc__, PAGE, measure, tune)

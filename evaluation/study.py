@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.utils
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -16,7 +19,7 @@ from PIL import Image, ImageDraw
 from ..models.tiny_studio import scenes, studio
 from ..models.tiny_studio.training_tools import say
 from .lpips import Lpips
-from .tiny_benchmark import Cases, Method, Scores, Studio, run, score
+from .tiny_benchmark import Cases, Method, Scores, Studio, draw_cases, run, score
 
 WORK = Path(__file__).resolve().parent.parent / ".studio" / "studies"
 COLUMNS = {
@@ -129,3 +132,31 @@ def contact_sheet(
         pen.text((2, y + 13), f"-> {pair.edit_text}", fill="black", font_size=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=88)
+
+
+def command(
+    prog: str,
+    description: str,
+    page: Path,
+    measure: Callable[[Study], tuple[dict[str, float], str]],
+    tune: Callable[[Study], None],
+    tuning_a_type: int | None = None,
+) -> None:
+    """A study's command line: write its `page` and print its figures, or search on the tuning cases."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--tune", action="store_true", help="the search for settings, on the tuning cases")
+    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
+    args = parser.parse_args()
+    comfy.utils.set_progress_bar_enabled(False)
+    tiny = Studio.load()
+    if args.tune:
+        tune(Study(tiny, draw_cases(tiny, held_out=False, a_type=tuning_a_type)))
+        return
+    figures, text = measure(Study(tiny, draw_cases(tiny, held_out=True)))
+    page.write_text(text, encoding="utf-8")
+    print(text)
+    for name, value in figures.items():
+        print(f"{name:<40}{value:.3f}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -21,7 +21,7 @@ from .tiny_benchmark import Cases, Studio, cfg_guider, conditioning, sigmas
 @dataclass(frozen=True)
 class Edit:
     """How UnifyEdit is run. cfg: of the stock guider. denoise: the part of the noise levels that is inverted
-    and sampled, 0 to 1, in `steps`. masked: whether the case's mask is given. mode, refine: of the inversion.
+    and sampled, 0 to 1, in `steps`. masked: whether the case's mask is given. mode: of the inversion.
     Everything else as in UnifySettings.
     """
 
@@ -31,16 +31,10 @@ class Edit:
     steps: int = 10
     masked: bool = False
     mode: str = "ddim"
-    refine: int = 1
-    structure_side: int = UnifySettings.structure_side
     word_side: int = UnifySettings.word_side
-    alignment: str = UnifySettings.alignment
     keep: str = UnifySettings.keep
     method: str = UnifySettings.method
     mask_update: bool = False
-    inner_iterations: int = 1
-    start: float = 0.0
-    end: float = 1.0
 
 
 _SHARED = {field.name for field in fields(UnifySettings)} & {field.name for field in fields(Edit)}
@@ -53,7 +47,7 @@ def unified(tiny: Studio, cases: Cases, edit: Edit) -> torch.Tensor:
     if edit.mode == "virtual":
         path = inversion.invert_virtually(tiny.model, cases.latent, source, levels, seed=0)
     else:
-        path = inversion.invert(tiny.model, cases.latent, source, levels, edit.refine)
+        path = inversion.invert(tiny.model, cases.latent, source, levels, refine=1)
     settings = UnifySettings(
         path,
         tokens(tiny, cases),

@@ -7,8 +7,6 @@ that a study that was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,14 +15,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import torch
 
 from ..models.tiny_studio import scenes
 from ..patches.unify_balance import Balance
 from ..patches.unify_presets import PRESETS
 from .bridge_study import image_row, inverted_row, text_row
-from .study import Row, Study, contact_sheet, table
+from .study import Row, Study, command, contact_sheet, table
 from .tiny_benchmark import Cases, Scores, Studio, draw_cases, structure_distance
 from .unify_methods import Edit, injected, unified_by_type
 
@@ -238,25 +235,5 @@ def tune(study: Study) -> None:
     print(table(found, True, COLUMNS), preset_success(study.cases, found), sep="\n\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py unify-study", description=__doc__)
-    parser.add_argument("--tune", action="store_true", help="the search for settings, on the tuning cases")
-    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
-    args = parser.parse_args()
-    comfy.utils.set_progress_bar_enabled(False)
-    tiny = Studio.load()
-    if args.tune:
-        tune(Study(tiny, draw_cases(tiny, held_out=False, a_type=TUNING_A_TYPE)))
-        return
-    figures, page = measure(Study(tiny, draw_cases(tiny, held_out=True)))
-    PAGE.write_text(page, encoding="utf-8")
-    print(page)
-    for name, value in figures.items():
-        print(f"{name:<40}{value:.3f}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    command("dev.py unify-study", __doc__, PAGE, measure, tune, TUNING_A_TYPE)
