@@ -166,6 +166,7 @@ def measure(study: Study) -> tuple[dict[str, float], str]:
     contact_sheet(study.cases, shown, 2, PICTURE)
     page = PAGE_TEXT.read_text(encoding="utf-8").format(
         cases=len(study.cases),
+        tuning=TUNING_A_TYPE,
         times=_time_table(seconds(study.tiny, rows["methods"])),
         presets=preset_table(),
         edit=EDIT,
