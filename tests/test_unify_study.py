@@ -90,3 +90,18 @@ def test_structure_distance(study: Any, cases: Any) -> None:
     assert bool((edited < distance(tiny, drawn, drawn.source.flip(0))).all())
     one = drawn.chosen([2])
     torch.testing.assert_close(distance(tiny, one, one.target), edited[2:3], rtol=1e-4, atol=1e-5)
+
+
+def test_success_by_preset(study: Any) -> None:
+    """Protects: a tuning case counts for the preset of its type and wording."""
+    presets = study.unify_study.PRESETS
+    pairs = [SimpleNamespace(edit_type=name.partition(",")[0]) for name in presets]  # simple, complex, ...
+    success = torch.tensor([name in ("colour, complex", "face, simple") for name in presets])
+    none = torch.zeros(len(pairs))
+    kinds = tuple(pair.edit_type for pair in pairs)
+    scores = study.tiny_benchmark.Scores(kinds, success, none, none, none, none, none, none)
+    lines = study.unify_study.preset_success(SimpleNamespace(pairs=pairs), {"a row": scores}).splitlines()
+    head, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], lines[-1]))
+    found = dict(zip(head[1:], row[1:], strict=True))
+    assert {name for name, cell in found.items() if cell == "100%"} == {"colour, complex", "face, simple"}
+    assert set(found.values()) == {"0%", "100%"}
