@@ -43,8 +43,8 @@ class Balance:
 
     combination: str = "balanced"
     beta1: float = 1.0
-    k1: float = 2.0
-    beta2: float = 1.0
+    k1: float = 1.0
+    beta2: float = 0.3
     k2: float = 2.0
     curve: str = "exponential"
     drawn: tuple[tuple[float, ...], tuple[float, ...]] | None = None

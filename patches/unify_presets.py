@@ -2,8 +2,8 @@
 ("a red circle") and complex ones (whole scenes).
 
 The paper's values are not published. These were chosen on the Tiny Studio's tuning cases
-(`python dev.py unify-study --tune`), where only a style wanted other values than the rest, and simple and
-complex prompts could not be told apart.
+(`python dev.py unify-study --tune`), where only a style wanted other values than the rest, less structure,
+and simple and complex prompts could not be told apart.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from .unify_balance import Balance
 
 CUSTOM = "custom"
-_LAYOUT = Balance(beta1=1.0, k1=2.0, beta2=1.0, k2=2.0)
-_STYLE = Balance(beta1=0.1, k1=2.0, beta2=1.0, k2=2.0)
+_LAYOUT = Balance(beta1=1.0, k1=1.0, beta2=0.3, k2=2.0)
+_STYLE = Balance(beta1=0.3, k1=1.0, beta2=0.3, k2=2.0)
 PRESETS: dict[str, Balance] = {
     "colour, simple": _LAYOUT,
     "colour, complex": _LAYOUT,
