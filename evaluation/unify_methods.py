@@ -31,10 +31,8 @@ class Edit:
     steps: int = 10
     masked: bool = False
     mode: str = "ddim"
-    word_side: int = UnifySettings.word_side
     keep: str = UnifySettings.keep
     method: str = UnifySettings.method
-    mask_update: bool = False
 
 
 _SHARED = {field.name for field in fields(UnifySettings)} & {field.name for field in fields(Edit)}
@@ -67,7 +65,7 @@ def unified_by_type(tiny: Studio, cases: Cases, edits: Mapping[str, Edit]) -> to
         numbers = [number for number, kind in enumerate(types) if kind == edit_type]
         edit = edits[edit_type]
         if bool((cases.mask[numbers] >= 1).all()):  # a style has no outside
-            edit = replace(edit, masked=False, keep="everywhere", mask_update=False)
+            edit = replace(edit, masked=False, keep="everywhere")
         made[numbers] = unified(tiny, cases.chosen(numbers), edit)
     return made
 
