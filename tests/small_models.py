@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
+import memory_modes
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -71,7 +72,8 @@ def unet_state_dict(
     seed: int = 0, dtype: torch.dtype = torch.float32, layout: dict[str, Any] | None = None
 ) -> dict[str, torch.Tensor]:
     """Random weights of about 1.7M parameters, lively enough that text and place change the output."""
-    unet = UNetModel(**{**UNET, **(layout or {})}, operations=comfy.ops.disable_weight_init)
+    with memory_modes.resident():  # elsewhere it would have no shapes yet
+        unet = UNetModel(**{**UNET, **(layout or {})}, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, weight in unet.state_dict().items():
