@@ -14,6 +14,7 @@ from ..models.bridge_file import load_bridge, save_bridge
 from ..models.sites import find_sites
 from ..patches.bridge import apply_bridge
 from ..patches.bridge_run import BridgeSetup
+from ..patches.inputs import samples_of
 
 CATEGORY = "descriptive edit/bridge"
 # The page ranks a node higher, the less an alias says beyond what was typed; the bare name is Apply's.
@@ -282,7 +283,7 @@ class DescEditApplyBridge(io.ComfyNode):
     ) -> io.NodeOutput:
         setup = BridgeSetup(
             bridge,
-            reference["samples"],
+            samples_of("DescEditApplyBridge", "reference", reference),
             source,
             strength,
             start_percent,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..patches.inputs import samples_of
 from ..patches.inversion import MODES, invert, invert_virtually
 from ..patches.tokens import find_tokens
 from ..patches.unify_trace import KEY as TRACE
@@ -109,10 +110,11 @@ class DescEditInvert(io.ComfyNode):
         mode: str = MODES[0],
         virtual_seed: int = 0,
     ) -> io.NodeOutput:
+        samples = samples_of("DescEditInvert", "latent", latent)
         if mode == "virtual":
-            inversion = invert_virtually(model, latent["samples"], source, sigmas, virtual_seed)
+            inversion = invert_virtually(model, samples, source, sigmas, virtual_seed)
         else:
-            inversion = invert(model, latent["samples"], source, sigmas, refine)
+            inversion = invert(model, samples, source, sigmas, refine)
         noise = {name: value for name, value in latent.items() if name not in ("noise_mask", TRACE)}
         noise["samples"] = model.model.process_latent_out(inversion.trajectory[0].clone())
         return io.NodeOutput(inversion, noise)

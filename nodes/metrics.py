@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..evaluation.backbones import ClipSimilarity, ClipText, DinoSimilarity, StructureDistance
 from ..evaluation.lpips import NETS, Lpips
 from ..evaluation.metrics import NODE, Network, figures
+from ..patches.inputs import read_images, read_mask
 
 CATEGORY = "descriptive edit/evaluation"
 OFF = "off"
@@ -121,6 +122,9 @@ class DescEditMetrics(io.ComfyNode):
     ) -> io.NodeOutput:
         if clip is not None and clip_vision is None:
             raise ValueError(f"{NODE}: clip is connected but clip_vision is not: CLIP-T needs both")
+        edited, source = read_images(NODE, "edited", edited), read_images(NODE, "source", source)
+        target = None if target is None else read_images(NODE, "target", target)
+        mask = None if mask is None else read_mask(NODE, "mask", mask)
         networks: dict[str, Network] = {}
         if lpips != OFF:
             networks["lpips"] = Lpips(lpips)

@@ -9,6 +9,7 @@ import torch
 from comfy_api.input import CurveInput
 from comfy_api.latest import io
 
+from ..patches.inputs import read_mask
 from ..patches.inversion import Inversion
 from ..patches.tokens import EditTokens
 from ..patches.unify_balance import COMBINATIONS, CURVES, Balance, draw_balance
@@ -337,6 +338,7 @@ class DescEditUnifySampler(io.ComfyNode):
         structure_sites: str = "",
         word_sites: str = "",
     ) -> io.NodeOutput:
+        mask = None if mask is None else read_mask("DescEditUnifySampler", "mask", mask)
         try:
             settings = UnifySettings(
                 inversion,

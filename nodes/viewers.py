@@ -10,6 +10,7 @@ from einops import rearrange
 
 from ..evaluation.contact_sheet import draw_sheet
 from ..patches.heat_maps import NODE, Place, look, paint
+from ..patches.inputs import read_images, samples_of
 from ..patches.inversion import Inversion
 from ..patches.tokens import EditTokens
 from .inversion import EditTokensType, InversionType
@@ -129,7 +130,8 @@ class DescEditAttentionMaps(io.ComfyNode):
         inversion: Inversion | None = None,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        samples = None if latent is None else latent["samples"]
+        image = None if image is None else read_images(NODE, "image", image)
+        samples = None if latent is None else samples_of(NODE, "latent", latent)
         place = Place(percent, samples, inversion, seed)
         view = look(model, conditioning, edit_tokens, place, word_side, structure_side)
         rows = len(view.structure)
@@ -195,7 +197,9 @@ class DescEditCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: dict[str, torch.Tensor], labels: str = "", side: int = 320) -> io.NodeOutput:
-        shown = [image for image in images.values() if image is not None]
+        shown = [
+            read_images("DescEditCompare", name, image) for name, image in images.items() if image is not None
+        ]
         titles = labels.strip("\n").split("\n") if labels.strip() else []
         if len(titles) > len(shown):
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..models.bridge import BridgeSettings, widths_of
 from ..models.sites import Site, find_sites
 from .bridge_core import NODE
 from .bridge_run import KEY, BridgeRun, BridgeSetup
+from .inputs import read_mask, read_samples
 from .options import read_options, replace_options
 
 
@@ -34,7 +35,7 @@ def apply_bridge(model: Any, setup: BridgeSetup) -> Any:
             f"{NODE}: this MODEL has a bridge already. Two bridges do not add up: apply one, or wire the "
             "references to one node as a batch and choose to join them"
         )
-    _check_setup(model, setup)
+    setup = _checked(model, setup)
     patched = model.clone()
     if setup.strength == 0 or (setup.mask is not None and not bool(setup.mask.any())):
         return patched
@@ -69,14 +70,13 @@ def check_base(node: str, model: Any, bridge: Any) -> None:
         )
 
 
-def _check_setup(model: Any, setup: BridgeSetup) -> None:
-    channels = model.get_model_object("latent_format").latent_channels
-    shape = list(setup.reference.shape)
-    if len(shape) != 4 or shape[1] != channels:
-        raise ValueError(
-            f"{NODE}: reference has shape {shape} but this model needs [images, {channels}, height, width]: "
-            "encode the source image with the model's own VAE"
-        )
+def _checked(model: Any, setup: BridgeSetup) -> BridgeSetup:
+    """`setup` with its reference and mask in the form that a run takes."""
+    setup = replace(
+        setup,
+        reference=read_samples(NODE, "reference", setup.reference, model),
+        mask=None if setup.mask is None else read_mask(NODE, "mask", setup.mask),
+    )
     if torch.count_nonzero(setup.reference) == 0:
         raise ValueError(f"{NODE}: reference is an empty latent: encode the source image with VAEEncode")
     if not math.isfinite(setup.strength):
@@ -98,6 +98,7 @@ def _check_setup(model: Any, setup: BridgeSetup) -> None:
             f"{NODE}: several references can be joined only for a bridge with the direction edit_queries; "
             f"this one has {setup.settings.direction}"
         )
+    return setup
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from kornia.geometry.transform import resize
 
 from ..models.sites import Site, SiteKey, find_sites
 from .attention_maps import AttentionRecorder
+from .inputs import read_samples
 from .inversion import Inversion
 from .progress import progress
 from .tokens import EditTokens
@@ -86,13 +87,8 @@ def look(
 
 def _noised(model: Any, place: Place) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Noise, clean latent and noise level."""
-    samples, sampling = place.samples, model.get_model_object("model_sampling")
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
-        raise ValueError(
-            f"{NODE}: latent has shape {list(samples.shape)} but this model needs [images, {channels}, "
-            "height, width]: encode the image with the model's own VAE"
-        )
+    sampling = model.get_model_object("model_sampling")
+    samples = read_samples(NODE, "latent", place.samples, model)
     sigma = min(sampling.percent_to_sigma(place.percent), float(sampling.sigma_max))
     return comfy.sample.prepare_noise(samples, place.seed), samples, sigma
 
@@ -141,6 +137,8 @@ def _mean(maps: Mapping[SiteKey, torch.Tensor]) -> torch.Tensor:
 def _word_maps(
     maps: Mapping[SiteKey, torch.Tensor], tokens: EditTokens, sites: Sequence[Site], height: int, width: int
 ) -> dict[str, torch.Tensor]:
+    if not tokens.words or not all(word.tokens for word in tokens.words):
+        raise ValueError(f"{NODE}: edit_tokens has no words: find the words of the edit first")
     mean = _mean(maps)
     last, context = max(max(word.tokens) for word in tokens.words), mean.shape[-1]
     if last >= context:

@@ -13,6 +13,7 @@ import torch
 from comfy.utils import model_trange
 
 from ..models.sites import find_sites
+from .inputs import read_samples
 
 NODE = "DescEditInvert"
 MODES = ("ddim", "virtual")
@@ -133,7 +134,7 @@ def invert(
     falling to 0. Raises ValueError for an empty latent, a latent of another model family and sigmas that do
     not fall to 0.
     """
-    sigmas = _checked(model, samples, sigmas)
+    samples, sigmas = _checked(model, samples, sigmas)
     path: list[torch.Tensor] = []
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
@@ -164,27 +165,22 @@ def invert_virtually(
     seed: of n, from 0. Other arguments and errors as `invert`; raises ValueError also for a conditioning
     with areas or masks.
     """
-    sigmas = _checked(model, samples, sigmas)
+    samples, sigmas = _checked(model, samples, sigmas)
     if any("area" in values or "mask" in values for _, values in conditioning):
         raise ValueError(
             f"{NODE}: source has entries with an area or a mask, which a virtual inversion cannot follow: "
             "wire one description of the whole image, or use the mode ddim"
         )
     noise = torch.randn([1, *samples.shape[1:]], generator=torch.Generator().manual_seed(seed))
-    clean = model.model.process_latent_in(samples.detach().cpu().float())
+    clean = model.model.process_latent_in(samples.detach().cpu())
     trajectory = clean + sigmas.view(-1, 1, 1, 1, 1) * noise
     return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model), virtual=True)
 
 
-def _checked(model: Any, samples: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """`sigmas` on the CPU; raises ValueError for what cannot be inverted."""
+def _checked(model: Any, samples: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latent, and `sigmas` on the CPU; raises ValueError for what cannot be inverted."""
     find_sites(model.model.diffusion_model, NODE)
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
-        raise ValueError(
-            f"{NODE}: latent has shape {list(samples.shape)} but this model needs [images, {channels}, "
-            "height, width]: encode the image with the model's own VAE"
-        )
+    samples = read_samples(NODE, "latent", samples, model)
     if torch.count_nonzero(samples) == 0:
         raise ValueError(f"{NODE}: latent is empty: encode the image to edit with VAEEncode")
     sigmas = sigmas.detach().cpu().float()
@@ -194,7 +190,7 @@ def _checked(model: Any, samples: torch.Tensor, sigmas: torch.Tensor) -> torch.T
             f"{[round(value, 3) for value in sigmas.tolist()]}: use a scheduler's SIGMAS, or the low part of "
             "split ones"
         )
-    return sigmas
+    return samples, sigmas
 
 
 def _sample_upwards(
@@ -227,5 +223,7 @@ def _sample_upwards(
 
 
 def _size(shape: Any) -> str:
+    if len(shape) != 3:
+        return f"shape {[*shape]} an image"
     channels, height, width = shape
     return f"{width}x{height} ({channels} channels)"

@@ -12,6 +12,7 @@ from ..models.sites import Site, SiteKey, find_sites
 from .attention_maps import AttentionRecorder
 from .checkpointing import checkpointed
 from .gradient import differentiable_options, gradients
+from .inputs import check_noise_mask
 from .masks import check_mask, site_masks
 from .progress import progress
 from .unify_balance import row_norm
@@ -112,6 +113,8 @@ class LatentOptimiser:
         """Before the first step: the edit mask on every grid that needs it, and where the latent may move."""
         settings, (height, width) = self._settings, x.shape[-2:]
         mask = settings.mask
+        if denoise_mask is not None:
+            check_noise_mask(NODE, denoise_mask)
         if mask is not None:
             scale = self._model.latent_format.spacial_downscale_ratio
             check_mask(NODE, mask, len(x), height * scale, width * scale)

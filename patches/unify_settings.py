@@ -89,8 +89,6 @@ class UnifySettings:
         values = mask.flatten(1)
         ends = torch.stack(values.aminmax(dim=1), dim=1).tolist()
         for number, (least, most) in enumerate(ends, start=1):
-            if not (least >= 0 and most <= 1):
-                raise ValueError(f"{name} has values from {least} to {most} but they must be from 0 to 1")
             if most <= 0:
                 raise ValueError(
                     f"{name}{where.format(number)} is empty (0 everywhere): paint where the edit happens, or "
