@@ -17,7 +17,7 @@ from PIL import Image
 from ..models.bridge import AttentionBridge, manage
 from ..models.bridge_file import save_bridge
 from ..patches.bridge import check_base
-from ..patches.gradient import gradients
+from ..patches.gradient import gradients, weights_streamed
 from ..patches.plots import draw_curves
 from ..training.cache import EncodedPairs, encode_pairs
 from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective
@@ -230,9 +230,9 @@ class DescEditTrainBridge(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from None
         device = model.load_device
-        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        comfy.model_management.load_models_gpu([model])
         bar = comfy.utils.ProgressBar(steps)
-        with gradients():
+        with gradients(weights_streamed([model])):
             learned = AttentionBridge(bridge.model.settings, torch.float32, device)
             learned.load_state_dict(bridge.model.state_dict())
             trainer = Trainer(model.model, learned, pairs, settings, device)

@@ -19,7 +19,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepBlock, forward_timestep_embed
 from torch.utils.checkpoint import checkpoint
 
-from .gradient import gradients
+from .gradient import gradients, in_streamed_region
 
 SLOT = "forward_timestep_embed_patch"
 
@@ -27,8 +27,11 @@ SLOT = "forward_timestep_embed_patch"
 class _Again:
     """`gradients` anew for each time a layer is computed again: one forward may have several backwards."""
 
+    def __init__(self, streamed: bool) -> None:
+        self._streamed = streamed
+
     def __enter__(self) -> None:
-        self._region = gradients()
+        self._region = gradients(self._streamed)
         self._region.__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -62,7 +65,8 @@ def checkpointed(options: dict[str, Any]) -> dict[str, Any]:
         if torch.is_grad_enabled():
             # Autograd may compute again in a thread of its own, and after the region has been left.
             how = {"use_reentrant": False, "preserve_rng_state": False}
-            x = checkpoint(compute, x, emb, context, context_fn=lambda: (nullcontext(), _Again()), **how)
+            again = _Again(in_streamed_region())
+            x = checkpoint(compute, x, emb, context, context_fn=lambda: (nullcontext(), again), **how)
         else:
             x = compute(x, emb, context)
         call.update(left)  # the host counts transformers in it

@@ -11,7 +11,7 @@ from einops import rearrange
 from ..models.sites import Site, SiteKey, find_sites
 from .attention_maps import AttentionRecorder
 from .checkpointing import checkpointed
-from .gradient import differentiable_options, gradients
+from .gradient import differentiable_options, gradients, weights_streamed
 from .inputs import check_noise_mask
 from .masks import check_mask, site_masks
 from .progress import progress
@@ -188,7 +188,7 @@ class LatentOptimiser:
         self, entry: dict[str, Any], x: torch.Tensor, sigma: torch.Tensor, words: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of structure and alignment, zero for one that has no weight."""
-        with gradients():
+        with gradients(weights_streamed(self._source.patchers())):
             leaf = x.clone().requires_grad_()
             options = differentiable_options(self._options)
             checkpoint = self._settings.checkpoint

@@ -76,6 +76,10 @@ class SourceBranch:
         error = self._inversion.latent(-1, x) - denoised
         return recorder, error if self._keep is None else error * self._keep
 
+    def patchers(self) -> list[Any]:
+        """The ModelPatchers that a model call runs."""
+        return [self._guider.model_patcher, *self._guider.loaded_models, *self._models]
+
     def _process(
         self, x: torch.Tensor, extra_args: dict[str, Any], memory: float
     ) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import comfy.memory_management
 import comfy.model_patcher
+import comfy.ops
 import pytest
+import torch
 
 
 @contextmanager
@@ -33,4 +36,62 @@ def lazy() -> AbstractContextManager[None]:
     return _dynamic(True, comfy.model_patcher.ModelPatcherDynamic)
 
 
-MODES: dict[str, Callable[[], AbstractContextManager[None]]] = {"resident": resident, "lazy": lazy}
+class _Buffers:
+    """The host's two cast buffers, which layers take in turn: a weight is a view of one of them, and its
+    bytes are spoilt as soon as its layer has run.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._turn = 0
+        self._cast = comfy.ops.cast_bias_weight
+
+    def cast_bias_weight(self, layer: Any, *args: Any, offloadable: bool = False, **kwargs: Any) -> tuple:
+        """In place of the host's: what it gives, as views of a buffer."""
+        self._turn = 1 - self._turn
+        weights = self._cast(layer, *args, offloadable=offloadable, **kwargs)[:2]
+        # Outside of every region: the host's own copies are not seen by torch functions either.
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+            handed = self._fill(weights)
+        return (*handed, self._turn) if offloadable else handed
+
+    def _fill(self, weights: tuple) -> tuple:
+        size = comfy.memory_management.vram_aligned_size(list(weights))
+        if len(self._buffers[self._turn]) < size:
+            self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8)
+        views = comfy.memory_management.interpret_gathered_like(list(weights), self._buffers[self._turn])
+        for view, weight in zip(views, weights, strict=True):
+            if weight is not None:
+                view.data.copy_(weight.detach())
+        # One that is trained is no weight of the host's.
+        return tuple(
+            weight if weight is not None and weight.requires_grad and not weight.is_inference() else view
+            for view, weight in zip(views, weights, strict=True)
+        )
+
+    def uncast_bias_weight(self, layer: Any, weight: Any, bias: Any, turn: int | None) -> None:
+        """In place of the host's. All bits set are no number in any dtype of weights."""
+        if turn is not None:
+            with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+                self._buffers[turn].data.fill_(255)
+
+
+@contextmanager
+def streamed() -> Iterator[None]:
+    """Memory is short, and no weight is on the device: each layer is given a view of a buffer for the time of
+    its call.
+    """
+    buffers = _Buffers()
+    with resident(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.ops, "cast_bias_weight", buffers.cast_bias_weight)
+        patch.setattr(comfy.ops, "uncast_bias_weight", buffers.uncast_bias_weight)
+        patch.setattr(comfy.ops.CastWeightBiasOp, "comfy_cast_weights", True)
+        patch.setattr(comfy.model_patcher.ModelPatcher, "loaded_size", lambda self: 0)
+        yield
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "resident": resident,
+    "lazy": lazy,
+    "streamed": streamed,
+}

@@ -13,6 +13,7 @@ import torch
 
 from ..models.sites import find_sites
 from ..models.tiny_studio import studio
+from ..patches.gradient import weights_streamed
 from .cache import file_fingerprint
 
 TINY_STUDIO = "tiny_studio"
@@ -85,8 +86,15 @@ class Base:
 
 
 def to_device(model: Any) -> None:
-    """All of a ModelPatcher on its device, whatever the host has moved away."""
+    """All of a ModelPatcher on its device, whatever the host has moved away. Raises RuntimeError if the host
+    keeps a part of it elsewhere, as with dynamic VRAM: then autograd would keep what is gone by its backward.
+    """
     comfy.model_management.load_models_gpu([model], force_full_load=True)
+    if weights_streamed([model]):
+        raise RuntimeError(
+            "the host did not put all of the model on its device: training from the command line needs a "
+            "model without dynamic VRAM, loaded in full"
+        )
 
 
 def free() -> None:
