@@ -19,8 +19,8 @@ from .bridge_core import NODE, Bank, Feeding, Matrix
 from .masks import check_mask, site_masks
 
 KEY = "descriptive_edit.bridge"
-# In transformer_options, by a guider: for each index of `cond_or_uncond`, whether it sees the reference.
-IMAGE_ROWS = "descriptive_edit.image_rows"
+# In transformer_options, by a guider: the uuids of the rows that do not see the reference.
+BLIND = "descriptive_edit.blind_rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +176,13 @@ class BridgeRun:
         The patches are there in every call, also where no row sees the reference, so that a compiled UNet
         always finds the same ones.
         """
-        index, seen = options["cond_or_uncond"], options.get(IMAGE_ROWS)
-        chunks = [chunk for chunk, cond in enumerate(index) if seen is None or seen[cond]]
+        uuids, blind = options["uuids"], options.get(BLIND, ())
+        chunks = [chunk for chunk, uuid in enumerate(uuids) if uuid not in blind]
         if not self._active(options["sigmas"]):
             chunks = []
         masks = None
         if self._mask is not None and chunks:
-            masks = self._site_masks([options["uuids"][chunk] for chunk in chunks], x)
+            masks = self._site_masks([uuids[chunk] for chunk in chunks], x)
         rows, answer = self._rows(chunks, x), self._answer(len(chunks))
         return Feeding(self.bank, rows, len(x), answer, self._setup.strength, masks).install(options)
 

@@ -16,30 +16,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.samplers
 import numpy as np
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from .bridge import has_bridge
-from .bridge_run import IMAGE_ROWS
+from .guidance_rows import EDIT, UNCONDITIONAL, Row, predict_rows
 from .progress import progress
 
 KEY = "descriptive_edit.guidance"
 FORMULAS = ("paper", "release")
 _TABLE = 1000
+# Model options of other nodes that need both descriptions' predictions.
+_PAIRED = (
+    "sampler_pre_cfg_function",
+    "sampler_cfg_function",
+    "sampler_calc_cond_batch_function",
+    "disable_cfg1_optimization",
+)
 
 
-class Row(NamedTuple):
-    """One prediction: with or without the reference, with the edit description or the unconditional one."""
-
-    image: bool
-    text: bool
-
-
-EDIT, UNCONDITIONAL = Row(True, True), Row(True, False)
 Scale = float | torch.Tensor
 
 
@@ -88,11 +87,18 @@ class DualGuidance:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}_guidance is {getattr(self, name)} but must be a finite number")
 
+    def image_term(self, image: Scale) -> dict[Row, Scale]:
+        """Each prediction's weight in what is added to the guidance by text; they sum to 0."""
+        if self.formula == "paper":
+            return {UNCONDITIONAL: image - 1, Row(False, False): 1 - image}
+        return {EDIT: image, Row(False, True): -image}
+
     def weights(self, image: Scale, text: Scale) -> dict[Row, Scale]:
         """Each prediction's weight in the result; they sum to 1."""
-        if self.formula == "paper":
-            return {EDIT: text, UNCONDITIONAL: image - text, Row(False, False): 1 - image}
-        return {EDIT: text + image, UNCONDITIONAL: 1 - text, Row(False, True): -image}
+        found: dict[Row, Scale] = {EDIT: text, UNCONDITIONAL: 1 - text}
+        for row, weight in self.image_term(image).items():
+            found[row] = found.get(row, 0.0) + weight
+        return found
 
     def used(self, bridged: bool) -> list[Row]:
         """The rows whose weight is not zero all through the sampling, the text pair first."""
@@ -128,21 +134,36 @@ class DualGuider(comfy.samplers.CFGGuider):
 
 @dataclass(frozen=True, eq=False)
 class _Predict:
-    """PREDICT_NOISE: dual guidance in place of the guider's own."""
+    """PREDICT_NOISE: dual guidance in place of the guider's own prediction, inside of every other wrapper."""
 
     node: str
     guidance: DualGuidance
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         guider = executor.class_obj
-        x, timestep, model_options, *_ = args
+        self._check(guider, executor.original)
+
+        def innermost(
+            x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
+        ) -> torch.Tensor:
+            return predict(guider, self.guidance, x, timestep, model_options or {})
+
+        rest = WrapperExecutor.new_class_executor(innermost, guider, executor.wrappers, executor.idx + 1)
+        return rest.execute(*args, **kwargs)
+
+    def _check(self, guider: Any, own: Callable) -> None:
         if isinstance(guider, DualGuider) or set(guider.conds) != {"positive", "negative"}:
             raise ValueError(
                 f"{self.node}: needs a sampler with one positive and one negative conditioning (KSampler, "
                 f"CFGGuider), but the guider is {type(guider).__name__} with "
                 f"{', '.join(guider.conds) or 'none'}: take this node away, or use another guider"
             )
-        return predict(guider, self.guidance, x, timestep, model_options)
+        if getattr(own, "__func__", own) is not comfy.samplers.CFGGuider.predict_noise:
+            raise ValueError(
+                f"{self.node}: the guider {type(guider).__name__} predicts in a way of its own (as "
+                "DualModelGuider and guiders with a schedule do), which dual guidance would put aside: take "
+                "this node away, or use KSampler or CFGGuider"
+            )
 
 
 def apply_guidance(model: Any, guidance: DualGuidance, node: str) -> Any:
@@ -170,9 +191,9 @@ def predict(
     pre_cfg = options.get("sampler_pre_cfg_function", [])
     own_cfg = options.get("sampler_cfg_function")
     rows = guidance.used(bridged)
-    if pre_cfg or own_cfg or options.get("disable_cfg1_optimization", False):
+    if any(options.get(name) for name in _PAIRED):
         rows = [EDIT, UNCONDITIONAL, *(row for row in rows if row not in (EDIT, UNCONDITIONAL))]
-    found = dict(zip(rows, _run(model, rows, texts, x, sigma, options), strict=True))
+    found = predict_rows(model, rows, texts, x, sigma, options)
 
     image, text = guidance.image, guidance.text
     if guidance.schedule is not None:
@@ -184,7 +205,6 @@ def predict(
             {**call, "conds": [texts[True], texts[False]], "conds_out": pair, "cond_scale": text}
         )[:2]
 
-    weights = _merged(guidance.weights(image, text), bridged)
     unconditional = found.get(UNCONDITIONAL, found.get(Row(False, False)))
     edit = found.get(EDIT)
     call |= {
@@ -193,33 +213,19 @@ def predict(
         "uncond_denoised": unconditional if unconditional is not None else torch.zeros_like(x),
     }
     result: torch.Tensor | float = 0.0
-    if own_cfg:
-        pair = {"cond": x - edit, "uncond": x - unconditional}
-        entries = {"input_cond": texts[True], "input_uncond": texts[False]}
-        result = x - own_cfg({**call, **pair, **entries})
-        weights = {**weights, EDIT: weights[EDIT] - text, UNCONDITIONAL: weights[UNCONDITIONAL] - (1 - text)}
-    for row, prediction in found.items():
-        result = result + weights[row] * prediction
+    if EDIT not in found or UNCONDITIONAL not in found:
+        weights = guidance.weights(image, text)
+    else:
+        weights = guidance.image_term(image)
+        if own_cfg:
+            pair = {"cond": x - edit, "uncond": x - unconditional}
+            entries = {"input_cond": texts[True], "input_uncond": texts[False]}
+            result = x - own_cfg({**call, **pair, **entries})
+        else:
+            result = unconditional + (edit - unconditional) * text
+    for row, weight in _merged(weights, bridged).items():
+        if row in found and not (isinstance(weight, float) and weight == 0):
+            result = result + weight * found[row]
     for function in options.get("sampler_post_cfg_function", []):
         result = function({**call, "denoised": result, "cond": texts[True], "uncond": texts[False]})
     return result
-
-
-def _run(
-    model: Any,
-    rows: list[Row],
-    texts: dict[bool, Any],
-    x: torch.Tensor,
-    sigma: torch.Tensor,
-    options: dict[str, Any],
-) -> list[torch.Tensor]:
-    """The rows' predictions, in one batch if memory allows."""
-    conds = [texts[row.text] for row in rows]
-    transformer_options = {
-        **options.get("transformer_options", {}),
-        IMAGE_ROWS: tuple(row.image for row in rows),
-    }
-    options = {**options, "transformer_options": transformer_options}
-    if own := options.get("sampler_calc_cond_batch_function"):
-        return own({"conds": conds, "input": x, "sigma": sigma, "model": model, "model_options": options})
-    return comfy.samplers.calc_cond_batch(model, conds, x, sigma, options)
