@@ -31,7 +31,7 @@ from ..models.bridge import AttentionBridge, BridgeSettings, widths_of
 from ..models.sites import find_sites
 from ..patches.bridge_core import Bank
 from ..training.objective import Batch, Draws, Objective, losses
-from ..training.trainer import PRECISIONS
+from ..training.settings import PRECISIONS
 from .random_sd15 import UNET
 
 RESOLUTIONS = (256, 512, 768)

@@ -9,12 +9,20 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..models.bridge import DIRECTIONS, FUSIONS, BridgeSettings, new_bridge, widths_of
+from ..models.bridge import (
+    DIRECTIONS,
+    FUSIONS,
+    AttentionBridge,
+    BridgeSettings,
+    new_bridge,
+    widths_of,
+)
 from ..models.bridge_file import load_bridge, save_bridge
 from ..models.sites import find_sites
 from ..patches.bridge import apply_bridge
 from ..patches.bridge_run import BridgeSetup
 from ..patches.inputs import samples_of
+from .saving import SUFFIX, checked_name, next_path
 
 CATEGORY = "descriptive edit/bridge"
 # The page ranks a node higher, the less an alias says beyond what was typed; the bare name is Apply's.
@@ -28,19 +36,14 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 
 def bridge_files() -> list[str]:
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIX)]
 
 
-def bridge_path(node: str, name: str) -> Path:
-    """Where a bridge of this name is kept; its folder is made. Raises ValueError, naming `node`, if that is
-    not inside models/attention_bridges.
-    """
-    relative = name.strip().removesuffix(".safetensors")
-    path = (_folder() / f"{relative}.safetensors").resolve()
-    if not relative or not path.is_relative_to(_folder()) or path.name.startswith("."):
-        raise ValueError(f"{node}: name is {name!r} but must be a file name inside models/{FOLDER}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def keep_bridge(bridge: AttentionBridge, stem: str) -> str:
+    """Write a bridge under a checked name; returns the file's name as Load Attention Bridge lists it."""
+    path = next_path(_folder(), stem)
+    save_bridge(bridge, path)
+    return path.name
 
 
 def _folder() -> Path:
@@ -170,7 +173,10 @@ class DescEditSaveBridge(io.ComfyNode):
             node_id="DescEditSaveBridge",
             display_name="Save Attention Bridge",
             category=CATEGORY,
-            description="Writes an attention bridge to models/attention_bridges. An older file is replaced.",
+            description=(
+                "Writes an attention bridge to models/attention_bridges, as name_00001_.safetensors and so "
+                "on: no file is replaced."
+            ),
             search_aliases=[*ALIASES, "save bridge"],
             is_output_node=True,
             inputs=[
@@ -178,8 +184,8 @@ class DescEditSaveBridge(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="bridge",
-                    tooltip="File name in models/attention_bridges, without .safetensors. Folders in it are "
-                    "made, such as portraits/soft.",
+                    tooltip="Name of the file, without folder and ending, that every system can write. A "
+                    "number is put behind it.",
                 ),
             ],
             outputs=[io.String.Output("path", tooltip="The file's name, as Load Attention Bridge lists it.")],
@@ -187,9 +193,7 @@ class DescEditSaveBridge(io.ComfyNode):
 
     @classmethod
     def execute(cls, bridge: Any, name: str) -> io.NodeOutput:
-        path = bridge_path("DescEditSaveBridge", name)
-        save_bridge(bridge.model, path)
-        return io.NodeOutput(path.relative_to(_folder()).as_posix())
+        return io.NodeOutput(keep_bridge(bridge.model, checked_name("DescEditSaveBridge", name)))
 
 
 class DescEditApplyBridge(io.ComfyNode):

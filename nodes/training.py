@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
@@ -15,15 +15,17 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..models.bridge import AttentionBridge, manage
-from ..models.bridge_file import save_bridge
 from ..patches.bridge import check_base
 from ..patches.gradient import gradients, weights_streamed
 from ..patches.plots import draw_curves
-from ..training.cache import EncodedPairs, encode_pairs
-from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective
-from ..training.pairs import read_folder
-from ..training.trainer import PRECISIONS, Trainer, TrainSettings
-from .bridge import BridgeType, bridge_path
+from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective, check_trainable
+from ..training.settings import PRECISIONS, TrainSettings
+from .bridge import BridgeType, keep_bridge
+from .saving import checked_name
+
+if TYPE_CHECKING:  # what only a training needs is imported when there is one
+    from ..training.cache import EncodedPairs
+    from ..training.trainer import Trainer
 
 CATEGORY = "descriptive edit/training"
 ALIASES = ["2508.20505", "train bridge", "finetune", "edit pairs"]
@@ -73,6 +75,9 @@ class DescEditEditPairs(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: Any, clip: Any, folder: str, resolution: int) -> io.NodeOutput:
+        from ..training.cache import encode_pairs
+        from ..training.pairs import read_folder
+
         path = _inside_input(folder)
         cache = Path(folder_paths.get_temp_directory()) / "edit_pairs"
         bar = comfy.utils.ProgressBar(len(list(path.glob("*.json"))))
@@ -104,8 +109,8 @@ class DescEditTrainBridge(io.ComfyNode):
             display_name="Train Attention Bridge",
             category=CATEGORY,
             description=(
-                "Trains a bridge on edit pairs; the model itself does not change. Interrupting keeps what "
-                "was learned so far as a file in models/attention_bridges."
+                "Trains a bridge on edit pairs; the model itself does not change. Whatever stops it, what "
+                "was learned so far is kept as a file in models/attention_bridges."
             ),
             search_aliases=["DescriptiveEdit attention bridge training", *ALIASES],
             inputs=[
@@ -174,8 +179,8 @@ class DescEditTrainBridge(io.ComfyNode):
                     "name",
                     default="trained",
                     advanced=True,
-                    tooltip="If the training is interrupted, the bridge so far is kept under this name and "
-                    "the number of its steps.",
+                    tooltip="If the training is stopped, the bridge so far is kept under this name and the "
+                    "number of its steps: a plain file name, without folder and ending.",
                 ),
                 io.Boolean.Input(
                     "checkpointing",
@@ -210,12 +215,12 @@ class DescEditTrainBridge(io.ComfyNode):
         checkpointing: bool = False,
     ) -> io.NodeOutput:
         node = "DescEditTrainBridge"
-        kept_as = bridge_path(node, name)
+        from ..training.memory import training_bytes
+        from ..training.trainer import Trainer
+
+        stem = checked_name(node, name)
         check_base(node, model, bridge)
-        if model.model.diffusion_model.num_classes is not None:
-            raise ValueError(
-                f"{node}: models with pooled text (SDXL) cannot be trained yet: use SD1.x or SD2.x"
-            )
+        check_trainable(model, node)
         try:
             objective = Objective(dropout, dropped_image=dropped_image)
             settings = TrainSettings(
@@ -230,7 +235,8 @@ class DescEditTrainBridge(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from None
         device = model.load_device
-        comfy.model_management.load_models_gpu([model])
+        needed = training_bytes(model.model, bridge.model, settings, pairs.sizes)
+        comfy.model_management.load_models_gpu([model], memory_required=needed)
         bar = comfy.utils.ProgressBar(steps)
         with gradients(weights_streamed([model])):
             learned = AttentionBridge(bridge.model.settings, torch.float32, device)
@@ -240,14 +246,28 @@ class DescEditTrainBridge(io.ComfyNode):
                 while trainer.step < steps:
                     trainer.run_step()
                     bar.update_absolute(trainer.step, steps, _preview(trainer))
-            except (comfy.model_management.InterruptProcessingException, FloatingPointError):
-                path = kept_as.with_name(f"{kept_as.stem}-step{trainer.step}.safetensors")
-                save_bridge(learned, path)
-                logging.warning("%s: stopped after step %d, kept as %s", node, trainer.step, path.name)
-                raise
+            except (Exception, comfy.model_management.InterruptProcessingException) as error:
+                kept = _keep(trainer, stem)
+                logging.warning("%s: stopped after step %d: %s", node, trainer.step, kept)
+                if not comfy.model_management.is_oom(error):
+                    raise
+                raise comfy.model_management.OOM_EXCEPTION(
+                    f"{node}: no memory left in step {trainer.step + 1}, {kept}. Lower batch and raise "
+                    "accumulate, switch checkpointing on, or encode the pairs at a lower resolution"
+                ) from None
             learned.requires_grad_(False)
             learned.to(comfy.model_management.unet_offload_device())
         return io.NodeOutput(manage(learned), _plot(trainer))
+
+
+def _keep(trainer: Trainer, stem: str) -> str:
+    """Write what was learned, if anything was; says in words where it is."""
+    if not trainer.step:
+        return "with nothing learned yet"
+    try:
+        return f"what was learned is kept as {keep_bridge(trainer.bridge, f'{stem}-step{trainer.step}')}"
+    except OSError as error:
+        return f"what was learned could not be kept ({error})"
 
 
 def _plot(trainer: Trainer) -> torch.Tensor:

@@ -61,9 +61,9 @@ def test_round_trip(host: Host, model: Any, folder: Path, inputs: dict, parts: i
     design's tensors and metadata, and nothing is left beside it.
     """
     bridge = random_bridge(host, model, **inputs)
-    (name,) = host.execute("DescEditSaveBridge", bridge=bridge, name="mine/first")
-    assert name == "mine/first.safetensors"
-    assert [file.name for file in (folder / "mine").iterdir()] == ["first.safetensors"]
+    (name,) = host.execute("DescEditSaveBridge", bridge=bridge, name="first")
+    assert name == "first_00001_.safetensors"
+    assert [file.name for file in folder.iterdir()] == [name]
     again = load(host, name)
     assert again.model.settings == bridge.model.settings
     for (key, weight), other in zip(
@@ -86,7 +86,7 @@ def test_a_file_in_half_precision(host: Host, model: Any, folder: Path) -> None:
     bridge = random_bridge(host, model)
     bridge.model.half()
     host.execute("DescEditSaveBridge", bridge=bridge, name="half")
-    assert {weight.dtype for weight in load(host, "half.safetensors").model.state_dict().values()} == {
+    assert {weight.dtype for weight in load(host, "half_00001_.safetensors").model.state_dict().values()} == {
         torch.float16
     }
 
@@ -221,7 +221,7 @@ def _edit(name: str) -> Any:
 def test_broken_files(host: Host, model: Any, folder: Path, broken: str, message: str) -> None:
     """Protects: a bridge file with a fault is refused with the fault named."""
     host.execute("DescEditSaveBridge", bridge=random_bridge(host, model), name="good")
-    with safetensors.safe_open(folder / "good.safetensors", "pt") as file:
+    with safetensors.safe_open(folder / "good_00001_.safetensors", "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors, metadata = _edit(broken)(tensors, metadata)
     safetensors.torch.save_file(tensors, folder / "bad.safetensors", metadata=metadata)
@@ -250,7 +250,7 @@ def test_files_that_are_something_else(host: Host, model: Any, folder: Path) -> 
     with pytest.raises(ValueError, match="not an attention bridge but something else"):
         load(host, "sd.safetensors")
     host.execute("DescEditSaveBridge", bridge=random_bridge(host, model), name="good")
-    whole = (folder / "good.safetensors").read_bytes()
+    whole = (folder / "good_00001_.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     torch.save({"a": torch.zeros(1)}, folder / "pickle.safetensors")
     (folder / "empty.safetensors").write_bytes(b"")
@@ -259,21 +259,61 @@ def test_files_that_are_something_else(host: Host, model: Any, folder: Path) -> 
             load(host, f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", ["", "  ", "../outside", "/outside", "a/../../outside", ".hidden"])
-def test_saving_stays_in_its_folder(host: Host, model: Any, folder: Path, name: str) -> None:
-    """Protects: no name leads out of models/attention_bridges."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "  ", ".safetensors", "../outside", "/outside", "a/b", "a\\b", ".hidden", "a.", "a ", " a"),
+        *("CON", "nul", "com1", "LPT9.soft", "aux.safetensors", "conin$", "a:b", "a?", "a*", "a<b", "a>b"),
+        *('a"b', "a|b", "a\tb", "a\x00b", "a\x7fb", "a" * 300, "\ud800"),
+    ],
+)
+def test_names_that_are_no_file_names(host: Host, model: Any, folder: Path, name: str) -> None:
+    """Protects: a name with a folder in it, or that Windows or any file system cannot write, is refused by
+    both nodes that write, before anything is learned or made.
+    """
+    bridge = random_bridge(host, model)
     with pytest.raises(ValueError, match=r"DescEditSaveBridge: name is"):
-        host.execute("DescEditSaveBridge", bridge=random_bridge(host, model), name=name)
+        host.execute("DescEditSaveBridge", bridge=bridge, name=name)
+    with pytest.raises(ValueError, match=r"DescEditTrainBridge: name is"):
+        host.execute("DescEditTrainBridge", model=model, bridge=bridge, pairs=None, steps=1, name=name)
     assert list(folder.rglob("*")) == []
 
 
-def test_a_failed_save_keeps_the_old_file(
+@pytest.mark.parametrize("name", ["console", "com10", "v1.2", "soft portraits", "绿色", "100%", "a_00001_"])
+def test_names_that_are(host: Host, model: Any, folder: Path, name: str) -> None:
+    """Protects: other names are kept as they are, and Load Attention Bridge lists them."""
+    (found,) = host.execute("DescEditSaveBridge", bridge=random_bridge(host, model), name=name)
+    assert found == f"{name}_00001_.safetensors"
+    assert found in host.pack_module("nodes.bridge").bridge_files()
+
+
+def test_saving_counts_up(host: Host, model: Any, folder: Path) -> None:
+    """Protects: no file is ever replaced: each save has the next number, also after a gap, with the ending
+    given or not, and beside files of other names.
+    """
+    bridge = random_bridge(host, model)
+    (folder / "kept.safetensors").write_bytes(b"by hand")
+    (folder / "kept_00007_.safetensors").write_bytes(b"older")
+    names = [
+        host.execute("DescEditSaveBridge", bridge=bridge, name=name)[0]
+        for name in ("kept", "kept.safetensors", "kept.SAFETENSORS", "other")
+    ]
+    assert names == [
+        *(f"kept_{number:05}_.safetensors" for number in (8, 9, 10)),
+        "other_00001_.safetensors",
+    ]
+    assert (folder / "kept.safetensors").read_bytes() == b"by hand"
+    assert (folder / "kept_00007_.safetensors").read_bytes() == b"older"
+    assert len(list(folder.iterdir())) == 6
+
+
+def test_a_failed_save_leaves_nothing(
     host: Host, model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protects: when writing fails, the older file is whole and no half file is left."""
+    """Protects: when writing fails, no half file is left and the older file is whole."""
     bridge = random_bridge(host, model)
     host.execute("DescEditSaveBridge", bridge=bridge, name="kept")
-    before = (folder / "kept.safetensors").read_bytes()
+    before = (folder / "kept_00001_.safetensors").read_bytes()
 
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
@@ -281,8 +321,8 @@ def test_a_failed_save_keeps_the_old_file(
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         host.execute("DescEditSaveBridge", bridge=bridge, name="kept")
-    assert (folder / "kept.safetensors").read_bytes() == before
-    assert [file.name for file in folder.iterdir()] == ["kept.safetensors"]
+    assert (folder / "kept_00001_.safetensors").read_bytes() == before
+    assert [file.name for file in folder.iterdir()] == ["kept_00001_.safetensors"]
 
 
 def test_a_replaced_file_is_loaded_again(host: Host, model: Any, folder: Path) -> None:
@@ -290,7 +330,7 @@ def test_a_replaced_file_is_loaded_again(host: Host, model: Any, folder: Path) -
     bridge = random_bridge(host, model)
     host.execute("DescEditSaveBridge", bridge=bridge, name="b")
     node = host.node("DescEditLoadBridge")
-    first = node.fingerprint_inputs(bridge_name="b.safetensors")
-    assert node.fingerprint_inputs(bridge_name="b.safetensors") == first
-    os.utime(folder / "b.safetensors", (1, 1))
-    assert node.fingerprint_inputs(bridge_name="b.safetensors") != first
+    first = node.fingerprint_inputs(bridge_name="b_00001_.safetensors")
+    assert node.fingerprint_inputs(bridge_name="b_00001_.safetensors") == first
+    os.utime(folder / "b_00001_.safetensors", (1, 1))
+    assert node.fingerprint_inputs(bridge_name="b_00001_.safetensors") != first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -311,6 +312,102 @@ def test_resume(
     other = trainer(host, training, model, pairs, **{**settings, "learning_rate": 2e-3})
     with pytest.raises(ValueError, match=r"another configuration: learning_rate 0.001 there, 0.002 here"):
         other.load(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("seed", [0, 281_470_000, 0xFFFFFFFF, 2**64 - 1])
+def test_every_seed_trains(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any, seed: int
+) -> None:
+    """Protects: every seed that the node or a configuration can have trains."""
+    learning = trainer(host, training, model, encoded(training, tmp_path), seed=seed)
+    with gradients():
+        learning.run_step()
+    assert math.isfinite(learning.losses[0])
+
+
+def test_no_two_rows_share_their_draws(
+    host: Host, training: Any, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: other seeds, steps and rows have other random numbers, also where seed and step make up for
+    each other.
+    """
+    pairs = encoded(training, tmp_path)
+    seen: list[tuple[float, ...]] = []
+
+    def note(objective: Any, seeds: list[int], shape: Any, schedule: int) -> Any:
+        draws = training.objective.draw(objective, seeds, shape, schedule)
+        seen.extend(tuple(noise.flatten()[:4].tolist()) for noise in draws.noise)
+        return draws
+
+    monkeypatch.setattr(training.trainer, "draw", note)
+    monkeypatch.setattr(training.trainer, "losses", lambda *_: torch.zeros(2))
+    for seed in (0, 1, 2, 65_536, 2**32, 2**32 + 1):
+        learning = trainer(host, training, model, pairs, seed=seed)
+        for place in (0, 1, 2, 65_537, 1_000_003, 1_000_004):
+            learning.loss(place)
+    assert len(seen) == 6 * 6 * 2
+    assert len(set(seen)) == len(seen)
+
+
+def test_an_old_checkpoint_keeps_its_draws(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: a checkpoint from before the draws were hashed goes on with the numbers it was made with,
+    and so does one that is made of it; a checkpoint of a newer pack is refused.
+    """
+    pairs = encoded(training, tmp_path)
+    seeds: list[int] = []
+
+    def note(objective: Any, used: list[int], *rest: Any) -> Any:
+        seeds.extend(used)
+        return training.objective.draw(objective, used, *rest)
+
+    def marked(mark: int | None) -> Path:
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        state.pop("draws")
+        torch.save(state if mark is None else {**state, "draws": mark}, tmp_path / "other.pt")
+        return tmp_path / "other.pt"
+
+    with gradients():
+        learning = trainer(host, training, model, pairs, seed=7)
+        learning.run_step()
+        learning.save(tmp_path / "state.pt")
+        monkeypatch.setattr(training.trainer, "draw", note)
+        for path in (marked(None), tmp_path / "again.pt"):
+            old = trainer(host, training, model, pairs, seed=7)
+            old.load(path)
+            old.run_step()
+            old.save(tmp_path / "again.pt")
+    places = [(7 * 1_000_003 + place) * 65_537 for place in (1, 2)]
+    assert seeds == [place + row for place in places for row in (0, 1)]
+    with pytest.raises(ValueError, match=r"other.pt is a checkpoint of a newer version of the pack"):
+        trainer(host, training, model, pairs, seed=7).load(marked(99))
+
+
+@pytest.mark.parametrize(("stored", "cast"), [(torch.float16, None), (torch.bfloat16, torch.float16)])
+def test_fp16_models_are_scaled(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, stored: torch.dtype, cast: torch.dtype | None
+) -> None:
+    """Protects: with a network that computes in fp16, because its weights are or because it is cast, the
+    setting fp32 has the gradient that the network has in fp32: small ones are not lost.
+    """
+    pairs = encoded(training, tmp_path, pairs=2)
+    model = small_models.small_unet(dtype=stored)
+    found = []
+    for compute in (cast, torch.float32):
+        model.model.manual_cast_dtype = compute
+        learning = trainer(host, training, model, pairs, clip=1e9)
+
+        def keep(*_: Any, learning: Any = learning) -> None:
+            found.append(torch.cat([weight.grad.flatten() for weight in learning._weights]))
+
+        learning._optimiser.register_step_pre_hook(keep)
+        # As in a batch of 128 rows, whose mean divides each row's gradient.
+        whole = learning.loss
+        learning.loss = lambda place, whole=whole: whole(place) / 64
+        with gradients():
+            learning.run_step()
+    assert float(torch.nn.functional.cosine_similarity(*found, dim=0)) > 0.999
 
 
 def test_accumulation_is_a_larger_batch(

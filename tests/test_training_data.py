@@ -236,8 +236,22 @@ def studio_text(host: Host, studio: Any, text: str) -> Any:
     return host.execute("CLIPTextEncode", clip=studio[1], text=text)[0]
 
 
-def test_an_interrupt_keeps_what_was_learned(host: Host, folder: Path, studio: Any) -> None:
-    """Protects: an interrupted training leaves a bridge file of the steps it took."""
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (None, comfy.model_management.InterruptProcessingException),
+        (comfy.model_management.OOM_EXCEPTION("CUDA out of memory"), comfy.model_management.OOM_EXCEPTION),
+        (RuntimeError("of another kind"), RuntimeError),
+    ],
+    ids=["interrupt", "memory", "other"],
+)
+def test_what_was_learned_is_kept(
+    host: Host, folder: Path, studio: Any, problem: Exception | None, expected: type[BaseException]
+) -> None:
+    """Protects: whatever stops a training, it leaves a bridge file of the steps it took, beside one of the
+    same name from before; with no memory left it says so, where the file is and what to do; the next training
+    runs.
+    """
     for name in ("a", "b"):
         write_pair(folder, name, seed=ord(name))
     model = studio[0]
@@ -247,27 +261,100 @@ def test_an_interrupt_keeps_what_was_learned(host: Host, folder: Path, studio: A
     def stop(*_: Any) -> None:
         nonlocal calls
         calls += 1
+        if calls == 6 and problem is not None:
+            raise problem
         if calls == 6:
             comfy.model_management.interrupt_current_processing()
 
+    inputs = {"model": model, "bridge": start, "pairs": encode(host, folder, studio), "batch": 2}
+    kept_in = Path(folder_paths.get_folder_paths("attention_bridges")[0])
+    kept_in.mkdir(exist_ok=True)
+    (kept_in / "stopped-step2_00001_.safetensors").write_bytes(b"older")
     handle = model.model.diffusion_model.register_forward_pre_hook(stop)
     try:
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            host.execute(
-                "DescEditTrainBridge",
-                model=model,
-                bridge=start,
-                pairs=encode(host, folder, studio),
-                steps=50,
-                batch=2,
-                name="stopped",
-            )
+        with pytest.raises(expected) as raised:
+            host.execute("DescEditTrainBridge", **inputs, steps=50, name="stopped")
     finally:
         handle.remove()
-    path = Path(folder_paths.get_folder_paths("attention_bridges")[0]) / "stopped-step2.safetensors"
+    if expected is comfy.model_management.OOM_EXCEPTION:
+        said = str(raised.value)
+        assert "DescEditTrainBridge: no memory left in step 3" in said
+        assert "kept as stopped-step2_00002_.safetensors. Lower batch" in said
+    path = kept_in / "stopped-step2_00002_.safetensors"
     (kept,) = host.execute("DescEditLoadBridge", bridge_name=path.name)
-    path.unlink()
-    assert float(kept.model.state_dict()["middle.0.0.fuse.weight"].abs().max()) > 0
+    assert (kept_in / "stopped-step2_00001_.safetensors").read_bytes() == b"older"
+    for file in kept_in.glob("stopped*"):
+        file.unlink()
+    host.execute("DescEditTrainBridge", **inputs, steps=2)
+    expected_weights = host.execute("DescEditTrainBridge", **inputs, steps=2)[0].model.state_dict()
+    assert float(expected_weights["middle.0.0.fuse.weight"].abs().max()) > 0
+    for name, weight in kept.model.state_dict().items():
+        assert torch.equal(weight, expected_weights[name]), name
+
+
+def test_the_host_is_asked_for_memory(
+    host: Host, folder: Path, studio: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: training asks the host for at least what autograd keeps of a step, for less with
+    checkpointing and for more with a larger batch.
+    """
+    for name in ("a", "b"):
+        write_pair(folder, name, seed=ord(name))
+    model = studio[0]
+    (start,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
+    inputs = {"model": model, "bridge": start, "pairs": encode(host, folder, studio), "steps": 1}
+    asked, load = [], comfy.model_management.load_models_gpu
+
+    def note(models: list[Any], memory_required: float = 0, **rest: Any) -> None:
+        asked.append(memory_required)
+        load(models, memory_required=memory_required, **rest)
+
+    found: dict[int, int] = {}
+    weights = {weight.untyped_storage().data_ptr() for weight in model.model.state_dict().values()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        host.execute("DescEditTrainBridge", **inputs, batch=2)
+    kept = sum(found.values())
+    host.execute("DescEditTrainBridge", **inputs, batch=2, checkpointing=True)
+    host.execute("DescEditTrainBridge", **inputs, batch=1)
+    two, checkpointed, one = asked
+    assert kept < two < 1.5 * kept
+    assert checkpointed < 0.6 * two
+    assert one < 0.7 * two
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting model"), (8, "an instruct-pix2pix model")])
+def test_models_with_more_channels(host: Host, folder: Path, studio: Any, channels: int, kind: str) -> None:
+    """Protects: inpainting and instruct-pix2pix models are refused by name, before anything is loaded."""
+    import small_models
+
+    write_pair(folder, "a")
+    model = small_models.small_unet(layout={"in_channels": channels})
+    (bridge,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
+    message = rf"DescEditTrainBridge: this _SmallSD15 takes {channels} channels .*: it is {kind}"
+    with pytest.raises(ValueError, match=message):
+        host.execute(
+            "DescEditTrainBridge", model=model, bridge=bridge, pairs=encode(host, folder, studio), steps=1
+        )
+
+
+@pytest.mark.parametrize("sampling", ["lcm", "x0", "img_to_img"])
+def test_samplings_that_cannot_be_trained(host: Host, folder: Path, studio: Any, sampling: str) -> None:
+    """Protects: a MODEL whose sampling predicts neither noise nor v at its own timesteps is refused."""
+    write_pair(folder, "a")
+    (bridge,) = host.execute("DescEditNewBridge", model=studio[0], rank=4, alpha=4.0)
+    (model,) = host.execute("ModelSamplingDiscrete", model=studio[0], sampling=sampling, zsnr=False)
+    with pytest.raises(ValueError, match=r"DescEditTrainBridge: the sampling of this MODEL .* cannot be"):
+        host.execute(
+            "DescEditTrainBridge", model=model, bridge=bridge, pairs=encode(host, folder, studio), steps=1
+        )
 
 
 def test_wrong_inputs(host: Host, folder: Path, studio: Any) -> None:

@@ -15,6 +15,7 @@ from ..models.sites import find_sites
 from ..models.tiny_studio import studio
 from ..patches.gradient import weights_streamed
 from .cache import file_fingerprint
+from .objective import check_trainable
 
 TINY_STUDIO = "tiny_studio"
 
@@ -63,12 +64,8 @@ class Base:
             model, *_ = self._load(output_model=True, model_options={"dtype": dtype})
         if model is None:
             raise ValueError(f"{self.file.name} has no UNet: take a whole checkpoint")
-        find_sites(model.model.diffusion_model, "training")
-        if model.model.diffusion_model.num_classes is not None:
-            raise ValueError(
-                f"{self.file.name} is a model with pooled text (SDXL), which cannot be trained yet: use "
-                "SD1.x or SD2.x"
-            )
+        find_sites(model.model.diffusion_model, self.file.name)
+        check_trainable(model, self.file.name)
         model.model.requires_grad_(False)
         to_device(model)
         return model

@@ -20,8 +20,8 @@ import yaml
 
 from ..models.bridge import BridgeSettings
 from ..models.sites import SiteKey
+from .settings import TrainSettings
 from .sources import DataConfig
-from .trainer import TrainSettings
 
 DEVICES = ("auto", "cuda")
 

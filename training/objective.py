@@ -22,6 +22,8 @@ from ..patches.checkpointing import checkpointed
 DROPOUTS = ("paper", "release", "none")
 DROPPED_IMAGES = ("off", "white")
 REFERENCE_TIMES = ("zero", "same")
+# What the channels beside the latent are for, by how many they are.
+_MORE_CHANNELS = {5: "an inpainting model", 4: "an instruct-pix2pix model"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,38 @@ class Draws:
     no_text: torch.Tensor
     no_image: torch.Tensor
     no_edit: torch.Tensor
+
+
+def check_trainable(model: Any, who: str) -> None:
+    """Raise ValueError, naming `who`, for a ModelPatcher that the objective does not know: one whose UNet
+    takes more than a latent and a text, or that predicts neither noise nor v at the UNet's own timesteps.
+    """
+    unet, family = model.model.diffusion_model, type(model.model.model_config).__name__
+    channels = model.get_model_object("latent_format").latent_channels
+    if unet.in_channels != channels:
+        kind = _MORE_CHANNELS.get(unet.in_channels - channels, "a model for another purpose")
+        raise ValueError(
+            f"{who}: this {family} takes {unet.in_channels} channels where a latent has {channels}: it is "
+            f"{kind}, which cannot be trained; use the plain base model"
+        )
+    if unet.num_classes is not None:
+        raise ValueError(
+            f"{who}: {family} is a model with pooled text (SDXL), which cannot be trained yet: use SD1.x or "
+            "SD2.x"
+        )
+    sampling, known = model.get_model_object("model_sampling"), comfy.model_sampling
+    predicts = type(sampling).calculate_denoised
+    last = len(getattr(sampling, "sigmas", ())) - 1
+    if (
+        predicts not in (known.EPS.calculate_denoised, known.V_PREDICTION.calculate_denoised)
+        or last < 1
+        or round(float(sampling.timestep(sampling.sigmas[-1]))) != last
+    ):
+        kinds = ", ".join(base.__name__ for base in type(sampling).__bases__)
+        raise ValueError(
+            f"{who}: the sampling of this MODEL ({kinds}) cannot be trained: it must predict noise (eps) or "
+            "v at the base model's own timesteps. Take out the node that changed it"
+        )
 
 
 def draw(objective: Objective, seeds: Sequence[int], shape: Sequence[int], timesteps: int) -> Draws:

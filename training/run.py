@@ -33,8 +33,9 @@ from .base import Base, free
 from .cache import EncodedPairs, encode_share, indexed_pairs
 from .checkpoints import Checkpoints
 from .config import Config, documented, read_config
+from .settings import PRECISIONS
 from .sources import DataConfig
-from .trainer import PRECISIONS, Team, Trainer
+from .trainer import Team, Trainer
 from .validation import Validation, save_picture, validation_data
 
 BRIDGE = "bridge.safetensors"
@@ -159,7 +160,7 @@ class Run:
         digest = hashlib.sha256(str(self.trainer.step).encode())
         for weight in self.trainer.bridge.parameters():
             digest.update(weight.detach().cpu().numpy().tobytes())
-        mark = torch.tensor([int.from_bytes(digest.digest()[:7])], device=self.trainer.device)
+        mark = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=self.trainer.device)
         marks = self.accelerator.gather(mark).tolist()
         if len(set(marks)) > 1:
             other = [rank for rank, found in enumerate(marks) if found != marks[0]]

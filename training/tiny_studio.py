@@ -22,7 +22,8 @@ from ..models.tiny_studio.training_tools import say
 from .cache import EncodedPairs, encode_pairs
 from .objective import Objective
 from .pairs import EditPair
-from .trainer import Trainer, TrainSettings
+from .settings import TrainSettings
+from .trainer import Trainer
 
 WORK = Path(__file__).resolve().parent.parent / ".studio" / "bridges"
 COMPARED = Path(__file__).resolve().parent.parent / "evaluation" / "bridges"

@@ -6,13 +6,13 @@ that was stopped and goes on from its checkpoint takes the same steps as one tha
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +22,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from ..models.bridge import AttentionBridge
 from ..patches.bridge_core import Bank
 from .cache import EncodedPairs
-from .objective import Objective, draw, losses
+from .objective import draw, losses
 from .pairs import batches
+from .settings import PRECISIONS, TrainSettings, optimiser_class
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMISERS = {
-    "adamw": torch.optim.AdamW,
-    # Its steps then have the size of AdamW's, and so has the rate that suits it.
-    "muon": partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
-}
 FORWARDS = "forwards a step"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a bridge is trained; the defaults are the paper's, where it says.
-
-    batch: pairs a forward. accumulate: forwards a step. optimiser: `adamw` or `muon`. learning_rate,
-    weight_decay: the optimiser's. decay: the number of steps over which the rate falls to zero along half a
-    cosine, to start again from its peak (SGDR, arXiv 1608.03983); 0 for a constant rate. clip: largest norm
-    of the gradient. precision: `fp32`, or `bf16` or `fp16` by autocast. ema: decay of the weights' moving
-    average, 0 for none. seed: of order and noise. objective: what is learned. checkpointing: compute layers
-    again for their gradient instead of keeping what they need for it, which takes much less memory.
-
-    Raises ValueError for settings that cannot be.
-    """
-
-    batch: int = 4
-    accumulate: int = 1
-    optimiser: str = "adamw"
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.01
-    decay: int = 0
-    clip: float = 1.0
-    precision: str = "fp32"
-    ema: float = 0.0
-    seed: int = 42
-    objective: Objective = field(default_factory=Objective)
-    checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("precision", PRECISIONS), ("optimiser", OPTIMISERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be one of {', '.join(allowed)}")
-        positive = {name: getattr(self, name) for name in ("batch", "accumulate", "learning_rate", "clip")}
-        for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value} but must be above 0")
-        if not 0 <= self.ema < 1 or self.weight_decay < 0 or self.decay < 0:
-            raise ValueError(
-                f"ema is {self.ema}, weight_decay {self.weight_decay} and decay {self.decay}, but ema must "
-                "be 0 or more and below 1, and the others 0 or more"
-            )
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if not self.decay:
-            return self.learning_rate
-        return self.learning_rate * (1 + math.cos(math.pi * (step % self.decay) / self.decay)) / 2
+# How a pair's random numbers follow from the seed; a checkpoint goes on with the rule that it was made with.
+FIRST_DRAWS, DRAWS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -124,10 +73,13 @@ class Trainer:
         self.losses: list[float] = []
         self.gradient_norm = 0.0
         self._weights = [weight.requires_grad_() for weight in bridge.parameters()]
-        self._optimiser = OPTIMISERS[settings.optimiser](
+        self._optimiser = optimiser_class(settings.optimiser)(
             self._weights, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        # Small gradients are zero in fp16, whether autocast or the model's own type brings it in.
+        half = torch.float16 in (PRECISIONS[settings.precision], model.get_dtype_inference())
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self._draws = DRAWS
         self._average = [weight.detach().clone() for weight in self._weights] if settings.ema else []
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
@@ -153,6 +105,8 @@ class Trainer:
             group["lr"] = settings.rate(self.step)
         self._scaler.step(self._optimiser)
         self._scaler.update()
+        if self._scaler.is_enabled() and self._scaler.get_scale() < 1:
+            self._check_finite("gradient", math.inf)
         self._optimiser.zero_grad(set_to_none=True)
         for average, weight in zip(self._average, self._weights, strict=False):
             average.lerp_(weight.detach(), 1 - settings.ema)
@@ -174,7 +128,7 @@ class Trainer:
             self._optimiser.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the {what} of step {self.step + 1} is {value}: the weights of the step before are kept. "
-                "Lower the learning rate, or use bf16 or fp32"
+                "Lower the learning rate, or compute in bf16 or fp32, the model as well"
             )
 
     def loss(self, place: int) -> torch.Tensor:
@@ -182,7 +136,7 @@ class Trainer:
         settings = self.settings
         numbers = self._batch(place)
         batch = self.pairs.batch(numbers, self.device, self.model.process_latent_in)
-        seeds = [_seed(settings.seed, place, row) for row in range(len(numbers))]
+        seeds = [_seed(self._draws, settings.seed, place, row) for row in range(len(numbers))]
         schedule = len(self.model.model_sampling.sigmas)
         draws = draw(settings.objective, seeds, batch.edit.shape[1:], schedule)
         dtype = PRECISIONS[settings.precision]
@@ -226,6 +180,7 @@ class Trainer:
             "optimiser": self._optimiser.state_dict(),
             "scaler": self._scaler.state_dict(),
             "average": self._average,
+            "draws": self._draws,
             "step": self.step,
             "losses": self.losses,
         }
@@ -259,9 +214,14 @@ class Trainer:
         if other:
             differences = "; ".join(f"{name} {theirs.get(name)} there, {mine[name]} here" for name in other)
             raise ValueError(f"{path.name} is a checkpoint of another configuration: {differences}")
+        draws = state.get("draws", FIRST_DRAWS)
+        if draws > DRAWS:
+            raise ValueError(f"{path.name} is a checkpoint of a newer version of the pack: update the pack")
+        self._draws = draws
         self.bridge.load_state_dict(state["bridge"])
         self._optimiser.load_state_dict(state["optimiser"])
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where nothing was scaled
+            self._scaler.load_state_dict(state["scaler"])
         self._average = [average.to(self.device) for average in state["average"]]
         self.step, self.losses = state["step"], state["losses"]
 
@@ -282,6 +242,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _seed(seed: int, place: int, row: int) -> int:
-    """A seed for one pair in one forward: the same wherever it is computed."""
-    return (seed * 1_000_003 + place) * 65_537 + row
+def _seed(draws: int, seed: int, place: int, row: int) -> int:
+    """A seed for one pair in one forward: the same wherever it is computed. draws: the rule."""
+    if draws == FIRST_DRAWS:  # which knew no seed that led beyond 64 bits
+        return ((seed * 1_000_003 + place) * 65_537 + row) % 2**64
+    digest = hashlib.sha256(f"{seed} {place} {row}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")

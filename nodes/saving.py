@@ -1,0 +1,55 @@
+"""Names that users give to files, and where a new file of such a name goes. Nothing is ever replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import folder_paths
+
+SUFFIX = ".safetensors"
+LONGEST = 200  # bytes: file systems take 255, and a counter and an ending come behind it
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
+# Devices, whatever comes behind a dot (learn.microsoft.com, "Naming Files, Paths, and Namespaces").
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+
+
+def checked_name(node: str, name: str) -> str:
+    """A file's name without its ending. Raises ValueError, naming `node`, for one that has a folder in it or
+    that some system cannot write.
+    """
+    stem = name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
+    problem = None
+    if not stem.strip():
+        problem = "is empty"
+    elif found := _FORBIDDEN.search(stem):
+        folder = found[0] in "/\\"
+        problem = "has a folder in it" if folder else f"has the character {found[0]!r} in it"
+    elif stem != stem.strip() or stem.endswith("."):
+        problem = "begins or ends with a space or ends with a dot"
+    elif stem.startswith("."):
+        problem = "begins with a dot"
+    elif _DEVICE.match(stem):
+        problem = "is the name of a device on Windows"
+    elif len(stem.encode(errors="replace")) > LONGEST:
+        problem = f"is longer than {LONGEST} bytes"
+    elif not stem.isprintable():
+        problem = "has characters that cannot be shown"
+    if problem:
+        raise ValueError(
+            f"{node}: name is {name!r}, which {problem}: give a plain file name that every system can write, "
+            "such as soft-portraits"
+        )
+    return stem
+
+
+def next_path(folder: Path, stem: str) -> Path:
+    """Where the next file of a name goes, as Save Image counts: `stem_00001_.safetensors`, and so on; with
+    that node's %year% and the like. `folder` is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _, stem, counter, *_ = folder_paths.get_save_image_path(stem, str(folder))
+    while os.path.lexists(path := folder / f"{stem}_{counter:05}_{SUFFIX}"):
+        counter += 1
+    return path

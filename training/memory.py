@@ -1,0 +1,61 @@
+"""What training takes of memory, so that the host can make room for it.
+
+Counted is what autograd keeps of a forward that feeds a bridge, as `evaluation.bench_training` finds it on
+the real modules: of a ResBlock three times its inputs and outputs; of a transformer 32 times its tokens (two
+norms and projections around it, queries, keys, values, attention and gated feed-forward, and the bridge's
+share), and of a checkpointed one its input and what the bridge reads of the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+
+from ..models.bridge import AttentionBridge
+from .settings import PRECISIONS, TrainSettings
+
+_RESBLOCK, _TRANSFORMER, _BANK = 3, 32, 2
+# Of float32: the weights, their gradient, and both of AdamW's averages.
+_LEARNED = 4
+
+
+def training_bytes(
+    model: Any, bridge: AttentionBridge, settings: TrainSettings, sizes: Sequence[tuple[int, int]]
+) -> int:
+    """Bytes that a training step needs beside the UNet's weights, for the largest of the latents' `sizes`.
+
+    model: the host's BaseModel.
+    """
+    dtype = PRECISIONS[settings.precision] or model.get_dtype_inference()
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    size = max(sizes, key=math.prod)
+    numbers = _kept(model.diffusion_model, size, settings.checkpointing)
+    parameters = sum(weight.numel() for weight in bridge.parameters())
+    copies = _LEARNED + bool(settings.ema)
+    cast = itemsize if itemsize < 4 else 0
+    return settings.batch * numbers * itemsize + parameters * (4 * copies + cast)
+
+
+def _kept(unet: torch.nn.Module, size: tuple[int, int], checkpointing: bool) -> int:
+    """Numbers that are kept for one row."""
+    grid, inputs, inside = size, 0, []
+    for module in unet.modules():
+        tokens = math.prod(grid)
+        if isinstance(module, Downsample):
+            grid = tuple((side + 1) // 2 for side in grid)
+        elif isinstance(module, Upsample):
+            grid = tuple(side * 2 for side in grid)
+        elif isinstance(module, ResBlock):
+            inputs += tokens * module.channels
+            inside.append(_RESBLOCK * tokens * (module.channels + module.out_channels))
+        elif isinstance(module, SpatialTransformer):
+            blocks = module.transformer_blocks
+            width = blocks[0].n_heads * blocks[0].d_head
+            inputs += tokens * width * (1 + _BANK * len(blocks))
+            inside.append(_TRANSFORMER * tokens * width * len(blocks))
+    return inputs + max(inside) if checkpointing else sum(inside)
