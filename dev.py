@@ -326,7 +326,20 @@ def run(host: Host, arguments: Sequence[str]) -> int:
 
 
 def test(host: Host, arguments: Sequence[str]) -> int:
-    return call(host, ["-m", "pytest", *arguments], ROOT)
+    return call(host, ["-m", "pytest", *workers(host, arguments), *arguments], ROOT)
+
+
+def workers(host: Host, arguments: Sequence[str]) -> list[str]:
+    """pytest's arguments for two processes that share the files, where there are two cores and pytest-xdist.
+
+    None where the caller chose a number, or wants to see or stop in a test.
+    """
+    own = re.compile(r"-n(\d+|auto|logical)?$|--numprocesses|-s$|--capture|--pdb|--trace$")
+    if any(map(own.match, arguments)) or (os.cpu_count() or 1) < 2:
+        return []
+    command = [str(host.python), "-c", "import xdist"]
+    there = subprocess.run(command, capture_output=True).returncode == 0
+    return ["-n", "2", "--dist", "loadfile"] if there else []
 
 
 def check(host: Host, arguments: Sequence[str]) -> int:
@@ -355,7 +368,7 @@ MODULES = {
     "studio": ("evaluation.studio_report", "train the small model that ships; studio --report measures it"),
 }
 COMMANDS = {
-    "test": (test, "run the tests; takes pytest's arguments, and --page for those in a browser"),
+    "test": (test, "run the tests; takes pytest's arguments, --page (in a browser) and --device cuda"),
     "check": (check, "ruff's rules and its format"),
     "run": (run, "run MODULE: run any module of the pack inside ComfyUI's Python"),
 }

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import host as _host
 import pytest
 
-_host.prepare()
-
-from memory_modes import MODES  # noqa: E402 - it imports the host
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--page", action="store_true", help="run tests/page too: ComfyUI's page in Chromium")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where models run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        _host.prepare(config.getoption("--device"))
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -26,17 +31,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(scope="session")
 def host() -> _host.Host:
-    """ComfyUI in this process, on the CPU, with the pack loaded by its own loader."""
+    """ComfyUI in this process with the pack loaded by its own loader."""
     return _host.Host()
 
 
-@pytest.fixture(scope="module", params=MODES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "memory_mode" not in metafunc.fixturenames:
+        return
+    own = metafunc.definition.iter_markers("parametrize")
+    if not any("memory_mode" in mark.args[0] for mark in own):
+        metafunc.parametrize("memory_mode", importlib.import_module("memory_modes").MODES, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def memory_mode(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs what asks for it once in every memory mode: its models must be loaded in it too, so a fixture that
     loads one asks for it as well. A test that needs certain modes only says so with
     `@pytest.mark.parametrize("memory_mode", ["lazy"], indirect=True)`.
     """
-    with MODES[request.param]():
+    with importlib.import_module("memory_modes").MODES[request.param]():
         yield request.param
 
 

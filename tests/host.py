@@ -1,7 +1,8 @@
 """A ComfyUI for the tests: inside this process, and as a running server.
 
-`prepare` makes the host importable and must run before anything imports `comfy`; conftest does so. `Host`
-loads the pack through the host's own loader and runs nodes and graphs the way its executor does.
+`prepare` makes the host importable and must run before anything imports `comfy`; conftest does so. `device`
+is the one that models run on: a tensor that a test hands to a network by itself belongs there. `Host` loads
+the pack through the host's own loader and runs nodes and graphs the way its executor does.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def _load_file(name: str, path: Path) -> ModuleType:
 server = _load_file("descriptive_edit_server", ROOT / "evaluation" / "server.py")
 NodeError = server.NodeError
 Prompt = dict[str, dict[str, Any]]
+_on_cpu = True
 
 
 def comfyui_path() -> Path:
@@ -44,18 +46,46 @@ def comfyui_path() -> Path:
     return path
 
 
-def prepare() -> None:
-    """Put the host on the import path and give it its arguments: the CPU, and a base directory of its own."""
+def prepare(device_type: str = "cpu") -> None:
+    """Put the host on the import path and give it its arguments: the device, and a base directory of its own.
+
+    One thread of the CPU, here and in what is started from here. On a card float32 is float32, and what has a
+    deterministic kernel uses it; RuntimeError if there is none.
+    """
+    global _on_cpu
+    _on_cpu = device_type == "cpu"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.set_num_threads(1)
+    if not _on_cpu:
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"--device {device_type}: torch {torch.__version__} finds no such device here")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     base = server.temporary_base()
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     # Before everything else: the host's `nodes` must win over ours.
     sys.path.insert(0, str(comfyui_path()))
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base)]
+    kind = server_arguments() or ["--deterministic"]
+    arguments, sys.argv = sys.argv, ["main.py", *kind, "--base-directory", str(base)]
     try:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
     finally:
         sys.argv = arguments
+
+
+def server_arguments() -> list[str]:
+    """What a server of the tests is started with, so that it runs on the device that was asked for."""
+    return ["--cpu"] if _on_cpu else []
+
+
+def device() -> Any:
+    """The torch.device that the host runs models on."""
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device()
 
 
 class _Collector(logging.Handler):
@@ -73,9 +103,6 @@ class Host:
     """The host in this process, with the pack loaded once."""
 
     def __init__(self) -> None:
-        import torch
-
-        torch.set_num_threads(1)
         import execution
         import folder_paths
         from server import PromptServer
@@ -175,4 +202,4 @@ async def _outputs(executor: Any, prompt: Prompt) -> dict[str, tuple[Any, ...]]:
 
 def live_server() -> Any:
     """A running server on a free port; see evaluation/server.py for what it can do."""
-    return server.Server(comfyui_path(), ["--cpu"])
+    return server.Server(comfyui_path(), server_arguments())

@@ -11,7 +11,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from host import ROOT
@@ -239,6 +239,43 @@ def test_bad_edit_is_one_line(tmp_path: Path, arguments: list[str], message: str
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert message in done.stderr
     assert not (tmp_path / "output").exists()
+
+
+TWO = ["-n", "2", "--dist", "loadfile"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cores", "xdist", "added"),
+    [
+        (["--page", "-k", "-name"], 2, True, TWO),
+        (["tests/test_dev.py", "--device", "cuda"], 16, True, TWO),
+        ([], 1, True, []),
+        ([], 2, False, []),
+        (["-n8"], 2, True, []),
+        (["-n", "0"], 2, True, []),
+        (["--numprocesses=4"], 2, True, []),
+        (["--pdb"], 2, True, []),
+        (["-s"], 2, True, []),
+    ],
+)
+def test_two_workers(
+    dev: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    cores: int,
+    xdist: bool,
+    added: list[str],
+) -> None:
+    """Protects: the suite runs in two processes where there are two cores; in one where the user chose so or
+    a ComfyUI of the user's own has no pytest-xdist.
+    """
+    calls: list[list[str]] = []
+    monkeypatch.setattr(dev.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(dev.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=int(not xdist)))
+    monkeypatch.setattr(dev, "call", lambda host, words, folder: calls.append(words))
+    dev.test(dev.Host(tmp_path, Path(sys.executable)), arguments)
+    assert calls == [["-m", "pytest", *added, *arguments]]
 
 
 def test_unknown_command(dev: ModuleType) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from host import ROOT, comfyui_path, server
+from host import ROOT, live_server
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 SCREENSHOTS = ROOT / "output" / "page"
@@ -157,7 +157,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def site(browser: Browser) -> Iterator[Site]:
     """The page in English, on a server of its own."""
-    with server.Server(comfyui_path(), ["--cpu"]) as running:
+    with live_server() as running:
         bridge = running.base / "models" / "attention_bridges" / "tiny_studio.safetensors"
         bridge.parent.mkdir()
         shutil.copy(ROOT / "models" / "tiny_studio" / "bridge.safetensors", bridge)
