@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.utils
 import folder_paths
 import safetensors
@@ -17,6 +16,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from einops import rearrange, repeat
 from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
+
+from ..models.operations import manual_cast
 
 NODE = "DescEditMetrics"
 FOLDER = "dino"
@@ -81,7 +82,7 @@ class Dino(torch.nn.Module):
         places: int,
         *,
         keys: bool = False,
-        operations: Any = comfy.ops.manual_cast,
+        operations: Any = manual_cast,
     ) -> None:
         super().__init__()
         self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, width))

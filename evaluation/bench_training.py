@@ -20,7 +20,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
-import comfy.ops
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
@@ -28,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..models.bridge import AttentionBridge, BridgeSettings, widths_of
+from ..models.operations import disable_weight_init
 from ..models.sites import find_sites
 from ..patches.bridge_core import Bank
 from ..training.objective import Batch, Draws, Objective, losses
@@ -43,7 +43,7 @@ GB = 1e9
 
 def parts(dtype: torch.dtype, device: torch.device | None = None) -> tuple[Any, AttentionBridge]:
     """What the objective needs of SD1.5, with frozen weights as they come, and its bridge at rank 64."""
-    unet = UNetModel(**UNET, dtype=dtype, device=device, operations=comfy.ops.disable_weight_init)
+    unet = UNetModel(**UNET, dtype=dtype, device=device, operations=disable_weight_init)
     unet.requires_grad_(False)
     settings = BridgeSettings("SD15", widths_of(find_sites(unet, "training")))
     bridge = AttentionBridge(settings, torch.float32, device)

@@ -9,6 +9,8 @@ import comfy.model_patcher
 import torch
 from comfy.supported_models import SD15
 
+from ..models.operations import disable_weight_init
+
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -35,6 +37,7 @@ def random_sd15(seed: int = 0) -> Any:
     """A ModelPatcher of 860M float32 parameters (3.4 GB), every weight uniform with SD1.5's usual spread."""
     config = SD15(dict(UNET))
     config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = disable_weight_init
     model = config.get_model({}, "")
     torch.manual_seed(seed)
     for name, weight in model.diffusion_model.named_parameters():

@@ -12,9 +12,9 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import torch
 
+from .operations import manual_cast
 from .sites import Site, SiteKey
 
 DIRECTIONS = ("edit_queries", "reference_queries")
@@ -71,10 +71,10 @@ class BridgeSettings:
 class LowRank(torch.nn.Module):
     """A LoRA update: x -> (alpha / rank) up(down(x)), from and to `width` channels."""
 
-    def __init__(self, width: int, settings: BridgeSettings, linear: Any, **placed: Any) -> None:
+    def __init__(self, width: int, settings: BridgeSettings, **placed: Any) -> None:
         super().__init__()
-        self.down = linear(width, settings.rank, bias=False, **placed)
-        self.up = linear(settings.rank, width, bias=False, **placed)
+        self.down = manual_cast.Linear(width, settings.rank, bias=False, **placed)
+        self.up = manual_cast.Linear(settings.rank, width, bias=False, **placed)
         self.scale = settings.alpha / settings.rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,22 +84,26 @@ class LowRank(torch.nn.Module):
 class SiteBridge(torch.nn.Module):
     """One site's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`."""
 
-    def __init__(self, width: int, settings: BridgeSettings, linear: Any, **placed: Any) -> None:
+    def __init__(self, width: int, settings: BridgeSettings, **placed: Any) -> None:
         super().__init__()
         for name in PROJECTIONS:
-            self.add_module(name, LowRank(width, settings, linear, **placed))
-        self.fuse = linear(width, width, bias=False, **placed) if settings.fusion == "linear" else None
+            self.add_module(name, LowRank(width, settings, **placed))
+        linear = settings.fusion == "linear"
+        self.fuse = manual_cast.Linear(width, width, bias=False, **placed) if linear else None
 
 
 class AttentionBridge(torch.nn.Module):
-    """All sites. The state dict's names are the bridge file's, with `.weight` behind them."""
+    """All sites. The state dict's names are the bridge file's, with `.weight` behind them.
+
+    The weights are there from the start, of this dtype and on this device, but without values: call `reset`
+    or load a state dict.
+    """
 
     def __init__(
         self,
         settings: BridgeSettings,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-        operations: Any = comfy.ops.manual_cast,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -109,7 +113,7 @@ class AttentionBridge(torch.nn.Module):
                 if name not in parent._modules:
                     parent.add_module(name, torch.nn.Module())
                 parent = parent._modules[name]
-            site = SiteBridge(width, settings, operations.Linear, dtype=dtype, device=device)
+            site = SiteBridge(width, settings, dtype=dtype, device=device)
             parent.add_module(str(depth), site)
 
     def site(self, key: SiteKey) -> SiteBridge:
@@ -135,17 +139,21 @@ def widths_of(sites: tuple[Site, ...]) -> dict[SiteKey, int]:
 
 
 def manage(bridge: AttentionBridge) -> comfy.model_patcher.ModelPatcher:
-    """The bridge under the host's model management: the value of ATTENTION_BRIDGE."""
+    """The bridge under the host's model management: the value of ATTENTION_BRIDGE.
+
+    Its weights get no gradient: the host copies them into buffers that it uses again, which must not become
+    part of a graph. Who trains copies the bridge.
+    """
     management = comfy.model_management
     return comfy.model_patcher.CoreModelPatcher(
-        bridge,
+        bridge.requires_grad_(False),
         load_device=management.get_torch_device(),
         offload_device=management.unet_offload_device(),
     )
 
 
 def new_bridge(settings: BridgeSettings, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A bridge with start values, in float32 and outside inference mode, as training wants it."""
+    """A bridge with start values, in float32."""
     device = comfy.model_management.unet_offload_device()
     with torch.inference_mode(False):
         return manage(AttentionBridge(settings, torch.float32, device).reset(seed))

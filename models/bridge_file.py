@@ -92,9 +92,9 @@ def load_bridge(path: Path) -> Any:
     _check(path, tensors, shapes)
     device = comfy.model_management.unet_offload_device()
     with torch.inference_mode(False):
-        patcher = manage(AttentionBridge(settings, dtype, device))
-        patcher.model.load_state_dict(tensors, assign=patcher.is_dynamic())
-    return patcher
+        bridge = AttentionBridge(settings, dtype, device)
+        bridge.load_state_dict(tensors)  # copied: whoever replaces the file later must not change the bridge
+        return manage(bridge)
 
 
 def _read(path: Path) -> tuple[Tensors, Mapping[str, str]]:

@@ -255,7 +255,6 @@ class DescEditTrainBridge(io.ComfyNode):
                     f"{node}: no memory left in step {trainer.step + 1}, {kept}. Lower batch and raise "
                     "accumulate, switch checkpointing on, or encode the pairs at a lower resolution"
                 ) from None
-            learned.requires_grad_(False)
             learned.to(comfy.model_management.unet_offload_device())
         return io.NodeOutput(manage(learned), _plot(trainer))
 

@@ -33,12 +33,13 @@ class ModelIdentity:
     @classmethod
     def of(cls, model: Any) -> ModelIdentity:
         """Read a ModelPatcher's identity; unpatched weights are hashed, so it does not matter what is
-        loaded.
+        loaded. They are hashed in the model's dtype: with dynamic VRAM they keep their file's until they are
+        used, and two MODELs of one file need not be loaded alike.
         """
-        digest = hashlib.sha256()
+        digest, dtype = hashlib.sha256(), model.model_dtype()
         for prefix in _SAMPLED_LAYERS:
             for key, entries in model.get_key_patches(prefix).items():
-                weight = entries[0][0].detach().to(device="cpu", dtype=torch.float32)
+                weight = entries[0][0].detach().to(device="cpu", dtype=dtype).float()
                 digest.update(key.encode() + weight.contiguous().numpy().tobytes())
         sampling = model.get_model_object("model_sampling")
         bases = "/".join(base.__name__ for base in type(sampling).__bases__)

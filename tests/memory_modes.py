@@ -7,13 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.memory_management
 import comfy.model_patcher
 import comfy.ops
+import comfy_aimdo.model_mmap
+import numpy as np
 import pytest
 import torch
+
+
+class _Mapping:
+    """In place of the host's mapping of a weights file, whose library needs a card: memory that cannot be
+    written to, as there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._bytes = np.memmap(Path(path), np.uint8, "r")
+
+    def get(self) -> int:
+        """Its address."""
+        return self._bytes.ctypes.data
+
+    def get_file_handle(self) -> None:
+        """No file that a card could read by itself."""
 
 
 @contextmanager
@@ -21,6 +40,7 @@ def _dynamic(enabled: bool, patcher: type) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.memory_management, "aimdo_enabled", enabled)
         patch.setattr(comfy.model_patcher, "CoreModelPatcher", patcher)
+        patch.setattr(comfy_aimdo.model_mmap, "ModelMMAP", _Mapping)
         yield
 
 
@@ -31,7 +51,8 @@ def resident() -> AbstractContextManager[None]:
 
 def lazy() -> AbstractContextManager[None]:
     """Dynamic VRAM, the default on NVIDIA, as main.py switches it on: the host's Linear has no weights, and
-    its Embedding none with content, until a state dict is loaded. On a CPU patchers stay ordinary ones.
+    its Embedding none with content, until a state dict is loaded, and files are mapped. On a CPU patchers
+    stay ordinary ones.
     """
     return _dynamic(True, comfy.model_patcher.ModelPatcherDynamic)
 
@@ -95,3 +116,8 @@ MODES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "lazy": lazy,
     "streamed": streamed,
 }
+
+
+def only(*modes: str) -> pytest.MarkDecorator:
+    """For a test that asks for `memory_mode`: these modes and no others."""
+    return pytest.mark.parametrize("memory_mode", modes, indirect=True)

@@ -27,8 +27,11 @@ SD15_SITES = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("memory_mode")
+
+
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model(memory_mode: str) -> Any:
     """A random UNet."""
     return small_models.small_unet()
 

@@ -12,6 +12,7 @@ import comfy.controlnet
 import comfy.hooks
 import comfy.model_patcher
 import comfy.ops
+import memory_modes
 import pytest
 import small_models
 import torch
@@ -23,8 +24,11 @@ from unify_edit import Edit
 REFERENCE = small_models.latent(9)
 
 
+pytestmark = pytest.mark.usefixtures("memory_mode")
+
+
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model(memory_mode: str) -> Any:
     """A random UNet."""
     return small_models.small_unet()
 
@@ -44,18 +48,19 @@ def control_net() -> Any:
     """CONTROL_NET of the stock cldm kind for the small model, with random weights."""
     names = ("num_heads", "num_head_channels", "use_spatial_transformer", "legacy", "context_dim")
     shared = {name: small_models.UNET[name] for name in names}
-    net = comfy.cldm.cldm.ControlNet(
-        image_size=32,
-        in_channels=4,
-        model_channels=32,
-        hint_channels=3,
-        num_res_blocks=[1, 1, 1],
-        channel_mult=(1, 2, 2),
-        transformer_depth=[1, 1, 1],
-        transformer_depth_middle=1,
-        operations=comfy.ops.manual_cast,
-        **shared,
-    )
+    with memory_modes.resident():
+        net = comfy.cldm.cldm.ControlNet(
+            image_size=32,
+            in_channels=4,
+            model_channels=32,
+            hint_channels=3,
+            num_res_blocks=[1, 1, 1],
+            channel_mult=(1, 2, 2),
+            transformer_depth=[1, 1, 1],
+            transformer_depth_middle=1,
+            operations=comfy.ops.manual_cast,
+            **shared,
+        )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in net.parameters():
@@ -194,6 +199,7 @@ def test_hooks(host: Host, model: Any, bridged: Any) -> None:
     assert torch.equal(sample(host, bridged), plain)
 
 
+@memory_modes.only("resident")
 def test_torch_compile(host: Host) -> None:
     """Protects: the host's TorchCompileModel gives the same latents with a bridge, with the reference in some
     rows only, and outside the bridge's range, whatever the compiled graph saw first.
@@ -274,11 +280,13 @@ def keeps_its_contracts(host: Host, model: Any, times: int, names: tuple[str, ..
         assert not same(together, plain)
 
 
+@memory_modes.only("resident")
 def test_tiny_studio(host: Host) -> None:
     """Protects: the contracts on the Tiny Studio, in every layout of conditionings."""
     keeps_its_contracts(host, host.execute("DescEditTinyStudio")[0], 4, bridge_edit.LAYOUTS, steps=2)
 
 
+@memory_modes.only("resident")
 def test_full_width_sd15(host: Host) -> None:
     """Protects: on SD1.5's own module tree, with random weights, all 16 sites fire, the reference is read
     once, a fresh bridge leaves every bit as it is, and the contracts hold.

@@ -57,7 +57,7 @@ class Validation:
         with trainer.averaged():
             bridge = AttentionBridge(trainer.bridge.settings, torch.float32)
             bridge.load_state_dict(trainer.bridge.state_dict())
-        managed = manage(bridge.requires_grad_(False))
+        managed = manage(bridge)
         try:
             with torch.inference_mode():
                 latents = [self._sample(number, model, managed) for number in range(len(self.edits))]

@@ -8,6 +8,8 @@ from comfy.clip_model import CLIPTextModel
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ..operations import disable_weight_init
+
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -104,7 +106,7 @@ def new_vae() -> AutoencoderKL:
 
 def new_unet() -> UNetModel:
     """A UNet whose residual branches start at zero, as SD's do."""
-    unet = initialise(UNetModel(**UNET, operations=comfy.ops.disable_weight_init))
+    unet = initialise(UNetModel(**UNET, operations=disable_weight_init))
     _zero(unet, "out_layers.3", "proj_out")
     _zero(unet.out, "2")
     return unet
@@ -112,4 +114,4 @@ def new_unet() -> UNetModel:
 
 def new_text_model() -> CLIPTextModel:
     """A CLIP text model with distinct token embeddings of unit variance."""
-    return initialise(CLIPTextModel(TEXT, torch.float32, "cpu", comfy.ops.disable_weight_init))
+    return initialise(CLIPTextModel(TEXT, torch.float32, "cpu", disable_weight_init))

@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import safetensors.torch
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models import SD15
@@ -80,6 +81,8 @@ def load_model(path: Path = FILE, disable_dynamic: bool = False) -> comfy.model_
     model = config.get_model(state, "")
     patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher(model, load_device=device, offload_device=management.unet_offload_device())
+    # With dynamic VRAM a layer takes the dtype of what is loaded into it, not the one asked for.
+    state = {name: weight.to(dtype) for name, weight in state.items()}
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path,))
     return patcher
@@ -104,5 +107,5 @@ def load_vae(path: Path = FILE) -> comfy.sd.VAE:
 def _part(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"Tiny Studio: {path.name} is missing from {path.parent}; reinstall the pack")
-    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    state = safetensors.torch.load_file(path)
     return comfy.utils.state_dict_prefix_replace(state, {prefix: ""}, filter_keys=True)
