@@ -145,8 +145,8 @@ class DescEditFindTokens(io.ComfyNode):
                     "edit_description",
                     multiline=True,
                     tooltip="What it shall show, the same text that is encoded for the guider. Not empty, "
-                    "at most 75 tokens, and other words than the source description. Weights such as "
-                    "(red:1.3) are allowed.",
+                    "at most 75 tokens, and other words than the source description, unless some are named "
+                    "below. Weights such as (red:1.3) and embedding:name are allowed.",
                 ),
                 io.String.Input(
                     "words",
@@ -154,7 +154,7 @@ class DescEditFindTokens(io.ComfyNode):
                     optional=True,
                     tooltip="Words or phrases of the edit description that carry the edit, separated by "
                     "commas. Empty: the words that differ from the source description, or, where words are "
-                    "only left out, the ones beside them.",
+                    "only left out, the ones beside them. Punctuation, case and weights are no difference.",
                 ),
             ],
             outputs=[

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+from .description import Word, read_words, without_spaces
+
 NODE = "DescEditFindTokens"
 ARTICLES = frozenset(("a", "an", "the"))
+_COMMAS = re.compile("[,\uff0c\u3001\u060c]")
 
 
 @dataclass(frozen=True)
@@ -46,135 +50,124 @@ class EditTokens:
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
-@dataclass(frozen=True)
-class _Word:
-    text: str
-    tokens: tuple[int, ...]
-
-
 def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditTokens:
     """Find the edit's tokens: the words of `edit` that are not in `source`, or the given ones.
 
     If `edit` only leaves words out, the words that stood beside them are taken, and the result says so.
+    Punctuation, case, spaces and prompt weights such as "(red:1.3)" make no difference.
 
     clip: the host's CLIP of an SD1.5, SD2.x or SDXL model. words: separated by commas, phrases allowed; all
-    occurrences count. Prompt weights such as "(red:1.3)" may stand in any of the texts.
+    occurrences count.
 
-    Raises ValueError for an empty description, descriptions of the same words, a description longer than one
-    context, and a word that is not in the edit description.
+    Raises ValueError for an empty description, descriptions of the same words where none are named, a
+    description longer than one context, an embedding that is not there, and a word that is not in the edit
+    description.
     """
-    source_words = _words(clip, source, "source_description")
-    edit_words = _words(clip, edit, "edit_description")
-    source_texts = [word.text for word in source_words]
-    edit_texts = [word.text for word in edit_words]
-    if source_texts == edit_texts:
+    all_source, all_edit = (_read(clip, source, "source_description"), _read(clip, edit, "edit_description"))
+    source_words, edit_words = _spoken(all_source), _spoken(all_edit)
+    source_keys, edit_keys = _keys(source_words), _keys(edit_words)
+    if source_keys == edit_keys and not words.strip():
         raise ValueError(
-            f"{NODE}: edit_description says the same as source_description ({edit.strip()!r}): "
-            "describe the image as it should become"
+            f"{NODE}: edit_description says the same as source_description ({edit.strip()!r}; punctuation, "
+            "case and weights do not count): describe the image as it should become, or name in words what "
+            "carries the edit"
         )
-    partners: dict[int, tuple[int, ...]] = {}
-    changed: list[int] = []
-    alignment: list[tuple[int, int]] = []
+    changed: list[Word] = []
     gaps: list[int] = []
-    matcher = SequenceMatcher(None, source_texts, edit_texts, autojunk=False)
-    for kind, low, high, start, end in matcher.get_opcodes():
-        if kind == "equal":
-            pairs = zip(edit_words[start:end], source_words[low:high], strict=True)
-            alignment += [match for new, old in pairs for match in zip(new.tokens, old.tokens, strict=True)]
-        else:
-            changed += range(start, end)
-            gaps += [start] if kind == "delete" else []
-        one_to_one = end - start == high - low
-        for offset in range(end - start):
+    partners: dict[Word, tuple[int, ...]] = {}
+    for kind, low, high, start, end in _differences(source_keys, edit_keys):
+        changed += edit_words[start:end] if kind != "equal" else []
+        gaps += [start] if kind == "delete" else []
+        for offset, word in enumerate(edit_words[start:end]):
+            one_to_one = end - start == high - low
             old = source_words[low + offset : low + offset + 1] if one_to_one else source_words[low:high]
-            partners[start + offset] = tuple(token for word in old for token in word.tokens)
+            partners[word] = tuple(token for word in old for token in word.tokens)
+    alignment: list[tuple[int, int]] = []
+    for kind, low, high, start, end in _differences(_keys(all_source), _keys(all_edit)):
+        pairs = zip(all_edit[start:end], all_source[low:high], strict=True) if kind == "equal" else ()
+        alignment += [match for new, old in pairs for match in zip(new.tokens, old.tokens, strict=True)]
 
     note = ""
     if words.strip():
-        groups = [
-            (phrase.strip(), _occurrences(clip, phrase, edit_texts, edit)) for phrase in words.split(",")
-        ]
+        phrases = _COMMAS.split(words)
+        groups = [(phrase.strip(), _occurrences(clip, phrase, all_edit, edit)) for phrase in phrases]
     else:
-        telling = _telling(changed, edit_texts)
+        telling = _telling(changed)
         if not telling:
-            telling = _beside(gaps, edit_texts)
+            telling = _beside(gaps, edit_words)
             note = "(edit_description only leaves words out: these stand beside them)"
-        groups = [(edit_texts[place], [place]) for place in telling]
+        groups = [(word.text, [word]) for word in telling]
     return EditTokens(
         words=tuple(
             EditWord(
                 text,
-                tuple(token for place in places for token in edit_words[place].tokens),
-                tuple(dict.fromkeys(token for place in places for token in partners[place])),
+                tuple(token for word in found for token in word.tokens),
+                tuple(dict.fromkeys(token for word in found for token in partners.get(word, ()))),
             )
-            for text, places in groups
+            for text, found in groups
         ),
-        edit_length=sum(len(word.tokens) for word in edit_words),
-        source_length=sum(len(word.tokens) for word in source_words),
+        edit_length=sum(len(word.tokens) for word in all_edit),
+        source_length=sum(len(word.tokens) for word in all_source),
         alignment=tuple(alignment),
         note=note,
     )
 
 
-def _telling(places: list[int], texts: list[str]) -> list[int]:
-    """The places that say something: no punctuation, and no articles unless there is nothing else."""
-    spoken = [place for place in places if _spoken(texts[place])]
-    return [place for place in spoken if texts[place] not in ARTICLES] or spoken
-
-
-def _beside(gaps: list[int], texts: list[str]) -> list[int]:
-    """For each gap, the next word that says something, or else the last one before it."""
-    spoken = _telling(list(range(len(texts))), texts)
-    return sorted({next((place for place in spoken if place >= gap), spoken[-1]) for gap in gaps})
-
-
-def _words(clip: Any, text: str, name: str) -> list[_Word]:
-    """The words of a description as its CLIP tokenizer cuts them, lower case and without prompt weights."""
-    if not text.strip():
-        raise ValueError(f"{NODE}: {name} is empty: describe the image")
-    by_encoder = clip.tokenize(text, return_word_ids=True)
-    chunks = by_encoder.get("l") or next(iter(by_encoder.values()))
-    if len(chunks) > 1:
-        count = sum(word_id != 0 for chunk in chunks for _, _, word_id in chunk)
-        raise ValueError(
-            f"{NODE}: {name} has {count} tokens but one context holds {len(chunks[0])} "
-            f"with its start and end mark: shorten it"
-        )
-    words, piece, start = [], "", 1
-    for position, (token, weight, word_id) in enumerate(chunks[0]):
-        if word_id == 0:
-            continue
-        if not isinstance(token, int):
-            words.append(_Word("embedding", (position,)))
-            piece, start = "", position + 1
-            continue
-        ((_, part),) = clip.tokenizer.untokenize([(token, weight)])
-        piece += part
-        if part.endswith("</w>"):
-            words.append(_Word(piece.removesuffix("</w>"), tuple(range(start, position + 1))))
-            piece, start = "", position + 1
-    if not any(_spoken(word.text) for word in words):
+def _read(clip: Any, text: str, name: str) -> list[Word]:
+    """The words of a description, punctuation among them; one of them says something."""
+    found = read_words(NODE, name, clip, text)
+    if not _spoken(found):
         raise ValueError(f"{NODE}: {name} {text!r} holds no word: describe the image")
-    return words
+    return found
 
 
-def _occurrences(clip: Any, phrase: str, edit_texts: list[str], edit: str) -> list[int]:
-    wanted = [word.text for word in _words(clip, phrase, "words")] if phrase.strip() else []
-    starts = [
-        place
-        for place in range(len(edit_texts))
-        if wanted and edit_texts[place : place + len(wanted)] == wanted
-    ]
-    if not starts:
-        raise ValueError(
-            f"{NODE}: words has {phrase.strip()!r}, which is not in edit_description {edit.strip()!r}: "
-            "use words from it, separated by commas"
-        )
-    return [start + offset for start in starts for offset in range(len(wanted))]
+def _keys(words: list[Word]) -> list[str]:
+    return [word.key for word in words]
 
 
-def _spoken(text: str) -> bool:
-    return any(letter.isalnum() for letter in text)
+def _spoken(words: list[Word]) -> list[Word]:
+    return [word for word in words if word.spoken]
+
+
+def _differences(source: list[str], edit: list[str]) -> list[tuple[str, int, int, int, int]]:
+    return SequenceMatcher(None, source, edit, autojunk=False).get_opcodes()
+
+
+def _telling(words: list[Word]) -> list[Word]:
+    """`words` without articles, unless there is nothing else."""
+    return [word for word in words if word.key not in ARTICLES] or words
+
+
+def _beside(gaps: list[int], words: list[Word]) -> list[Word]:
+    """For each gap, the next word that is no article, or else the last one before it."""
+    telling = _telling(words)
+    places = [place for place, word in enumerate(words) if word in telling]
+    found = sorted({next((place for place in places if place >= gap), places[-1]) for gap in gaps})
+    return [words[place] for place in found]
+
+
+def _occurrences(clip: Any, phrase: str, there: list[Word], edit: str) -> list[Word]:
+    """The words of `there` that `phrase` names, with its punctuation or, if it is not there so, without; in
+    scripts without spaces also a part of a word.
+    """
+    wanted = read_words(NODE, "words", clip, phrase) if phrase.strip() else []
+    for sought, words in ((wanted, there), (_spoken(wanted), _spoken(there))):
+        size = len(sought)
+        starts = [
+            start
+            for start in range(len(words))
+            if size and _keys(words[start : start + size]) == _keys(sought)
+        ]
+        if starts:
+            return [word for start in starts for word in words[start : start + size]]
+    if len(wanted) == 1 and without_spaces(wanted[0].key):
+        parts = [part for word in there if (part := word.part(wanted[0].key))]
+        if parts:
+            return parts
+    raise ValueError(
+        f"{NODE}: words has {phrase.strip()!r}, which is not in edit_description {edit.strip()!r}: "
+        "use words from it, separated by commas"
+    )
 
 
 def _listing(tokens: tuple[int, ...]) -> str:

@@ -1,0 +1,239 @@
+"""A description cut into words, each with its tokens, shown as the person wrote them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, compress
+from typing import Any
+
+import torch
+
+# As the host finds them: at the beginning, behind a space, or behind the brackets of a prompt weight.
+_EMBEDDING = re.compile(r"(?<![^\s()])embedding:\s*((?:\\[()]|[^\s<\[()])*)")
+_WEIGHT = re.compile(r":[-+.\d]+$")
+# What other programs' prompts hold and the host encodes as text.
+_SYNTAX = re.compile(r"<[A-Za-z]+:[^<>]*>|\bBREAK\b")
+_JOINERS = "\u200c\u200d"
+# CLIP's vocabulary writes each byte as one letter, which is GPT-2's alphabet: printable ones are themselves.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(0x100) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + n): byte for n, byte in enumerate(_HIDDEN)}
+
+
+@dataclass(frozen=True)
+class Word:
+    """key: what makes it the same word elsewhere. text: as it was written. tokens: its positions in the
+    context, the start mark being 0. spoken: whether it says something, unlike punctuation and the marks of
+    other programs. span: where it is written, if that is known. sizes: the tokens' parts of `key`, in bytes;
+    an embedding has none.
+    """
+
+    key: str
+    text: str
+    tokens: tuple[int, ...]
+    spoken: bool
+    span: tuple[int, int] | None = None
+    embedding: bool = False
+    sizes: tuple[int, ...] = ()
+
+    def part(self, text: str) -> Word | None:
+        """The tokens of the first place in this word where `text` stands, as a word; None if it does not."""
+        wanted = text.encode()
+        begin = self.key.encode().find(wanted)
+        if begin < 0:
+            return None
+        ends = accumulate(self.sizes)
+        bounds = zip(ends, self.sizes, strict=True)
+        inside = [end > begin and end - size < begin + len(wanted) for end, size in bounds]
+        return replace(self, key=text, text=text, tokens=tuple(compress(self.tokens, inside)), sizes=())
+
+
+def read_words(node: str, name: str, clip: Any, text: str) -> list[Word]:
+    """The words of a description; together they hold each of its tokens once.
+
+    Letters, digits and accents that stand together are one word, whatever the tokenizer makes of them. A
+    textual-inversion embedding is one word, and another one is another word. Prompt weights and their
+    brackets are none.
+
+    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model. Raises ValueError, naming `node` and `name`, for
+    an empty text, more than one context, and an embedding that the host would leave out.
+    """
+    if not text.strip():
+        raise ValueError(f"{node}: {name} is empty: describe the image")
+    mentions = _mentions(node, name, clip, text)
+    by_encoder = clip.tokenize(text, return_word_ids=True)
+    chunks = by_encoder.get("l") or next(iter(by_encoder.values()))
+    if len(chunks) > 1:
+        count = sum(word_id != 0 for chunk in chunks for _, _, word_id in chunk)
+        raise ValueError(
+            f"{node}: {name} has {count} tokens but one context holds {len(chunks[0])} "
+            "with its start and end mark: shorten it"
+        )
+    _check_embeddings(node, name, clip, by_encoder)
+    words = [*_cut(clip, chunks[0])]
+    found = [word.key for word in words if word.embedding]
+    for number, mention in enumerate(mentions):
+        if number >= len(found) or found[number] != mention.key:
+            raise ValueError(
+                f"{node}: {name} names {mention.text}, which ComfyUI does not find: put the file into "
+                "models/embeddings, write a weight as (embedding:name:1.2), or leave it out"
+            )
+    spelling = _Spelling(text)
+    return _joined([spelling.find(word, mentions) for word in words], text)
+
+
+def says_something(text: str) -> bool:
+    """Whether `text` holds a letter, a digit or a picture such as an emoji."""
+    return any(map(_says, text))
+
+
+def without_spaces(text: str) -> bool:
+    """Whether `text` is of letters without case only, such as Chinese ones, which need no spaces."""
+    return all(unicodedata.category(character) in ("Lo", "Lm", "Mn", "Mc") for character in text)
+
+
+def _says(character: str) -> bool:
+    category = unicodedata.category(character)
+    beyond = category in ("Sk", "Cf") and ord(character) > 0xFFFF  # skin tones and flags
+    return category[0] in "LNM" or category == "So" or beyond or character in _JOINERS
+
+
+def _cut(clip: Any, chunk: list[tuple[Any, float, int]]) -> Iterator[Word]:
+    """The tokenizer's own words, of which those with punctuation are cut where a token ends."""
+    pieces: list[tuple[int, bytes]] = []
+    vectors: list[tuple[int, torch.Tensor]] = []
+    last = 0
+    for position, (token, weight, word_id) in enumerate([*chunk, (0, 1.0, 0)]):
+        if word_id != last:
+            yield from _runs(pieces)
+            if vectors:
+                places, tensors = zip(*vectors, strict=True)
+                yield Word(_digest(tensors), "embedding", places, spoken=True, embedding=True)
+            pieces, vectors, last = [], [], word_id
+        if word_id == 0:
+            continue
+        if isinstance(token, torch.Tensor):
+            vectors.append((position, token))
+            continue
+        ((_, part),) = clip.tokenizer.untokenize([(token, weight)])
+        pieces.append((position, bytes(_BYTES[letter] for letter in part.removesuffix("</w>"))))
+        if part.endswith("</w>"):
+            yield from _runs(pieces)
+            pieces = []
+
+
+def _runs(pieces: list[tuple[int, bytes]]) -> Iterator[Word]:
+    """One of the tokenizer's words, cut where tokens that say something meet tokens that do not."""
+    text = b"".join(part for _, part in pieces).decode("utf-8", "replace")
+    begins, offset = {}, 0
+    for character in text:
+        begins[offset] = character
+        offset += len(character.encode())
+    runs: list[tuple[str, list[int], bool]] = []
+    offset = 0
+    for position, part in pieces:
+        here = "".join(begins.get(place, "") for place in range(offset, offset + len(part)))
+        offset += len(part)
+        spoken = says_something(here)
+        if runs and (not here or runs[-1][2] == spoken):
+            before, tokens, spoken = runs.pop()
+            runs.append((before + here, [*tokens, position], spoken))
+        else:
+            runs.append((here, [position], spoken))
+    sizes = {position: len(part) for position, part in pieces}
+    for key, tokens, spoken in runs:
+        yield Word(key, key, tuple(tokens), spoken, sizes=tuple(sizes[token] for token in tokens))
+
+
+def _digest(vectors: Iterable[torch.Tensor]) -> str:
+    """What tells an embedding from another one."""
+    parts = [vector.detach().to(device="cpu", dtype=torch.float32).contiguous() for vector in vectors]
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def _mentions(node: str, name: str, clip: Any, text: str) -> list[Word]:
+    """The embeddings that a text names, in its order, without tokens; none if the tokenizer knows of none."""
+    found = []
+    for match in _EMBEDDING.finditer(text):
+        written = _WEIGHT.sub("", match[1]).strip(",")
+        if not written:
+            raise ValueError(f"{node}: {name} has embedding: without a name: write embedding:name")
+        chunks = next(iter(clip.tokenize(f"embedding:{written}", return_word_ids=True).values()))
+        alone = [token for chunk in chunks for token, _, word_id in chunk if word_id != 0]
+        if alone and not isinstance(alone[0], torch.Tensor):
+            continue
+        start = match.start()
+        span = start, match.start(1) + len(written)
+        found.append(Word(_digest(alone), f"embedding:{written}", (), True, span, True))
+    return found
+
+
+def _check_embeddings(node: str, name: str, clip: Any, by_encoder: dict[str, Any]) -> None:
+    """Raise ValueError for vectors that the host would leave out, which moves what is behind them."""
+    for encoder, chunks in by_encoder.items():
+        wanted = getattr(getattr(clip.tokenizer, f"clip_{encoder}", None), "embedding_size", None)
+        vectors = (token for chunk in chunks for token, *_ in chunk if isinstance(token, torch.Tensor))
+        widths = {vector.shape[-1] for vector in vectors}
+        if wanted is not None and widths - {wanted}:
+            raise ValueError(
+                f"{node}: {name} has an embedding of width {max(widths - {wanted})} but this text encoder "
+                f"takes {wanted}: use one that was made for this model"
+            )
+
+
+class _Spelling:
+    """Finds words, one after the other, in the text that they were read from."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._at, self._mention = text, 0, 0
+        self._plain, self._starts, self._ends = "", [], []
+        for cluster in re.finditer(r"(?s).[\u0300-\u036f\u0653-\u0655\u1160-\u11ff\u3099\u309a]*", text):
+            plain = unicodedata.normalize("NFC", cluster[0]).lower()
+            self._plain += plain
+            self._starts += [cluster.start()] * len(plain)
+            self._ends += [cluster.end()] * len(plain)
+        self._syntax = [match.span() for match in _SYNTAX.finditer(text)]
+
+    def find(self, word: Word, mentions: list[Word]) -> Word:
+        """`word` as it is written; one inside the marks of another program says nothing."""
+        if word.embedding:
+            if self._mention == len(mentions):
+                return word
+            written = mentions[self._mention]
+            self._mention += 1
+            self._at = bisect_left(self._starts, written.span[1])
+            return replace(written, tokens=word.tokens)
+        place = self._plain.find(word.key, self._at)
+        if place < 0 or not word.key:
+            return word
+        self._at = place + len(word.key)
+        start, end = self._starts[place], self._ends[self._at - 1]
+        spoken = word.spoken and not any(low <= start and end <= high for low, high in self._syntax)
+        return replace(word, text=self._text[start:end], span=(start, end), spoken=spoken)
+
+
+def _joined(words: list[Word], text: str) -> list[Word]:
+    """Words with those made one that are written as one: digits, and what follows on an accent."""
+    found: list[Word] = []
+    for word in words:
+        if found and _continues(found[-1], word):
+            before = found.pop()
+            span = before.span[0], word.span[1]
+            tokens = before.tokens + word.tokens
+            sizes = before.sizes + word.sizes
+            word = Word(before.key + word.key, text[slice(*span)], tokens, word.spoken, span, sizes=sizes)
+        found.append(word)
+    return found
+
+
+def _continues(before: Word, word: Word) -> bool:
+    if before.embedding or word.embedding or before.span is None or word.span is None:
+        return False
+    begins = unicodedata.category(word.key[0])[0] in "LNM" or word.key[0] in _JOINERS
+    together = word.span[0] <= before.span[1] and before.spoken == word.spoken
+    return together and begins and any(map(str.isalnum, before.key))
