@@ -9,7 +9,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,19 @@ def load_bridge(path: Path) -> Any:
     """ATTENTION_BRIDGE from a file of this pack's format or of the authors' release layout.
 
     Of the release, either file may be given: the LoRA file in its `xy_lora` folder, or the
-    `model.safetensors` with the `conv1n` weights beside that folder. Raises ValueError if the file is
-    something else, is cut off, or has missing, unexpected, misshapen or non-finite tensors, which are listed.
+    `model.safetensors` with the `conv1n` weights beside that folder, alone or with the LoRA and the whole
+    UNet. Raises ValueError if the file is something else, is cut off, has missing, unexpected, misshapen or
+    non-finite tensors, which are listed, or is half a release without one other half that is surely its own.
     """
-    tensors, metadata = _read(path)
+    names, metadata = _header(path)
     if metadata.get("format") == FORMAT:
+        tensors = _read(path, names)
         settings = _settings(path, tensors, metadata)
-    elif any(map(_RELEASE_FUSE.fullmatch, tensors)) or _is_release_lora(tensors):
-        settings, tensors = _read_release(path, tensors)
+    elif _lora_names(names) or _fuse_names(names):
+        settings, tensors = _read_release(path, names)
     else:
-        kind = "a LoRA" if any("lora" in name for name in tensors) else "something else"
-        first = ", ".join(sorted(tensors)[:2]) or "no tensors"
+        kind = "a LoRA" if any("lora" in name for name in names) else "something else"
+        first = ", ".join(sorted(names)[:2]) or "no tensors"
         raise ValueError(f"{path.name} is not an attention bridge but {kind} (it holds {first}, ...)")
     tensors = {f"{name}.weight": weight for name, weight in tensors.items()}
     dtype = comfy.utils.weight_dtype(tensors)
@@ -97,10 +100,32 @@ def load_bridge(path: Path) -> Any:
         return manage(bridge)
 
 
-def _read(path: Path) -> tuple[Tensors, Mapping[str, str]]:
+def files_of(path: Path) -> list[Path]:
+    """The files that decide what `load_bridge` makes of this one: itself, and of half a release what its
+    other half may be.
+    """
+    names, metadata = _header(path)
+    if metadata.get("format") == FORMAT or bool(_lora_names(names)) == bool(_fuse_names(names)):
+        return [path]
+    return [path, *_beside(path), *_in_folder(path)]
+
+
+def _header(path: Path) -> tuple[list[str], Mapping[str, str]]:
+    """The names of the tensors, and the metadata."""
+    with _opened(path) as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+def _read(path: Path, names: Iterable[str]) -> Tensors:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, json.JSONDecodeError, struct.error, OSError) as error:
         raise ValueError(f"{path.name} cannot be read as a safetensors file: {error}") from None
 
@@ -162,35 +187,52 @@ def _listed(problem: str, names: Iterable[str]) -> str:
     return f"{problem}: {', '.join(found[:6])}{more}" if found else ""
 
 
-def _is_release_lora(tensors: Tensors) -> bool:
-    """Whether it is LoRA on an extra attention of the blocks; LoRA on `attn1` or `attn2` is a plain LoRA."""
-    attentions = {match[2] for name in tensors if (match := _RELEASE_LORA.fullmatch(name))}
-    return len(attentions) == 1 and not attentions & {"attn1", "attn2"}
+def _lora_names(names: Iterable[str]) -> list[str]:
+    """The LoRA on an extra attention of the blocks, none if on several: LoRA on `attn1` or `attn2` is a plain
+    one.
+    """
+    matches = [match for name in names if (match := _RELEASE_LORA.fullmatch(name))]
+    extra = [match for match in matches if match[2] not in ("attn1", "attn2")]
+    return [match[0] for match in extra] if len({match[2] for match in extra}) == 1 else []
 
 
-def _read_release(path: Path, tensors: Tensors) -> tuple[BridgeSettings, Tensors]:
+def _fuse_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if _RELEASE_FUSE.fullmatch(name)]
+
+
+def _beside(path: Path) -> list[Path]:
+    """Where the `conv1n` weights of a release can be that this file belongs to."""
+    folder = path.parent.parent if path.parent.name == _RELEASE_FOLDER else path.parent
+    return _files_in(folder)
+
+
+def _in_folder(path: Path) -> list[Path]:
+    """Where its LoRA can be."""
+    return _files_in(path.parent if path.parent.name == _RELEASE_FOLDER else path.parent / _RELEASE_FOLDER)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".safetensors")
+
+
+def _read_release(path: Path, names: Sequence[str]) -> tuple[BridgeSettings, Tensors]:
     """The authors' layout. Their training sends the reference's own rows through the bridge, and alpha is
     the rank (arXiv 2508.20505, released code).
     """
-    if _is_release_lora(tensors):
-        lora, fuse = tensors, _partner(path, path.parent.parent.glob("*.safetensors"), _RELEASE_FUSE)
-    else:
-        fuse, lora = tensors, _partner(path, (path.parent / _RELEASE_FOLDER).glob("*"), _RELEASE_LORA)
-    names = comfy.utils.unet_to_diffusers(_SD15_LAYOUT)
-    found: Tensors = {}
-    for source, pattern in ((lora, _RELEASE_LORA), (fuse, _RELEASE_FUSE)):
-        for name, weight in source.items():
-            if match := pattern.fullmatch(name):
-                inner = names.get(f"{match[1]}.attn1.to_q.weight")
-                if inner is None:
-                    raise ValueError(f"{path.name}: {name} belongs to no self-attention of SD1.5")
-                block, number, *_ = inner.split(".")
-                depth = match[1].rpartition(".")[2]
-                key = (block.partition("_")[0], 0 if block == "middle_block" else int(number), int(depth))
-                part = "fuse"
-                if pattern is _RELEASE_LORA:
-                    part = f"{match[3]}.{'down' if match[4] in ('A', 'down') else 'up'}"
-                found[_tensor(key, part)] = weight
+    lora = fuse = path
+    if not _fuse_names(names):
+        if path.parent.name != _RELEASE_FOLDER:
+            raise _half(path, "conv1n weights (model.safetensors)")
+        _only(path, _in_folder(path), _lora_names, "LoRA file")
+        fuse = _only(path, _beside(path), _fuse_names, "conv1n weights (model.safetensors)")
+    elif not _lora_names(names):
+        _only(path, _beside(path), _fuse_names, "conv1n weights (model.safetensors)")
+        lora = _only(path, _in_folder(path), _lora_names, "LoRA file")
+    found = _release_tensors(path, _read(lora, _lora_names(_header(lora)[0])))
+    both = _header(fuse)[0]
+    found |= _release_tensors(path, _read(fuse, _fuse_names(both)))
+    if fuse != lora:
+        _check_same(path, fuse, found, _release_tensors(path, _read(fuse, _lora_names(both))))
     keys = sorted({_key(name.rpartition(".fuse")[0]) for name in found if name.endswith(".fuse")})
     widths = {key: len(found[_tensor(key, "fuse")]) for key in keys}
     ranks = {len(weight) for name, weight in found.items() if name.endswith(".down")}
@@ -203,15 +245,64 @@ def _read_release(path: Path, tensors: Tensors) -> tuple[BridgeSettings, Tensors
     return settings, found
 
 
-def _partner(path: Path, candidates: Iterable[Path], pattern: re.Pattern[str]) -> Tensors:
-    """The release's other file."""
-    for candidate in sorted(candidates):
-        if candidate.suffix == ".safetensors" and candidate != path:
-            tensors, _ = _read(candidate)
-            if any(map(pattern.fullmatch, tensors)):
-                return tensors
-    what = "conv1n weights (model.safetensors)" if pattern is _RELEASE_FUSE else "LoRA file"
-    raise ValueError(
+def _release_tensors(path: Path, tensors: Tensors) -> Tensors:
+    """By this pack's names."""
+    names = comfy.utils.unet_to_diffusers(_SD15_LAYOUT)
+    found: Tensors = {}
+    for name, weight in tensors.items():
+        lora = _RELEASE_LORA.fullmatch(name)
+        match = lora or _RELEASE_FUSE.fullmatch(name)
+        inner = names.get(f"{match[1]}.attn1.to_q.weight")
+        if inner is None:
+            raise ValueError(f"{path.name}: {name} belongs to no self-attention of SD1.5")
+        block, number, *_ = inner.split(".")
+        depth = match[1].rpartition(".")[2]
+        key = (block.partition("_")[0], 0 if block == "middle_block" else int(number), int(depth))
+        part = f"{lora[3]}.{'down' if lora[4] in ('A', 'down') else 'up'}" if lora else "fuse"
+        if _tensor(key, part) in found:
+            raise ValueError(f"{path.name}: {name} is there a second time: keep one LoRA in the file")
+        found[_tensor(key, part)] = weight
+    return found
+
+
+def _only(path: Path, candidates: Iterable[Path], fits: Callable[[list[str]], Any], what: str) -> Path:
+    """The one file that has this half; `path` is one half."""
+    found, problem = [], None
+    for candidate in candidates:
+        try:
+            if fits(_header(candidate)[0]):
+                found.append(candidate)
+        except ValueError as error:
+            problem = error
+    if len(found) > 1:
+        raise ValueError(
+            f"{path.name} is one half of a DescriptiveEdit release, and which files belong together cannot "
+            f"be told: {' and '.join(other.name for other in found)} all have the {what}. Keep each release "
+            "in a folder of its own"
+        )
+    if not found:
+        raise problem or _half(path, what)
+    return found[0]
+
+
+def _half(path: Path, what: str) -> ValueError:
+    return ValueError(
         f"{path.name} is one half of a DescriptiveEdit release; the {what} is missing: keep both as "
         f"released, model.safetensors beside the folder {_RELEASE_FOLDER}"
     )
+
+
+def _check_same(path: Path, other: Path, lora: Tensors, same: Tensors) -> None:
+    """Raise ValueError unless the LoRA in the release's other file, where it has one, is this one."""
+    for name, weight in same.items():
+        mine = lora.get(name)
+        if mine is None or mine.shape != weight.shape or not _near(mine.float(), weight.float()):
+            raise ValueError(
+                f"{path.name} and {other.name} are of two releases: the LoRA in the second is another one. "
+                "Keep each release in a folder of its own"
+            )
+
+
+def _near(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Equal but for how a number is stored in half precision."""
+    return torch.allclose(first, second, rtol=1e-2, atol=1e-4, equal_nan=True)

@@ -17,7 +17,7 @@ from ..models.bridge import (
     new_bridge,
     widths_of,
 )
-from ..models.bridge_file import load_bridge, save_bridge
+from ..models.bridge_file import files_of, load_bridge, save_bridge
 from ..models.sites import find_sites
 from ..patches.bridge import apply_bridge
 from ..patches.bridge_run import BridgeSetup
@@ -76,8 +76,10 @@ class DescEditLoadBridge(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, bridge_name: str) -> float:
-        return Path(folder_paths.get_full_path_or_raise(FOLDER, bridge_name)).stat().st_mtime
+    def fingerprint_inputs(cls, bridge_name: str) -> list[tuple[str, int, int]]:
+        files = files_of(Path(folder_paths.get_full_path_or_raise(FOLDER, bridge_name)))
+        stats = [(str(file), file.stat()) for file in files]
+        return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
     @classmethod
     def execute(cls, bridge_name: str) -> io.NodeOutput:
