@@ -20,7 +20,7 @@ import comfy.samplers
 import torch
 
 from ..models.sites import find_sites
-from ..patches.attention_maps import AttentionRecorder
+from ..patches.attention_maps import AttentionRecorder, LossGradient
 from ..patches.gradient import differentiable_options, gradients
 from ..patches.inversion import Inversion, ModelIdentity
 from ..patches.tokens import EditTokens, EditWord
@@ -118,8 +118,10 @@ def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
             )
             options = differentiable_options(extra_args["model_options"])
             record(NODE, guider.inner_model, recorder, entry, leaf, sigmas[0] * x.new_ones([1]), options)
-            maps = [*recorder.self_attention.values(), *recorder.cross_attention.values()]
-            recorder.gradients([sum(site.square().mean() for site in maps)[None]], leaf)
+            ends = [
+                site.q for site in (*recorder.self_attention.values(), *recorder.cross_attention.values())
+            ]
+            LossGradient(leaf.new_zeros(1), [(q, torch.ones_like(q)) for q in ends]).by_latent(leaf)
         seconds.append(time.perf_counter() - begin)
         return x
 

@@ -218,7 +218,8 @@ def structure_distance(tiny: Studio, cases: Cases, pictures: torch.Tensor) -> to
             )
             maps.append(recorder.self_attention)
         before, after = maps
-        distances = [(before[key] - after[key]).square().flatten(1).mean(dim=1) for key in before]
+        changes = [before[key].probabilities() - after[key].probabilities() for key in before]
+        distances = [change.square().flatten(1).mean(dim=1) for change in changes]
         found.append(torch.stack(distances).mean(dim=0))
     return 1000 * torch.cat(found)
 

@@ -1,15 +1,19 @@
-"""Recording the attention probabilities of the host's UNet, with or without gradient.
+"""Recording the attention of the host's UNet, with or without gradient.
 
 A recorder lives for one model call. It rides in the call's own `model_options` as a wrapper around the UNet,
 which puts recording patches into the attention slots, chained before whatever patch another node has put
 there. The model's output is bit for bit what it is without the recorder, unless the recorder was asked to
 stop early: then the UNet ends at the last attention that is recorded, and its output is zero.
+
+Queries and keys are kept, not probabilities, which take up to a hundred times as much: they are made from the
+two when they are looked at, a piece at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import comfy.model_patcher
 import torch
@@ -21,22 +25,102 @@ from ..models.sites import Site, SiteKey
 from .options import read_options, replace_options
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
+PIECE = 2**24  # probabilities at a time: 64 MiB
 
 
 class _LastSiteReached(Exception):
     """Ends a UNet's forward after the last attention that is wanted; never leaves `AttentionRecorder`."""
 
 
+class Piece(NamedTuple):
+    """A part of an attention's probabilities: some of its heads, some of its queries, all of its keys."""
+
+    heads: slice = slice(None)
+    queries: slice = slice(None)
+
+
+_WHOLE = Piece()
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """What one attention computes its probabilities from, in one model call.
+
+    q: [rows, queries, heads * d], k: [rows, keys, heads * d], as the host's attention slots receive them, in
+    the UNet's dtype; a row is an image of the call's batch. Where the call has a gradient they are in its
+    graph.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    heads: int
+
+    def pieces(self, whole_heads: bool = False) -> Iterator[Piece]:
+        """Pieces of at most PIECE probabilities, or of one query, which cover all; with `whole_heads` every
+        piece has all queries of its heads.
+        """
+        rows, queries, _ = self.q.shape
+        line = rows * self.k.shape[1]
+        heads = max(1, PIECE // (line * queries))
+        places = queries if whole_heads or line * queries <= PIECE else max(1, PIECE // line)
+        for head in range(0, self.heads, heads):
+            for place in range(0, queries, places):
+                yield Piece(slice(head, head + heads), slice(place, place + places))
+
+    def probabilities(self, piece: Piece = _WHOLE) -> torch.Tensor:
+        """softmax(q k^T / sqrt(d)) of the piece, [rows, heads, queries, keys] in float32; it sums to 1 over
+        keys.
+        """
+        q, k = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (self.q, self.k))
+        q, k = q[:, piece.heads, piece.queries].float(), k[:, piece.heads].float()
+        scores = einsum(q, k, "b h i d, b h j d -> b h i j")
+        return scores.mul_(q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def mean(self) -> torch.Tensor:
+        """The probabilities' mean over heads, [rows, queries, keys] in float32."""
+        total = self.q.new_zeros(*self.q.shape[:2], self.k.shape[1], dtype=torch.float32)
+        for piece in self.pieces():
+            total[:, piece.queries] += self.probabilities(piece).sum(dim=1)
+        return total.div_(self.heads)
+
+
+@dataclass(frozen=True, eq=False)
+class LossGradient:
+    """A loss of some attentions' probabilities, and where its way back into the UNet begins.
+
+    values: [rows]. parts: queries or keys in the UNet's graph, each [rows, tokens, heads * d], and the
+    derivative of the values' sum by them in float32.
+    """
+
+    values: torch.Tensor
+    parts: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def by_latent(self, latent: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
+        """d(sum of values)/d(latent), in float32. Uses `parts` up, so that they take no memory while the
+        UNet's gradient is computed.
+
+        latent: the leaf the model call started from, [rows, ...]; each row's loss is a function of its own
+        row. Gradients of attention losses are far below what half precision can hold, so what enters the
+        UNet is scaled row by row to a largest value of 1, and scaled back in float32.
+        """
+        peaks = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in self.parts]).amax(dim=0)
+        peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
+        ends, scaled = [], []
+        while self.parts:
+            end, grad = self.parts.pop()
+            ends.append(end)
+            scaled.append((grad / peaks[:, None, None]).to(end.dtype))
+        (gradient,) = torch.autograd.grad(ends, latent, scaled, retain_graph=keep_graph)
+        return gradient.float() * peaks.view(-1, *[1] * (gradient.ndim - 1))
+
+
 class AttentionRecorder:
-    """Attention probabilities of one model call.
+    """Attention of one model call.
 
     self_sites, cross_sites: where to record. stop: end the UNet after the last of them; with `whole_layers`
     not inside of a layer but before the next block, as `checkpointing` needs.
 
-    After the call, `self_attention` and `cross_attention` map a site's key to probabilities of shape [rows,
-    heads, queries, keys] in float32 that sum to 1 over keys; a row is an image of the call's batch. Where the
-    call has a gradient, they belong to a graph that ends at this recorder, and `gradients` carries losses
-    back through the UNet.
+    After the call, `self_attention` and `cross_attention` map a site's key to its queries and keys.
     """
 
     def __init__(
@@ -53,16 +137,20 @@ class AttentionRecorder:
         }
         self._pending = {(name, key) for name, keys in self._wanted.items() for key in keys}
         self._stop, self._whole_layers = stop, whole_layers
-        self._seen: dict[tuple[str, SiteKey], tuple[torch.Tensor, torch.Tensor, int]] = {}
-        self._outer: list[torch.Tensor] = []
-        self._inner: list[torch.Tensor] = []
-        self.self_attention: dict[SiteKey, torch.Tensor] = {}
-        self.cross_attention: dict[SiteKey, torch.Tensor] = {}
+        self.self_attention: dict[SiteKey, Projections] = {}
+        self.cross_attention: dict[SiteKey, Projections] = {}
 
     @property
     def complete(self) -> bool:
         """Whether every wanted site was recorded; not so if another node kept the UNet from running."""
         return not self._pending
+
+    def clear(self) -> None:
+        """Forget what was recorded. A graph whose layers are computed again refers to itself through it, and
+        would take memory until Python looks for such circles.
+        """
+        self.self_attention.clear()
+        self.cross_attention.clear()
 
     def attach(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """A copy of `model_options` whose model calls are recorded here; the original is not touched."""
@@ -71,26 +159,6 @@ class AttentionRecorder:
             WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, self._wrap, options, is_model_options=True
         )
         return options
-
-    def gradients(self, losses: Sequence[torch.Tensor], latent: torch.Tensor) -> list[torch.Tensor]:
-        """d(sum of a loss)/d(latent) for each of `losses`, with the recorded probabilities as the way back
-        into the UNet. The graph is gone afterwards.
-
-        losses: each [rows], a function of its own row's maps. latent: the leaf the model call started from,
-        [rows, ...]. Gradients of attention losses are far below what half precision can hold, so what enters
-        the UNet is scaled row by row to a largest value of 1, and scaled back in float32.
-        """
-        found = []
-        for number, loss in enumerate(losses, start=1):
-            keep = number < len(losses)
-            inner = torch.autograd.grad(loss.sum(), self._inner, retain_graph=keep, allow_unused=True)
-            used = [(outer, grad) for outer, grad in zip(self._outer, inner, strict=True) if grad is not None]
-            peaks = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in used]).amax(dim=0)
-            peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
-            scaled = [(grad / peaks[:, None, None]).to(outer.dtype) for outer, grad in used]
-            (gradient,) = torch.autograd.grad([outer for outer, _ in used], latent, scaled, retain_graph=keep)
-            found.append(gradient.float() * peaks.view(-1, *[1] * (gradient.ndim - 1)))
-        return found
 
     def _wrap(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         options = dict(read_options(args, kwargs))
@@ -106,23 +174,19 @@ class AttentionRecorder:
                 patches[name] = [self._end_block, *patches.get(name, ())]
         args, kwargs = replace_options(args, kwargs, options)
         try:
-            output = executor(*args, **kwargs)
+            return executor(*args, **kwargs)
         except _LastSiteReached:
-            output = torch.zeros_like(args[0])
-        # Out here, where it is no part of a layer that is computed again.
-        for (name, key), pair in self._seen.items():
-            maps = self.self_attention if name == "attn1" else self.cross_attention
-            maps[key] = attention_probabilities(*pair)
-        self._seen.clear()
-        return output
+            return torch.zeros_like(args[0])
 
     def _patch(self, name: str, key: SiteKey, previous: Callable | None) -> Callable:
+        seen = self.self_attention if name == "attn1" else self.cross_attention
+
         def patch(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
         ) -> torch.Tensor:
             heads = extra_options["n_heads"]
             if (name, key) in self._pending:  # not so when a checkpointed layer is computed again
-                self._seen[name, key] = self._boundary(q), self._boundary(k), heads
+                seen[key] = Projections(q, k, heads)
                 self._pending.discard((name, key))
                 if self._stop and not self._pending and not self._whole_layers:
                     raise _LastSiteReached
@@ -140,25 +204,3 @@ class AttentionRecorder:
         if not self._pending:
             raise _LastSiteReached
         return hidden if len(rest) == 1 else (hidden, rest[0])
-
-    def _boundary(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` in float32; with gradient, as a leaf of its own whose partner in the UNet's graph is
-        kept.
-        """
-        if not tensor.requires_grad:
-            return tensor.float()
-        leaf = tensor.detach().float().requires_grad_()
-        self._outer.append(tensor)
-        self._inner.append(leaf)
-        return leaf
-
-
-def attention_probabilities(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) head by head.
-
-    q: [rows, queries, heads * d], k: [rows, keys, heads * d], as the host's attention slots receive them.
-    Returns [rows, heads, queries, keys].
-    """
-    q = rearrange(q, "b n (h d) -> b h n d", h=heads)
-    k = rearrange(k, "b n (h d) -> b h n d", h=heads)
-    return (einsum(q, k, "b h i d, b h j d -> b h i j") * q.shape[-1] ** -0.5).softmax(dim=-1)

@@ -14,7 +14,7 @@ from kornia.color import ColorMap
 from kornia.geometry.transform import resize
 
 from ..models.sites import Site, SiteKey, find_sites
-from .attention_maps import AttentionRecorder
+from .attention_maps import AttentionRecorder, Projections
 from .inputs import read_samples
 from .inversion import Inversion
 from .progress import progress
@@ -128,18 +128,21 @@ def _look_once(
     return x
 
 
-def _mean(maps: Mapping[SiteKey, torch.Tensor]) -> torch.Tensor:
-    """[images, places, keys] over heads and sites of one grid."""
-    means = [reduce(site, "b h i j -> b i j", "mean") for site in maps.values()]
-    return torch.stack(means).mean(dim=0)
+def _mean(sites: Mapping[SiteKey, Projections]) -> torch.Tensor:
+    """Probabilities, [images, places, keys], over heads and sites of one grid."""
+    return sum(site.mean() for site in sites.values()) / len(sites)
 
 
 def _word_maps(
-    maps: Mapping[SiteKey, torch.Tensor], tokens: EditTokens, sites: Sequence[Site], height: int, width: int
+    attention: Mapping[SiteKey, Projections],
+    tokens: EditTokens,
+    sites: Sequence[Site],
+    height: int,
+    width: int,
 ) -> dict[str, torch.Tensor]:
     if not tokens.words or not all(word.tokens for word in tokens.words):
         raise ValueError(f"{NODE}: edit_tokens has no words: find the words of the edit first")
-    mean = _mean(maps)
+    mean = _mean(attention)
     last, context = max(max(word.tokens) for word in tokens.words), mean.shape[-1]
     if last >= context:
         raise ValueError(

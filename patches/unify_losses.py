@@ -1,49 +1,59 @@
 """UnifyEdit's two losses on attention maps (arXiv 2504.05594), as this pack defines them.
 
 The paper's own settings are not published in full; where they are open, the choice made here is said.
+
+Both are sums over attentions, and are taken with their derivatives by queries and keys one attention, and one
+piece of it, at a time: no more than a piece's probabilities are ever held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from einops import einsum, rearrange, reduce
 
 from ..models.sites import SiteKey
+from .attention_maps import LossGradient, Piece, Projections
 from .unify_words import Words
 
 FORMS = ("token_ratio", "spatial_ratio", "area_ratio")
 
 
+# One site's and one piece's probabilities to their part of a loss, [rows].
+_Part = Callable[[SiteKey, Piece, torch.Tensor], torch.Tensor]
+
+
 def structure_loss(
-    source: Mapping[SiteKey, torch.Tensor],
-    target: Mapping[SiteKey, torch.Tensor],
+    source: Mapping[SiteKey, Projections],
+    target: Mapping[SiteKey, Projections],
     regions: Mapping[SiteKey, torch.Tensor] | None = None,
-) -> torch.Tensor:
+) -> LossGradient:
     """Self-attention preservation: L_SAP = sum (A_self - A*_self)^2, or, in a region M,
     L_R-SAP = sum (M^ A_self - M^ A*_self)^2 with M^ = M M^T.
 
     Summed over queries and keys, which weighs every resolution alike, and averaged over heads and sites.
-    source, target: the same sites, each [rows, heads, places, places]. regions: M at each site, [rows or 1,
-    places], 0 to 1; None for everywhere. Returns [rows], at least 0.
+    source, target: the same sites, each with as many queries as keys. regions: M at each site, [rows or 1,
+    places], 0 to 1; None for everywhere. Values are at least 0.
     """
-    losses = []
-    for key, probabilities in target.items():
-        change = probabilities - source[key]
+
+    def part(key: SiteKey, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
+        change = probabilities - source[key].probabilities(piece)
         if regions is not None:
             region = regions[key]
-            change = change * rearrange(region, "b i -> b 1 i 1") * rearrange(region, "b j -> b 1 1 j")
-        losses.append(reduce(change.square(), "b h i j -> b h", "sum").mean(dim=1))
-    return torch.stack(losses).mean(dim=0)
+            change = change * rearrange(region[:, piece.queries], "b i -> b 1 i 1")
+            change = change * rearrange(region, "b j -> b 1 1 j")
+        return reduce(change.square(), "b h i j -> b", "sum") / (target[key].heads * len(target))
+
+    return _derive(target, part)
 
 
 def alignment_loss(
-    target: Mapping[SiteKey, torch.Tensor],
+    target: Mapping[SiteKey, Projections],
     words: Words,
     masks: Mapping[SiteKey, torch.Tensor],
     form: str = FORMS[0],
-) -> torch.Tensor:
+) -> LossGradient:
     """Cross-attention alignment, averaged over heads, sites and words.
 
     With A a word's attention (the sum over its tokens) and M the mask as weight of each place:
@@ -57,11 +67,11 @@ def alignment_loss(
     area_ratio     -R^2, R = mean over M of A / mean over 1 - M of A: UnifyEdit's ratio in the form that a
                    summary of the paper gives; without a lower bound.
 
-    target: [rows, heads, places, tokens] at each site. masks: [rows or 1, places] at each site, 0 to 1, not
-    all zero, and not all one where the form compares inside and outside. Returns [rows].
+    target: queries are places, keys the tokens of the text. masks: [rows or 1, places] at each site, 0 to 1,
+    not all zero, and not all one where the form compares inside and outside.
     """
-    losses = []
-    for key, probabilities in target.items():
+
+    def part(key: SiteKey, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
         attention = einsum(probabilities, words.tokens, "b h p t, b w t -> b h w p")
         mask = rearrange(masks[key], "b p -> b 1 1 p")
         if form == "token_ratio":
@@ -72,8 +82,27 @@ def alignment_loss(
             loss = 3 - 4 * (attention * mask).sum(dim=-1) / attention.sum(dim=-1)
         else:
             loss = -(_mean(attention, mask) / _mean(attention, 1 - mask)).square()
-        losses.append(einsum(loss, words.weights, "b h w, b w -> b h").mean(dim=1))
-    return torch.stack(losses).mean(dim=0)
+        return einsum(loss, words.weights, "b h w, b w -> b") / (target[key].heads * len(target))
+
+    return _derive(target, part, whole_heads=True)
+
+
+def _derive(target: Mapping[SiteKey, Projections], part: _Part, whole_heads: bool = False) -> LossGradient:
+    """The sum of all parts, and its derivatives by those queries and keys that have a gradient."""
+    values, parts = [], []
+    for key, site in target.items():
+        ends = [tensor for tensor in (site.q, site.k) if tensor.requires_grad]
+        q, k = (tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in (site.q, site.k))
+        leaves = [leaf for leaf in (q, k) if leaf.requires_grad]
+        slopes: Sequence[torch.Tensor] = ()
+        for piece in site.pieces(whole_heads):
+            value = part(key, piece, Projections(q, k, site.heads).probabilities(piece))
+            values.append(value.detach())
+            if leaves:
+                more = torch.autograd.grad(value.sum(), leaves)
+                slopes = [one + other for one, other in zip(slopes, more, strict=True)] if slopes else more
+        parts += zip(ends, slopes, strict=True)
+    return LossGradient(torch.stack(values).sum(dim=0), parts)
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -5,32 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange
 from kornia.geometry.transform import resize
 
 from ..models.sites import Site, SiteKey
+from .attention_maps import Projections
 from .unify_words import Words
 
 THRESHOLD = 0.3  # LocalBlend's
 
 
 def word_attention(
-    maps: Mapping[SiteKey, torch.Tensor], words: Words, sites: Sequence[Site], height: int, width: int
+    attention: Mapping[SiteKey, Projections], words: Words, sites: Sequence[Site], height: int, width: int
 ) -> torch.Tensor:
     """Where the words look: their share of the attention that their description gets, averaged over heads,
     words and sites.
 
-    maps: [rows, heads, places, tokens] at each of `sites`. height, width: the latent's. Returns [rows,
-    height, width], 0 to 1; 0 for a row without words.
+    attention: at each of `sites`, queries are places and keys the tokens of the text. height, width: the
+    latent's. Returns [rows, height, width], 0 to 1; 0 for a row without words.
     """
     found = []
     for site in sites:
-        probabilities = reduce(maps[site.key], "b h p t -> b p t", "mean")
+        probabilities = attention[site.key].mean()
         described = einsum(probabilities, words.description, "b p t, b t -> b p")
         # A sum over words that are weighted: what a row is padded with has no weight.
-        attention = einsum(probabilities, words.tokens, words.weights, "b p t, b w t, b w -> b p")
+        looks = einsum(probabilities, words.tokens, words.weights, "b p t, b w t, b w -> b p")
         rows, columns = site.grid(height, width)
-        share = rearrange(attention / described, "b (h w) -> b 1 h w", h=rows, w=columns)
+        share = rearrange(looks / described, "b (h w) -> b 1 h w", h=rows, w=columns)
         found.append(resize(share, (height, width), interpolation="bilinear", align_corners=False))
     return rearrange(torch.stack(found).mean(dim=0), "b 1 h w -> b h w")
 

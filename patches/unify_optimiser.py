@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
 
 from ..models.sites import Site, SiteKey, find_sites
-from .attention_maps import AttentionRecorder
+from .attention_maps import AttentionRecorder, LossGradient, Projections
 from .checkpointing import checkpointed
 from .gradient import differentiable_options, gradients, weights_streamed
 from .inputs import check_noise_mask
@@ -74,7 +76,7 @@ class LatentOptimiser:
             settings.checkpoint,
         )
         self._source = SourceBranch(NODE, guider, settings.inversion, x, self._options, extra_args, memory)
-        self._maps: dict[SiteKey, torch.Tensor] | None = None
+        self._maps: dict[SiteKey, Projections] | None = None
         self._places: list[float] = []
         self._values: list[torch.Tensor] = []
         self._moved: list[torch.Tensor] = []
@@ -200,31 +202,41 @@ class LatentOptimiser:
                 stop=True,
                 whole_layers=checkpoint,
             )
-            record(NODE, self._model, target, entry, leaf, sigma, options)
-            losses: dict[str, torch.Tensor] = {}
-            if self._maps is not None:
-                losses["structure"] = structure_loss(self._maps, target.self_attention, self._regions)
-            if words:
-                losses["alignment"] = alignment_loss(
-                    target.cross_attention,
-                    self._words_of(target, edit_words),
-                    self._masks,
-                    self._settings.alignment,
-                )
-            found = dict(zip(losses, target.gradients([*losses.values()], leaf), strict=True))
+            try:
+                record(NODE, self._model, target, entry, leaf, sigma, options)
+                losses: dict[str, Callable[[], LossGradient]] = {}
+                if self._maps is not None:
+                    losses["structure"] = partial(
+                        structure_loss, self._maps, target.self_attention, self._regions
+                    )
+                if words:
+                    losses["alignment"] = partial(
+                        alignment_loss,
+                        target.cross_attention,
+                        self._words_of(target, edit_words),
+                        self._masks,
+                        self._settings.alignment,
+                    )
+                values, found = {}, {}
+                for number, (name, take) in enumerate(losses.items(), start=1):
+                    loss = take()
+                    values[name] = loss.values
+                    found[name] = loss.by_latent(leaf, keep_graph=number < len(losses))
+            finally:
+                target.clear()
         nothing = x.new_full((len(x),), torch.nan)
         norms = {name: row_norm(gradient).flatten() for name, gradient in found.items()}
         self._values.append(
-            torch.stack([part.get(name, nothing).detach() for part in (losses, norms) for name in LOSSES])
+            torch.stack([part.get(name, nothing).detach() for part in (values, norms) for name in LOSSES])
         )
         return tuple(found.get(name, torch.zeros_like(x)) for name in LOSSES)
 
     def _words_of(self, recorder: AttentionRecorder, find: Any) -> Words:
-        some = next(iter(recorder.cross_attention.values()))
-        key = (find, some.shape[-1])
+        some = next(iter(recorder.cross_attention.values())).k
+        key = (find, some.shape[1])
         if key not in self._words:
             try:
-                self._words[key] = find(self._tokens, some.shape[-1]).to(some.device)
+                self._words[key] = find(self._tokens, some.shape[1]).to(some.device)
             except ValueError as error:
                 raise ValueError(f"{NODE}: {error}") from None
         return self._words[key]

@@ -11,18 +11,15 @@ from ..models.sites import Site
 def structure_sites(
     node: str, sites: Sequence[Site], height: int, width: int, side: int, names: str = ""
 ) -> tuple[Site, ...]:
-    """The sites with at most `side` x `side` tokens, for a latent of `height` x `width`; or the ones that
-    `names` lists. Raises ValueError, naming `node`, if there are none.
+    """The sites with at most `side` x `side` tokens, for a latent of `height` x `width`, or those of the
+    coarsest grid if all have more; or the ones that `names` lists. Raises ValueError, naming `node`, for a
+    name that fits no site.
     """
     if names.strip():
         return named_sites(node, "structure_sites", sites, names)
-    chosen = tuple(site for site in sites if math.prod(site.grid(height, width)) <= side * side)
-    if not chosen:
-        raise ValueError(
-            f"{node}: structure_side is {side} but this model and image size have self-attention at "
-            f"{_grids(sites, height, width)} only: raise it"
-        )
-    return chosen
+    tokens = {site: math.prod(site.grid(height, width)) for site in sites}
+    most = max(side * side, min(tokens.values()))
+    return tuple(site for site in sites if tokens[site] <= most)
 
 
 def word_sites(
@@ -61,8 +58,3 @@ def named_sites(node: str, name: str, sites: Sequence[Site], names: str) -> tupl
 
 def _fits(site: Site, part: str) -> bool:
     return f"{site.name}.".startswith(f"{part}.")
-
-
-def _grids(sites: Sequence[Site], height: int, width: int) -> str:
-    grids = sorted({site.grid(height, width) for site in sites}, reverse=True)
-    return ", ".join(f"{columns}x{rows}" for rows, columns in grids)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from host import Host
+from unify_edit import projections
 
 SITES = (("input", 1, 0), ("output", 2, 0))
 
@@ -34,7 +35,12 @@ def maps(seed: int, keys: int, rows: int = 2, heads: int = 3) -> dict[Any, torch
     }
 
 
-def test_structure_loss(losses: Any) -> None:
+def sites(host: Host, probabilities: dict[Any, torch.Tensor]) -> dict[Any, Any]:
+    """Queries and keys with these probabilities at each site."""
+    return {site: projections(host, values) for site, values in probabilities.items()}
+
+
+def test_structure_loss(host: Host, losses: Any) -> None:
     """Protects: L_SAP is the sum of squared differences, averaged over heads and sites, row by row."""
     source, target = maps(0, 0), maps(1, 0)
     expected = []
@@ -44,14 +50,14 @@ def test_structure_loss(losses: Any) -> None:
             pairs = zip(source[site][row, head].flatten(), target[site][row, head].flatten(), strict=True)
             total += sum((float(a) - float(b)) ** 2 for a, b in pairs) / 3
         expected.append(total / 2)
-    torch.testing.assert_close(
-        losses.structure_loss(source, target).double(), torch.tensor(expected).double()
-    )
-    assert losses.structure_loss(source, source).tolist() == [0, 0]
+    source, target = sites(host, source), sites(host, target)
+    found = losses.structure_loss(source, target).values
+    torch.testing.assert_close(found.double(), torch.tensor(expected).double())
+    assert losses.structure_loss(source, source).values.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_structure_loss_in_a_region(losses: Any, rows: int) -> None:
+def test_structure_loss_in_a_region(host: Host, losses: Any, rows: int) -> None:
     """Protects: with M^ = M M^T only pairs of places in the region count, each map weighted before the
     square.
     """
@@ -70,7 +76,7 @@ def test_structure_loss_in_a_region(losses: Any, rows: int) -> None:
             change = pair * source[site][row, head].double() - pair * target[site][row, head].double()
             total += float((change**2).sum()) / 3
         expected.append(total / 2)
-    result = losses.structure_loss(source, target, regions)
+    result = losses.structure_loss(sites(host, source), sites(host, target), regions).values
     torch.testing.assert_close(
         result.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
     )
@@ -111,7 +117,7 @@ def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
                 ratio /= (attention * (1 - inside)).sum() / (1 - inside).sum()
                 terms.append(-(float(ratio) ** 2))
         expected.append(sum(terms) / len(terms))
-    result = losses.alignment_loss(target, words, masks, form)
+    result = losses.alignment_loss(sites(host, target), words, masks, form).values
     torch.testing.assert_close(
         result.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
     )
@@ -127,11 +133,14 @@ def test_alignment_loss_is_bounded(host: Host, losses: Any) -> None:
         target = {SITES[0]: torch.zeros(1, 1, 4, 6)}
         target[SITES[0]][..., 0] = 0.7
         target[SITES[0]][..., token] = 0.3
-        assert losses.alignment_loss(target, words, masks).item() == pytest.approx(expected)
+        value = losses.alignment_loss(sites(host, target), words, masks).values.item()
+        assert value == pytest.approx(expected)
     for places, expected in (((0, 1), -1.0), ((2, 3), 3.0)):
         target = {SITES[0]: torch.zeros(1, 1, 4, 6)}
+        target[SITES[0]][..., 0] = 0.7
         target[SITES[0]][0, 0, places, 2] = 0.3
-        assert losses.alignment_loss(target, words, masks, "spatial_ratio").item() == pytest.approx(expected)
+        value = losses.alignment_loss(sites(host, target), words, masks, "spatial_ratio").values.item()
+        assert value == pytest.approx(expected)
 
 
 def test_padded_words_leave_gradients_alone(host: Host, losses: Any) -> None:
@@ -144,9 +153,11 @@ def test_padded_words_leave_gradients_alone(host: Host, losses: Any) -> None:
     for form in losses.FORMS:
         found = []
         for words, rows in ((both, 2), (alone, 1)):
-            leaves = {site: value[:rows].clone().requires_grad_() for site, value in target.items()}
-            losses.alignment_loss(leaves, words, masks, form).sum().backward()
-            found.append([leaf.grad[:1] for leaf in leaves.values()])
+            ends = sites(host, {site: value[:rows] for site, value in target.items()})
+            for end in ends.values():
+                end.q.requires_grad_()
+            found.append([grad[:1] for _, grad in losses.alignment_loss(ends, words, masks, form).parts])
+            assert len(found[-1]) == len(SITES)
         for one, two in zip(*found, strict=True):
             torch.testing.assert_close(one, two)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -95,7 +96,8 @@ def test_probabilities(attention: Any, model: Any, monkeypatch: pytest.MonkeyPat
         for site, q, k in zip(sites, inputs[kind][0::2], inputs[kind][1::2], strict=True):
             q, k = (tensor.double().unflatten(-1, (4, -1)).transpose(1, 2) for tensor in (q, k))
             expected = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
-            torch.testing.assert_close(maps[site.key].double(), expected, rtol=1e-4, atol=1e-6)
+            found = maps[site.key].probabilities()
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def _spy(forward: Callable, seen: list[torch.Tensor]) -> Callable:
@@ -116,7 +118,7 @@ def test_output_is_unchanged(attention: Any, model: Any, conds: int) -> None:
     recorded = call(model, x, made.attach(options), conds)
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     assert options == {"transformer_options": {"wrappers": {}}}
-    assert all(maps.shape[0] == 2 * conds for maps in made.self_attention.values())
+    assert all(len(site.q) == 2 * conds for site in made.self_attention.values())
     assert torch.equal(call(model, x, options, conds)[0], plain[0])
 
 
@@ -166,8 +168,14 @@ def test_early_stop(attention: Any, model: Any) -> None:
             hook.remove()
     assert len(ran) < 0.75 * all_layers
     assert ran[-1] == "output_blocks.1.1.transformer_blocks.0.attn2.to_v"
-    assert all(torch.equal(whole.self_attention[key], maps) for key, maps in stopped.self_attention.items())
-    assert all(torch.equal(whole.cross_attention[key], maps) for key, maps in stopped.cross_attention.items())
+    for once, again in (
+        (whole.self_attention, stopped.self_attention),
+        (whole.cross_attention, stopped.cross_attention),
+    ):
+        assert once.keys() == again.keys()
+        for key, site in again.items():
+            assert torch.equal(once[key].q, site.q)
+            assert torch.equal(once[key].k, site.k)
     assert torch.equal(output, x)
 
 
@@ -201,24 +209,80 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
         source = attention.AttentionRecorder(sites, ())
         call(model, source_x, source.attach({"transformer_options": {}}))
 
-        def both(at: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        def both(at: torch.Tensor) -> tuple[Any, Any]:
             made = attention.AttentionRecorder(sites, sites, stop=True)
             call(model, at, made.attach({"transformer_options": {}}))
             structure = losses.structure_loss(source.self_attention, made.self_attention)
-            return made, structure, losses.alignment_loss(made.cross_attention, words, masks)
+            return structure, losses.alignment_loss(made.cross_attention, words, masks)
 
         with gradients():
             leaf = x.clone().requires_grad_()
-            made, structure, alignment = both(leaf)
-            found = made.gradients([structure, alignment], leaf)
+            structure, alignment = both(leaf)
+            found = structure.by_latent(leaf, keep_graph=True), alignment.by_latent(leaf)
         for index, gradient in enumerate(found):
             for row in range(2):
                 step = torch.zeros_like(x)
                 step[row] = 0.05 * gradient[row] / gradient[row].norm()
-                upper, lower = both(x + step)[1 + index], both(x - step)[1 + index]
+                upper, lower = both(x + step)[index].values, both(x - step)[index].values
                 slope = (upper - lower)[row] / (2 * 0.05)
                 torch.testing.assert_close(slope, gradient[row].norm(), rtol=0.02, atol=0)
                 assert (upper - lower)[1 - row] == 0
+
+
+@pytest.mark.parametrize("piece", [2**24, 300, 1])
+def test_gradient_of_whole_maps(
+    host: Host, attention: Any, model: Any, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Protects: however small the pieces that maps are taken in, both losses and their gradients are those
+    of whole maps of all sites at once, differentiated through the UNet in one graph.
+    """
+    monkeypatch.setattr(host.pack_module("patches.attention_maps"), "PIECE", piece)
+    gradients, losses = (
+        host.pack_module("patches.gradient").gradients,
+        host.pack_module("patches.unify_losses"),
+    )
+    sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
+    shape = {site.key: (2, math.prod(site.grid(16, 16))) for site in sites}
+    generator = torch.Generator().manual_seed(3)
+    regions = {key: torch.rand(size, generator=generator) for key, size in shape.items()}
+    tokens = torch.zeros(1, 1, small_models.TEXT_TOKENS)
+    tokens[..., 2:4] = 1
+    description = torch.zeros(1, small_models.TEXT_TOKENS)
+    description[:, 1:11] = 1
+    words = host.pack_module("patches.unify_words").Words(tokens, description, torch.ones(1, 1))
+    x, source_x = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * SIGMA
+    source = attention.AttentionRecorder(sites, ())
+    call(model, source_x, source.attach({"transformer_options": {}}))
+    with gradients():
+        leaf = x.clone().requires_grad_()
+        made = attention.AttentionRecorder(sites, sites, stop=True)
+        call(model, leaf, made.attach({"transformer_options": {}}))
+        structure, words_loss = 0.0, 0.0
+        for site in sites:
+            key = site.key
+            change = whole_map(made.self_attention[key]) - whole_map(source.self_attention[key])
+            change = regions[key][:, None, :, None] * regions[key][:, None, None, :] * change
+            structure = structure + change.square().sum(dim=(2, 3)).mean(dim=1) / len(sites)
+            looks = whole_map(made.cross_attention[key])
+            share = looks[..., 2:4].sum(dim=-1) / looks[..., 1:11].sum(dim=-1)
+            inside = (share * regions[key][:, None]).sum(dim=-1) / regions[key].sum(dim=-1, keepdim=True)
+            words_loss = words_loss + (1 - inside).square().mean(dim=1) / len(sites)
+        for value, take in (
+            (structure, lambda: losses.structure_loss(source.self_attention, made.self_attention, regions)),
+            (words_loss, lambda: losses.alignment_loss(made.cross_attention, words, regions)),
+        ):
+            (expected,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+            loss = take()
+            torch.testing.assert_close(loss.values.double(), value.detach(), rtol=1e-5, atol=0)
+            found = loss.by_latent(leaf, keep_graph=True)
+            assert float((found - expected).norm() / expected.norm()) < 1e-5
+            assert loss.parts == []
+
+
+def whole_map(site: Any) -> torch.Tensor:
+    """All of a site's probabilities in float64, in the graph that its queries and keys are in."""
+    q, k = (part.double().unflatten(-1, (site.heads, -1)).transpose(1, 2) for part in (site.q, site.k))
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
 def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
@@ -226,6 +290,7 @@ def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
     gradient.
     """
     gradients = host.pack_module("patches.gradient").gradients
+    loss_gradient = host.pack_module("patches.attention_maps").LossGradient
     x = SIGMA * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     found = []
     for dtype in (torch.float32, torch.float16):
@@ -235,9 +300,10 @@ def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
             leaf = x.clone().requires_grad_()
             made = recorder(attention, model, stop=True)
             call(model, leaf, made.attach({"transformer_options": {}}))
-            assert made._outer[0].dtype == dtype
-            losses = torch.stack([maps.square().sum(dim=(1, 2, 3)) for maps in made.self_attention.values()])
-            found.append(made.gradients([1e-9 * losses.sum(dim=0)], leaf)[0] * 1e9)
+            ends = [site.q for site in made.self_attention.values()]
+            assert ends[0].dtype == dtype
+            parts = [(end, 1e-9 * end.detach().float()) for end in ends]
+            found.append(loss_gradient(torch.zeros(2), parts).by_latent(leaf) * 1e9)
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
 
 
@@ -247,6 +313,7 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
     """
     checkpointed = host.pack_module("patches.checkpointing").checkpointed
     gradients = host.pack_module("patches.gradient").gradients
+    loss_gradient = host.pack_module("patches.attention_maps").LossGradient
     x = SIGMA * torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
     found, ran = [], []
@@ -263,11 +330,13 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
                 made = attention.AttentionRecorder(sites, sites, stop=True, whole_layers=checkpoint)
                 options = {"transformer_options": checkpointed({}) if checkpoint else {}}
                 call(model, leaf, made.attach(options))
-                maps = {key: value.detach().clone() for key, value in made.self_attention.items()}
-                loss = sum(value.square().sum(dim=(1, 2, 3)) for value in made.self_attention.values())
-                other = sum(value.square().sum(dim=(1, 2, 3)) for value in made.cross_attention.values())
-                found.append((maps, *made.gradients([loss, other], leaf)))
-                assert all(torch.equal(maps[key], made.self_attention[key]) for key in maps)
+                seen = {key: site.q.detach().clone() for key, site in made.self_attention.items()}
+                grads = []
+                for maps in (made.self_attention, made.cross_attention):
+                    parts = [(site.q, site.q.detach().clone()) for site in maps.values()]
+                    grads.append(loss_gradient(torch.zeros(1), parts).by_latent(leaf, keep_graph=not grads))
+                found.append((seen, *grads))
+                assert all(torch.equal(seen[key], made.self_attention[key].q) for key in seen)
     finally:
         for hook in hooks:
             hook.remove()

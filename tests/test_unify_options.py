@@ -9,7 +9,7 @@ import pytest
 import small_models
 import torch
 from host import Host
-from unify_edit import SIZE, Edit, box_mask, denoise, euler, tokenizer_only_clip
+from unify_edit import SIZE, Edit, box_mask, denoise, euler, projections, tokenizer_only_clip
 
 SCALE = 0.18215
 
@@ -223,7 +223,7 @@ def test_automatic_mask(host: Host) -> None:
         maps = torch.full((2, 3, 8, 8, 6), 0.1)
         maps[0, :, 2:4, left : left + 2, 2] = 0.9
         maps[1, :, 6, 6, 2] = 0.9
-        readings = {site.key: maps.flatten(2, 3)}
+        readings = {site.key: projections(host, maps.flatten(2, 3))}
         made = words(tokens, description, torch.ones(1, 1))
         found.append(mask.word_attention(readings, made, [site], 8, 8))
         torch.testing.assert_close(found[-1][0, 2, left], torch.tensor(0.9 / 1.1))
@@ -305,67 +305,3 @@ def test_rows_of_their_own(host: Host, model: Any) -> None:
         Exception, match="DescEditUnifySampler: edit_tokens are for 2 images but 1 are edited"
     ):
         made.run(sampler.UnifySampler(settings))
-
-
-@pytest.mark.parametrize("layout", [None, small_models.SDXL_LAYOUT])
-@pytest.mark.parametrize("level", [0, 1])
-def test_memory_estimate(host: Host, layout: Any, level: int) -> None:
-    """Protects: the estimate covers what a recorded forward leaves for its backward, and not much more; it
-    grows with the batch and shrinks with checkpointing.
-    """
-    estimate = host.pack_module("patches.unify_memory").backward_bytes
-    maps, gradients = host.pack_module("patches.attention_maps"), host.pack_module("patches.gradient")
-    unet = small_models.small_unet(layout=layout)
-    sites = [
-        site
-        for site in host.pack_module("models.sites").find_sites(unet.model.diffusion_model, "Test")
-        if site.level >= level
-    ]
-    words = [site for site in sites if site.level == max(level, sites[0].level)]
-    held: dict[int, int] = {}
-    weights = {weight.untyped_storage().data_ptr() for weight in unet.model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x = torch.randn(2, 4, 16, 16)
-    entries = {"positive": comfy.sampler_helpers.convert_cond(small_models.conditioning(1))}
-    unet.pre_run()
-    with gradients.gradients():
-        conds = comfy.samplers.process_conds(unet.model, x, entries, x.device)["positive"]
-        leaf = x.clone().requires_grad_()
-        recorder = maps.AttentionRecorder(sites, words, stop=True)
-        options = recorder.attach(gradients.differentiable_options(unet.model_options))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            comfy.samplers.calc_cond_batch(unet.model, [conds], leaf, torch.full((2,), 2.0), options)
-            losses = [(value * 1.01).square().sum() for value in recorder.self_attention.values()]
-    assert losses
-    found = estimate(unet.model.diffusion_model, sites, words, x.shape, 4, False)
-    assert 1.0 <= found / sum(held.values()) < 1.6
-    alone = estimate(unet.model.diffusion_model, sites, words, (1, *x.shape[1:]), 4, False)
-    assert found == 2 * alone
-    assert estimate(unet.model.diffusion_model, sites, words, x.shape, 4, True) < 0.8 * found
-    assert estimate(unet.model.diffusion_model, (), (), x.shape, 4, False) == 0
-
-
-def test_the_host_is_asked_for_memory(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects: before the first step the host is asked for the backward's memory on top of a stock run's."""
-    module = host.pack_module("patches.unify_optimiser")
-    monkeypatch.setattr(module, "backward_bytes", lambda *_: 3 * 2**30)
-    asked = []
-    load = comfy.model_management.load_models_gpu
-
-    def note(models: Any, memory_required: float = 0, **others: Any) -> None:
-        asked.append((memory_required, others.get("minimum_memory_required")))
-        load(models, memory_required=memory_required, **others)
-
-    edit = Edit(host, model, steps=1)
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
-    edit.run()
-    stock, own = asked[0], asked[-1]
-    assert len(asked) == 2
-    assert own[0] - stock[0] == 3 * 2**30
-    assert own[1] - stock[1] == 3 * 2**30

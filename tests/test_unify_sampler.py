@@ -84,7 +84,7 @@ def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]
     positions = host.pack_module("patches.unify_words").edit_words([edit.tokens], small_models.TEXT_TOKENS)
     structure = losses.structure_loss(found["source"].self_attention, found["target"].self_attention)
     alignment = losses.alignment_loss(found["target"].cross_attention, positions, masks)
-    return float(structure), float(alignment)
+    return float(structure.values), float(alignment.values)
 
 
 def test_update_follows_the_formula(host: Host, model: Any) -> None:
@@ -284,17 +284,17 @@ def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCapt
     number.
     """
     edit = Edit(host, model)
-    recorder = host.pack_module("patches.attention_maps").AttentionRecorder
-    gradients = recorder.gradients
+    loss = host.pack_module("patches.attention_maps").LossGradient
+    by_latent = loss.by_latent
     broken = {0}
 
-    def sometimes(self: Any, losses: Any, latent: torch.Tensor) -> list[torch.Tensor]:
-        found, step = gradients(self, losses, latent), len(seen)
+    def sometimes(self: Any, latent: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
+        found, step = by_latent(self, latent, keep_graph), len(seen) // 2  # two losses a step
         seen.append(step)
-        return [gradient * math.nan for gradient in found] if step in broken else found
+        return found * math.nan if step in broken else found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "gradients", sometimes)
+        patch.setattr(loss, "by_latent", sometimes)
         seen: list[int] = []
         with caplog.at_level(logging.WARNING):
             assert bool(torch.isfinite(edit.run()).all())

@@ -19,13 +19,20 @@ class Edit:
     """One edit of a random latent; every part can be replaced before `run`."""
 
     def __init__(
-        self, host: Host, model: Any, steps: int = STEPS, batch: int = 1, seed: int = 3, **inversion: Any
+        self,
+        host: Host,
+        model: Any,
+        steps: int = STEPS,
+        batch: int = 1,
+        seed: int = 3,
+        size: tuple[int, int] = (small_models.LATENT_SIZE,) * 2,
+        **inversion: Any,
     ) -> None:
         self.host, self.model = host, model
         self.sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), "normal", steps
         )
-        self.latent = {"samples": small_models.latent(seed, batch)}
+        self.latent = {"samples": small_models.latent(seed, batch, size)}
         self.inversion, self.noise = host.execute(
             "DescEditInvert",
             model=model,
@@ -88,6 +95,16 @@ def tokenizer_only_clip() -> Any:
     """What DescEditFindTokens needs of a CLIP."""
     tokenizer = SD1Tokenizer()
     return SimpleNamespace(tokenizer=tokenizer, tokenize=tokenizer.tokenize_with_weights)
+
+
+def projections(host: Host, probabilities: torch.Tensor) -> Any:
+    """Queries and keys of an attention with these probabilities, [rows, heads, queries, keys]."""
+    rows, heads, _, keys = probabilities.shape
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    q = probabilities.clamp(min=1e-30).log() * keys**0.5
+    k = torch.eye(keys).expand(rows, keys, keys).repeat(1, 1, heads)
+    made = host.pack_module("patches.attention_maps").Projections
+    return made(q.transpose(1, 2).flatten(2), k, heads)
 
 
 def box_mask(rows: int = 1) -> torch.Tensor:
