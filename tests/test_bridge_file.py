@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,8 +208,8 @@ def write_whole(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("parts", [(LORA, MODEL), (MODEL,)], ids=["both files", "one file"])
 def test_a_release_with_everything_in_one_file(host: Host, folder: Path, parts: tuple[str, ...]) -> None:
-    """Protects: the authors' model.safetensors with UNet, LoRA and conv1n is a whole bridge, alone, beside its
-    LoRA file, and asked for by that.
+    """Protects: the authors' model.safetensors with UNet, LoRA and conv1n is a whole bridge, alone, beside
+    its LoRA file, and asked for by that.
     """
     expected = write_whole(folder / "release")
     if LORA not in parts:
@@ -263,7 +262,7 @@ def test_two_loras_in_one_file(host: Host, folder: Path) -> None:
 
 @pytest.mark.parametrize(("asked", "other"), [(MODEL, LORA), (LORA, MODEL)])
 def test_the_other_half_is_watched(host: Host, folder: Path, asked: str, other: str) -> None:
-    """Protects: the load node's fingerprint follows the release's other file too, and one that comes later."""
+    """Protects: the load node's fingerprint follows the other file of a release too, and a later one."""
     write_release(folder / "release", "lora_A", "lora_B")
     node, name = host.node("DescEditLoadBridge"), f"release/{asked}"
     first = node.fingerprint_inputs(bridge_name=name)
