@@ -80,9 +80,10 @@ class DescEditEditPairs(io.ComfyNode):
 
         path = _inside_input(folder)
         cache = Path(folder_paths.get_temp_directory()) / "edit_pairs"
-        bar = comfy.utils.ProgressBar(len(list(path.glob("*.json"))))
         try:
-            pairs = encode_pairs(read_folder(path, resolution, 64), vae, clip, cache, bar.update_absolute)
+            reading = read_folder(path, resolution, 64)
+            bar = comfy.utils.ProgressBar(reading.total)
+            pairs = encode_pairs(reading, vae, clip, cache, bar.update_absolute)
         except ValueError as error:
             raise ValueError(f"DescEditEditPairs: {error}") from None
         return io.NodeOutput(pairs)

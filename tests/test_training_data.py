@@ -139,6 +139,120 @@ def test_bad_pairs(
         list(pairs.read_folder(folder, 64, 64))
 
 
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"]
+)
+def test_encodings(host: Host, folder: Path, encoding: str) -> None:
+    """Protects: texts are read as editors write them, with a byte order mark or without."""
+    write_pair(folder, "a")
+    texts = {"source": "绿色的圆", "edit": "a naïve blue circle"}
+    (folder / "a.json").write_bytes(json.dumps(texts, ensure_ascii=False).encode(encoding))
+    (pair,) = host.pack_module("training.pairs").read_folder(folder, 64, 64)
+    assert (pair.source_text, pair.edit_text) == tuple(texts.values())
+
+
+def test_a_text_in_another_encoding(host: Host, folder: Path) -> None:
+    """Protects: a text in an encoding that cannot be told is a bad pair that says so, never learned wrong."""
+    write_pair(folder, "a")
+    (folder / "a.json").write_bytes('{"source": "a naïve", "edit": "b"}'.encode("cp1252"))
+    with pytest.raises(ValueError, match=r"the first is a: .* it is not UTF-8 .*: save it as UTF-8"):
+        list(host.pack_module("training.pairs").read_folder(folder, 64, 64))
+
+
+def test_endings_in_capitals(host: Host, folder: Path) -> None:
+    """Protects: endings count the same in small letters and capitals, and hidden files are no pairs."""
+    for name, image, text in (("a", "PNG", "JSON"), ("b", "JPG", "json"), ("c", "Webp", "Json")):
+        for role in ("source", "edit"):
+            Image.new("RGB", (64, 64), "red").save(folder / f"{name}_{role}.{image}")
+        (folder / f"{name}.{text}").write_text('{"source": "a", "edit": "b"}')
+    (folder / "._a.json").write_bytes(b"\x00\x05\x16\x07")
+    pairs = list(host.pack_module("training.pairs").read_folder(folder, 64, 64))
+    assert [pair.name for pair in pairs] == ["a", "b", "c"]
+
+
+def hidden(mode: str, colour: int) -> Image.Image:
+    """A red square on transparent ground, whose colour there nobody sees."""
+    pixels = np.full((64, 64, 4), colour, np.uint8)
+    pixels[..., 3] = 0
+    pixels[16:48, 16:48] = 255, 0, 0, 255
+    image = Image.fromarray(pixels)
+    if mode == "RGBA":
+        return image
+    if mode == "LA":
+        return image.convert("LA")
+    ground = np.where(pixels[..., 3] == 0, 0, 1).astype(np.uint8)
+    if mode == "P":
+        found = Image.fromarray(ground, "P")
+        found.putpalette([colour, colour, colour, 255, 0, 0])
+        found.info["transparency"] = 0
+    elif mode == "L":
+        found = Image.fromarray(np.where(ground == 0, colour, 77).astype(np.uint8))
+        found.info["transparency"] = colour
+    else:
+        found = image.convert("RGB")
+        found.info["transparency"] = (colour, colour, colour)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_hidden_colours_are_not_learned(host: Host, folder: Path, mode: str) -> None:
+    """Protects: what is transparent, in whatever way a file says so, lies on white; the rest is as it was."""
+    pairs = host.pack_module("training.pairs")
+    found = []
+    for colour in (10, 200):
+        write_pair(folder, "a")
+        hidden(mode, colour).save(folder / "a_source.png")
+        (pair,) = pairs.read_folder(folder, 64, 64)
+        found.append(pair.source)
+    assert torch.equal(*found)
+    assert torch.equal(found[0][0, 0], torch.ones(3))
+    seen = 77 if mode == "L" else round(0.299 * 255) if mode == "LA" else None
+    expected = torch.full((3,), seen / 255) if seen else torch.tensor([1.0, 0.0, 0.0])
+    torch.testing.assert_close(found[0][32, 32], expected)
+
+
+def test_half_transparent(host: Host, folder: Path) -> None:
+    """Protects: soft edges are mixed with white."""
+    write_pair(folder, "a")
+    Image.new("RGBA", (64, 64), (0, 100, 200, 51)).save(folder / "a_source.png")
+    (pair,) = host.pack_module("training.pairs").read_folder(folder, 64, 64)
+    expected = torch.tensor([255 * 0.8 + value * 0.2 for value in (0, 100, 200)]) / 255
+    torch.testing.assert_close(pair.source[5, 5], expected, atol=1 / 255, rtol=0)
+
+
+def test_turned_by_exif(host: Host, folder: Path) -> None:
+    """Protects: a picture that its camera says is turned is learned upright."""
+    write_pair(folder, "a")
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32] = 255  # bright above; turned by 90 degrees clockwise it is bright on the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "a_source.png", exif=exif)
+    (pair,) = host.pack_module("training.pairs").read_folder(folder, 64, 64)
+    assert pair.source[:, 40:].min() == 1
+    assert pair.source[:, :24].max() == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_animations(host: Host, folder: Path, kind: str) -> None:
+    """Protects: an animated file is a bad pair and named, not learned as its first picture."""
+    write_pair(folder, "a")
+    (folder / "a_source.png").unlink()
+    first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    first.save(folder / f"a_source.{kind.lower()}", kind, save_all=True, append_images=[second])
+    with pytest.raises(ValueError, match=r"a_source.\w+ is an animation of 2 pictures"):
+        list(host.pack_module("training.pairs").read_folder(folder, 64, 64))
+
+
+def test_a_print_picture(host: Host, folder: Path) -> None:
+    """Protects: a CMYK picture is learned in its colours."""
+    write_pair(folder, "a")
+    (folder / "a_source.png").unlink()
+    Image.new("CMYK", (64, 64), (0, 255, 255, 0)).save(folder / "a_source.jpg", quality=100)
+    (pair,) = host.pack_module("training.pairs").read_folder(folder, 64, 64)
+    torch.testing.assert_close(pair.source[5, 5], torch.tensor([1.0, 0.0, 0.0]), atol=0.02, rtol=0)
+
+
 def test_encoded_once(host: Host, folder: Path, studio: Any) -> None:
     """Protects: pictures are encoded once and again only when they change, and a text that all pairs share
     once; what is on disk is what the encoders give, to fp16; pairs of one size make a batch in the model's

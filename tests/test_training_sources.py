@@ -137,6 +137,41 @@ def test_the_same_pairs(sources: Any, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_hidden_colours(sources: Any, tmp_path: Path, kind: str) -> None:
+    """Protects: no source lets a colour be learned that is transparent in the picture."""
+    (sample,) = draw(1)
+    pixels = np.dstack([sample.arrays[0], np.full((SIZE, SIZE), 255, np.uint8)])
+    pixels[:32, :, 3] = 0
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    sample.files[0] = file.getvalue()
+    (pair,) = sources.read_pairs(
+        sources.DataConfig(**write(kind, tmp_path / "data", [sample]), resolution=SIZE)
+    )
+    assert bool((pair.source[:32] == 1).all())
+    np.testing.assert_array_equal(pair.source[32:].numpy(), sample.arrays[0][32:].astype(np.float32) / 255)
+
+
+def test_members_in_capitals_and_with_marks(sources: Any, tmp_path: Path) -> None:
+    """Protects: members of a shard count the same in small letters and capitals, and their texts may begin
+    with a byte order mark.
+    """
+    (sample,) = draw(1)
+    texts = json.dumps(dict(zip(("source", "edit"), sample.texts, strict=True)))
+    content = {"SOURCE.PNG": sample.files[0], "Edit.Png": sample.files[1]}
+    content["JSON"] = texts.encode("utf-8-sig")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in content.items():
+            member = tarfile.TarInfo(f"pair.{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    columns = {"source_image": "Source.PNG"}
+    for given in ({}, columns):
+        data = sources.DataConfig(str(tmp_path / "0.tar"), "webdataset", columns=given, resolution=SIZE)
+        check(list(sources.read_pairs(data)), [sample])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_buckets(sources: Any, tmp_path: Path, kind: str) -> None:
     """Protects: pictures of all sources are brought to the bucket of their shape."""
     where = write(kind, tmp_path / "data", draw(1, (300, 200)))

@@ -3,7 +3,8 @@
 A sample that cannot be used is counted, logged with its name and skipped; more than 1% of them stops.
 
 A folder holds `name_source.png`, `name_edit.png` and `name.json` with both descriptions, {"source": "what the
-first shows", "edit": "what the second shows"}, for each pair. Pictures may be png, jpg or webp.
+first shows", "edit": "what the second shows"}, for each pair. Pictures may be png, jpg or webp, endings in
+small letters or capitals, and texts in UTF-8, UTF-16 or UTF-32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST = 64
+WIDE = "IF"  # first letters of Pillow's modes with more than 8 bits
+ONE_PICTURE = ("MPO",)  # formats whose further pictures are a camera's own, such as a smaller copy
 BAD_SHARE = 0.01
 FIRST_OF_A_STREAM = 1000
 
@@ -94,7 +97,8 @@ class Reading:
         self.numbers: list[int] = []
         self.bad: list[tuple[int, str]] = []
         self.seen = 0
-        self._samples, self._total, self._share = samples, total, share
+        self.total = total
+        self._samples, self._share = samples, share
         self._buckets = buckets(resolution, step)
 
     def __iter__(self) -> Iterator[EditPair]:
@@ -108,7 +112,7 @@ class Reading:
             except BadPair as problem:
                 logging.warning("edit pair %s: %s", sample.name, problem)
                 self.bad.append((number, f"{sample.name}: {problem}"))
-                too_many_bad(self.where, self.bad, self._total or self.seen, self._total or FIRST_OF_A_STREAM)
+                too_many_bad(self.where, self.bad, self.total or self.seen, self.total or FIRST_OF_A_STREAM)
             else:
                 self.numbers.append(number)
                 yield pair
@@ -141,27 +145,41 @@ def read_folder(folder: Path, resolution: int, step: int) -> Reading:
 
 def folder_samples(folder: Path) -> list[Sample]:
     """The samples of a folder, by name. Raises ValueError if there are none."""
-    names = sorted(file.stem for file in folder.glob("*.json"))
+    files: dict[tuple[str, str], Path] = {}
+    for file in sorted(folder.iterdir()):  # of two that differ in capitals, the ending in small letters
+        if not file.name.startswith("."):  # such as macOS's notes on each file
+            files[file.stem, file.suffix.lower()] = file
+    names = sorted(stem for stem, suffix in files if suffix == ".json")
     if not names:
         raise ValueError(
             f"no edit pairs in {folder.name}: it needs name_source.png, name_edit.png and name.json for each"
         )
-    return [Sample(name, partial(_folder_parts, folder, name)) for name in names]
+    return [Sample(name, partial(_folder_parts, files, name)) for name in names]
 
 
-def _folder_parts(folder: Path, name: str) -> Parts:
+def _folder_parts(files: Mapping[tuple[str, str], Path], name: str) -> Parts:
     try:
-        texts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        texts = json.loads(decoded_text(files[name, ".json"].read_bytes()))
         source_text, edit_text = texts["source"], texts["edit"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadPair(f'its JSON has no "source" and "edit" texts ({error})') from None
     pictures = []
     for stem in (f"{name}_source", f"{name}_edit"):
-        path = next((path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
+        path = next((files[stem, suffix] for suffix in SUFFIXES if (stem, suffix) in files), None)
         if path is None:
             raise BadPair(f"there is no {stem}.png")
         pictures.append(Picture(path.name, partial(Image.open, path)))
     return Parts(*pictures, source_text, edit_text)
+
+
+def decoded_text(content: bytes) -> str:
+    """Text as editors write it: UTF-8, 16 or 32, with a byte order mark or not. Raises ValueError for another
+    encoding.
+    """
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error}): save it as UTF-8") from None
 
 
 def buckets(resolution: int, step: int) -> list[Size]:
@@ -200,14 +218,23 @@ def _pair(sample: Sample, sizes: Sequence[Size]) -> EditPair:
 
 
 def _decoded(picture: Picture) -> torch.Tensor:
+    """[height, width, 3], 0 to 1, upright. What is transparent lies on white: no colour is learned that
+    nobody sees.
+    """
     try:
         with picture.open() as file:
-            mode = file.mode
-            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGB"), np.float32) / 255
+            mode, frames = file.mode, 1 if file.format in ONE_PICTURE else getattr(file, "n_frames", 1)
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data and mode[0] not in WIDE:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     except Exception as error:  # Pillow raises nearly anything for broken bytes
         raise BadPair(f"{picture.name} cannot be read ({error})") from None
-    if mode[0] in "IF":  # Pillow would clip it
+    if mode[0] in WIDE:  # Pillow would clip it
         raise BadPair(f"{picture.name} has {mode} pixels but must have 8 bits a channel")
+    if frames > 1:
+        raise BadPair(f"{picture.name} is an animation of {frames} pictures but must be one picture")
     if min(pixels.shape[:2]) < SMALLEST:
         raise BadPair(f"{picture.name} is smaller than {SMALLEST} pixels")
     return torch.from_numpy(pixels)

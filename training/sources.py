@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from .pairs import BAD_SHARE, BadPair, Parts, Picture, Reading, Sample, folder_samples
+from .pairs import BAD_SHARE, BadPair, Parts, Picture, Reading, Sample, decoded_text, folder_samples
 
 KINDS = ("folder", "webdataset", "huggingface")
 ROLES = ("source_image", "edit_image", "source_text", "edit_text")
@@ -214,7 +214,7 @@ def _member_parts(found: Mapping[str, Any], members: Mapping[str, str]) -> Parts
         extensions, _, key = members[role].partition(":")
         name, extract = _member(found, extensions)
         try:
-            text = extract().read().decode("utf-8")
+            text = decoded_text(extract().read())
             texts.append(json.loads(text)[key] if key else text.strip())
         except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
             raise BadPair(f"{name} has no {role} ({error})") from None
@@ -222,7 +222,7 @@ def _member_parts(found: Mapping[str, Any], members: Mapping[str, str]) -> Parts
 
 
 def _member(found: Mapping[str, Any], extensions: str) -> tuple[str, Callable[[], Any]]:
-    for extension in extensions.split(";"):
+    for extension in extensions.lower().split(";"):  # the library's grouping gives them in small letters
         if extension in found:
             return f"{found['__key__']}.{extension}", found[extension]
     raise BadPair(f"there is no {found['__key__']}.{extensions.split(';')[0]}")
