@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .lettering import Lettering
 
 _GAP, _FONT = 6, 14
 
@@ -23,18 +25,19 @@ def draw_sheet(columns: Sequence[tuple[str, torch.Tensor]], side: int) -> torch.
     wrong = [f"input {n} has {count}" for n, count in enumerate(lengths, start=1) if count not in (1, rows)]
     if wrong:
         raise ValueError(f"one input has {rows} images but {', '.join(wrong)}: give one, or {rows}")
-    font = ImageFont.load_default(_FONT)
-    labels = [_wrapped(label, font, side) for label, _ in columns]
+    lettering = Lettering(_FONT)
+    labels = [lettering.wrap(label, side) for label, _ in columns]
     cells = [
         [_scaled(images[row if len(images) > 1 else 0], side) for _, images in columns] for row in range(rows)
     ]
-    head = (_FONT + 3) * max(label.count("\n") + 1 for label in labels) + _GAP
+    head = (_FONT + 3) * max(map(len, labels)) + _GAP
     heights = [max(cell.height for cell in row) + _GAP for row in cells]
     sheet = Image.new("RGB", (len(columns) * (side + _GAP) + _GAP, head + sum(heights)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, label in enumerate(labels):
         x = _GAP + column * (side + _GAP)
-        pen.multiline_text((x, 2), label, fill="black", font=font, spacing=3)
+        for number, line in enumerate(label):
+            lettering.draw(pen, (x, 2 + number * (lettering.height + 3)), line)
         for row, cell in enumerate(row[column] for row in cells):
             middle = (side - cell.width) // 2, (heights[row] - _GAP - cell.height) // 2
             sheet.paste(cell, (x + middle[0], head + sum(heights[:row]) + middle[1]))
@@ -47,14 +50,3 @@ def _scaled(image: torch.Tensor, side: int) -> Image.Image:
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-
-
-def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    lines = [""]
-    for word in label.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)

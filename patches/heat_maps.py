@@ -150,8 +150,12 @@ def _word_maps(
             "description that the tokens were found in"
         )
     rows, columns = sites[0].grid(height, width)
+    # A word that stands twice has a map for each place.
+    texts = [word.text for word in tokens.words]
     return {
-        word.text: rearrange(mean[..., list(word.tokens)].mean(dim=-1), "b (h w) -> b h w", h=rows, w=columns)
+        f"{word.text} ({word.tokens[0]})" if texts.count(word.text) > 1 else word.text: rearrange(
+            mean[..., list(word.tokens)].mean(dim=-1), "b (h w) -> b h w", h=rows, w=columns
+        )
         for word in tokens.words
     }
 

@@ -157,6 +157,24 @@ def test_words_lie_where_they_are_drawn(host: Host) -> None:
     assert colour > 0.1 > -0.1 > background
 
 
+def test_a_word_that_stands_twice(host: Host, model: Any) -> None:
+    """Protects: each place of a repeated word has its own map, and tokens without a word are named."""
+    edit = Edit(host, model)
+    tokens, _ = host.execute(
+        "DescEditFindTokens",
+        clip=tokenizer_only_clip(),
+        source_description="a circle and a square",
+        edit_description="a red circle and a red square",
+    )
+    inputs = {"model": model, "conditioning": edit.positive, "latent": edit.latent, "side": 64}
+    sheet, _ = host.execute("DescEditAttentionMaps", edit_tokens=tokens, **inputs)
+    assert sheet.shape[2] == 2 * (64 + 6) + 6
+    assert not torch.equal(sheet[:, -70:, 6:70], sheet[:, -70:, 76:140])
+    nothing = type(tokens)((), 3, 3, ())
+    with pytest.raises(Exception, match="DescEditAttentionMaps: edit_tokens has no words"):
+        host.execute("DescEditAttentionMaps", edit_tokens=nothing, **inputs)
+
+
 def test_paint(view: Any) -> None:
     """Protects: a map goes from dark blue at its lowest to yellow at its highest, whatever its values."""
     maps = torch.linspace(3, 5, 16).reshape(1, 4, 4)
