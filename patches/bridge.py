@@ -21,6 +21,9 @@ from .bridge_core import NODE
 from .bridge_run import KEY, BridgeRun, BridgeSetup
 from .inputs import read_mask, read_samples
 from .options import read_options, replace_options
+from .out_of_memory import memory_advice
+
+ADVICE = "sample a smaller image or fewer at a time, or give fewer references"
 
 
 def apply_bridge(model: Any, setup: BridgeSetup) -> Any:
@@ -138,8 +141,9 @@ class _Sample:
         run = BridgeRun(self.setup, guider, noise, sigmas)
         extra_args["model_options"]["transformer_options"][KEY] = run
         try:
-            run.read_reference()
-            return executor(*args, **kwargs)
+            with memory_advice(NODE, ADVICE):
+                run.read_reference()
+                return executor(*args, **kwargs)
         finally:
             run.close()
 

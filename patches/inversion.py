@@ -14,6 +14,7 @@ from comfy.utils import model_trange
 
 from ..models.sites import find_sites
 from .inputs import read_samples
+from .out_of_memory import memory_advice
 
 NODE = "DescEditInvert"
 MODES = ("ddim", "virtual")
@@ -139,15 +140,16 @@ def invert(
     path: list[torch.Tensor] = []
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
-    guider.sample(
-        torch.zeros_like(samples),
-        samples,
-        comfy.samplers.KSAMPLER(_sample_upwards, {"refine": refine, "path": path}),
-        sigmas,
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=0,
-    )
+    with memory_advice(NODE, "invert a smaller image, or fewer at a time"):
+        guider.sample(
+            torch.zeros_like(samples),
+            samples,
+            comfy.samplers.KSAMPLER(_sample_upwards, {"refine": refine, "path": path}),
+            sigmas,
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=0,
+        )
     trajectory = torch.stack(path[::-1]).cpu()
     return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model))
 

@@ -92,3 +92,17 @@ def _graph(unet: torch.nn.Module, paths: set[str], height: int, width: int) -> t
             if not pending:
                 break
     return kept, inside, back
+
+
+def copied_bytes(unet: torch.nn.Module, sites: Sequence[Site], itemsize: int, checkpoint: bool) -> int:
+    """Bytes of the weights that a gradient keeps copies of where the host streams them (`gradient`): of every
+    layer up to the last of `sites`, or of the largest one, where layers are computed again one at a time.
+    """
+    pending, layers = {site.path for site in sites}, [0]
+    for name, module in unet.named_modules():
+        if not pending:
+            break
+        if isinstance(module, (ResBlock, SpatialTransformer, Downsample, Upsample)):
+            layers.append(sum(weight.numel() for weight in module.parameters()))
+            pending -= {path for path in pending if path.startswith(f"{name}.")}
+    return itemsize * (max(layers) if checkpoint else sum(layers))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import torch
 from einops import rearrange
 
@@ -20,7 +21,7 @@ from .progress import progress
 from .unify_balance import row_norm
 from .unify_losses import alignment_loss, structure_loss
 from .unify_mask import attention_mask, word_attention
-from .unify_memory import backward_bytes
+from .unify_memory import backward_bytes, copied_bytes
 from .unify_settings import UnifySettings
 from .unify_sites import structure_sites, word_sites
 from .unify_source import SourceBranch, active_entry, record, whole_image
@@ -67,14 +68,7 @@ class LatentOptimiser:
                 f"{NODE}: the guider's positive conditioning has no entry for the whole image: "
                 "wire the edit description without an area or a mask to it"
             )
-        memory = backward_bytes(
-            self._model.diffusion_model,
-            self._self_sites,
-            self._cross_sites,
-            x.shape,
-            self._model.get_dtype_inference().itemsize,
-            settings.checkpoint,
-        )
+        memory, self._checkpoint = self._plan_memory(x)
         self._source = SourceBranch(NODE, guider, settings.inversion, x, self._options, extra_args, memory)
         self._maps: dict[SiteKey, Projections] | None = None
         self._places: list[float] = []
@@ -96,6 +90,27 @@ class LatentOptimiser:
                 f"holds none of the {len(plan)} steps, or the balance's curves are 0 there: widen them"
             )
         return plan
+
+    def _plan_memory(self, x: torch.Tensor) -> tuple[float, bool]:
+        """Bytes that a gradient takes, and whether layers are computed again for it: where the settings say
+        so, and where weights are streamed and their copies do not fit otherwise.
+        """
+        patcher, unet = self._guider.model_patcher, self._model.diffusion_model
+        sites, itemsize = (self._self_sites, self._cross_sites), self._model.get_dtype_inference().itemsize
+        streamed, checkpoint = weights_streamed([patcher]), self._settings.checkpoint
+
+        def needed(checkpoint: bool) -> float:
+            copies = copied_bytes(unet, [*sites[0], *sites[1]], itemsize, checkpoint) if streamed else 0
+            return backward_bytes(unet, *sites, x.shape, itemsize, checkpoint) + copies
+
+        if streamed and not checkpoint:
+            free = comfy.model_management.get_free_memory(x.device)
+            if patcher.is_dynamic():  # its weights make room by themselves
+                free += patcher.loaded_size()
+            checkpoint = self._model.memory_required(list(x.shape)) + needed(False) > free
+            if checkpoint:
+                logging.info("%s: memory is short: layers are computed again for their gradient", NODE)
+        return needed(checkpoint), checkpoint
 
     def _choose_sites(self, x: torch.Tensor) -> None:
         settings, (height, width) = self._settings, x.shape[-2:]
@@ -193,7 +208,7 @@ class LatentOptimiser:
         with gradients(weights_streamed(self._source.patchers())):
             leaf = x.clone().requires_grad_()
             options = differentiable_options(self._options)
-            checkpoint = self._settings.checkpoint
+            checkpoint = self._checkpoint
             if checkpoint:
                 options["transformer_options"] = checkpointed(options["transformer_options"])
             target = AttentionRecorder(

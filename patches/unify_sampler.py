@@ -15,9 +15,12 @@ import comfy.samplers
 import torch
 from comfy.utils import model_trange
 
+from .out_of_memory import memory_advice
 from .unify_optimiser import NODE, LatentOptimiser
 from .unify_settings import UnifySettings
 from .unify_trace import TraceBox, TraceNoise
+
+ADVICE = "switch checkpointing on, lower structure_side, or edit a smaller image or fewer at a time"
 
 
 class UnifySampler(comfy.samplers.KSAMPLER):
@@ -59,7 +62,10 @@ class UnifySampler(comfy.samplers.KSAMPLER):
         # noise mask protects.
         noise = (inversion.latent(0, noise) - clean) / sigmas[0]
         run = comfy.samplers.KSAMPLER(_sample_unify, {"settings": self._settings, "box": box})
-        return run.sample(model_wrap, sigmas, extra_args, callback, noise, clean, denoise_mask, disable_pbar)
+        with memory_advice(NODE, ADVICE):
+            return run.sample(
+                model_wrap, sigmas, extra_args, callback, noise, clean, denoise_mask, disable_pbar
+            )
 
 
 def _sample_unify(

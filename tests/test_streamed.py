@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import pytest
 import small_models
 import torch
@@ -137,3 +138,40 @@ def test_training_gradient(
             losses = objective.losses(model.model, bank, batch, draws, how, checkpointing)
             found[mode] = losses.detach(), *torch.autograd.grad(losses.mean(), weights)
     torch.testing.assert_close(found["streamed"], found["resident"], **CLOSE)
+
+
+@pytest.mark.parametrize(("free", "again"), [(2**36, False), (2**16, True)])
+def test_short_memory_computes_layers_again(
+    host: Host, model: Any, monkeypatch: pytest.MonkeyPatch, free: int, again: bool
+) -> None:
+    """Protects: where weights are streamed and their copies do not fit, layers are computed again, and where
+    they fit they are not; with resident weights never.
+    """
+    optimiser = host.pack_module("patches.unify_optimiser")
+    checkpointed, seen = optimiser.checkpointed, []
+
+    def note(options: Any) -> Any:
+        seen.append(mode)
+        return checkpointed(options)
+
+    monkeypatch.setattr(optimiser, "checkpointed", note)
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda _, both=False: (free, free) if both else free
+    )
+    for mode in BOTH:
+        with MODES[mode]():
+            unify_edit.Edit(host, model, steps=1).run()
+    assert set(seen) == ({"streamed"} if again else set())
+
+
+def test_memory_of_copies(host: Host, model: Any) -> None:
+    """Protects: the bytes of copies that the host is asked for are those of the weights on the way to the
+    attention that is recorded, counted by hand; of the largest layer where layers are computed again.
+    """
+    unet = model.model.diffusion_model
+    copied_bytes = host.pack_module("patches.unify_memory").copied_bytes
+    site = next(s for s in host.pack_module("models.sites").find_sites(unet, "test") if s.key[0] == "middle")
+    on_the_way = [layer for block in unet.input_blocks[1:] for layer in block] + [*unet.middle_block[:2]]
+    weights = [sum(weight.numel() for weight in layer.parameters()) for layer in on_the_way]
+    assert copied_bytes(unet, [site], 2, False) == 2 * sum(weights)
+    assert copied_bytes(unet, [site], 2, True) == 2 * max(weights)
