@@ -15,9 +15,11 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..models.bridge import AttentionBridge, manage
+from ..models.sites import find_sites
 from ..patches.bridge import check_base
 from ..patches.gradient import gradients, weights_streamed
 from ..patches.plots import draw_curves
+from ..patches.unify_memory import copied_bytes
 from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective, check_trainable
 from ..training.settings import PRECISIONS, TrainSettings
 from .bridge import BridgeType, keep_bridge
@@ -238,8 +240,13 @@ class DescEditTrainBridge(io.ComfyNode):
         device = model.load_device
         needed = training_bytes(model.model, bridge.model, settings, pairs.sizes)
         comfy.model_management.load_models_gpu([model], memory_required=needed)
+        streamed = weights_streamed([model])
+        if streamed:
+            unet, itemsize = model.model.diffusion_model, model.model.get_dtype_inference().itemsize
+            needed += copied_bytes(unet, find_sites(unet, node), itemsize, checkpointing)
+            comfy.model_management.load_models_gpu([model], memory_required=needed)
         bar = comfy.utils.ProgressBar(steps)
-        with gradients(weights_streamed([model])):
+        with gradients(streamed):
             learned = AttentionBridge(bridge.model.settings, torch.float32, device)
             learned.load_state_dict(bridge.model.state_dict())
             trainer = Trainer(model.model, learned, pairs, settings, device)

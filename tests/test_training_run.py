@@ -311,6 +311,27 @@ def test_a_loss_that_is_not_finite(training: Any, tmp_path: Path, data: Path) ->
     assert state(tmp_path / "run")["step"] == 2
 
 
+def test_no_memory_left(training: Any, tmp_path: Path, data: Path) -> None:
+    """Protects: where memory runs out the run says in which step and what to do, the steps before are saved,
+    and what it says helps: with checkpointing the same command goes on.
+    """
+    run = make_run(training, tmp_path, data, steps=3, checkpoint__every=100)
+    losses = run.trainer.loss
+
+    def loss(place: int) -> torch.Tensor:
+        if place == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return losses(place)
+
+    run.trainer.loss = loss
+    with pytest.raises(MemoryError, match=r"no memory left in step 3 .* Set train.checkpointing to true"):
+        run.train()
+    assert state(tmp_path / "run")["step"] == 2
+    again = make_run(training, tmp_path, data, steps=3, train__checkpointing=True)
+    assert again.train()
+    assert len(again.trainer.losses) == 3
+
+
 def test_command_says_what_is_wrong(
     training: Any, tmp_path: Path, data: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,10 +185,9 @@ def write_files(host: Host, by_class: dict[str, Any]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)).save(
         host.base / "input" / by_class["LoadImage"]["inputs"]["image"]
     )
-    bridge = random_bridge(host, model)
-    host.execute(
-        "DescEditSaveBridge", bridge=bridge, name=by_class["DescEditLoadBridge"]["inputs"]["bridge_name"]
-    )
+    path = host.base / "models/attention_bridges" / by_class["DescEditLoadBridge"]["inputs"]["bridge_name"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host.pack_module("models.bridge_file").save_bridge(random_bridge(host, model).model, path)
     folders = {"LoraLoader": ("loras", "lora_name"), "ControlNetLoader": ("controlnet", "control_net_name")}
     tensors = {"LoraLoader": attention_lora(host, model), "ControlNetLoader": control_net_weights(host)}
     for node, (folder, name) in folders.items():

@@ -47,7 +47,8 @@ class Run:
     """One run of the command. accelerator: of Hugging Face accelerate.
 
     Raises ValueError for settings, data or checkpoints that do not fit, OSError if nothing can be written,
-    and FloatingPointError, naming the step, for a loss that is not finite: the state before it is saved.
+    FloatingPointError, naming the step, for a loss that is not finite, and MemoryError where memory runs out:
+    in both cases the state before that step is saved.
     """
 
     def __init__(self, config: Config, accelerator: Any) -> None:
@@ -80,7 +81,7 @@ class Run:
 
     def train(self) -> bool:
         """Go on until the last step, or until the process is told to stop; whether it was the last."""
-        config, trainer = self.config, self.trainer
+        config, trainer, accelerator = self.config, self.trainer, self.accelerator
         found = self.checkpoints.resume(trainer)
         self._check_same()
         if found:
@@ -95,6 +96,16 @@ class Run:
                 except FloatingPointError:
                     self._save()
                     raise
+                except Exception as error:
+                    if not comfy.model_management.is_oom(error):
+                        raise
+                    if accelerator.is_main_process:  # the others may wait for this step's gradient
+                        self.checkpoints.save(trainer)
+                    raise MemoryError(
+                        f"no memory left in step {trainer.step + 1} ({str(error).partition(chr(10))[0]}); "
+                        "the steps before are saved. Set train.checkpointing to true, with which the same "
+                        "command goes on, or begin anew with a smaller batch or resolution"
+                    ) from None
                 stop = bool(self._total(torch.tensor(float(told()), device=trainer.device)) > 0)
                 last = stop or trainer.step == config.steps
                 if last or trainer.step % config.logging.every == 0:
@@ -280,7 +291,7 @@ def main() -> None:
         accelerator = accelerator_for(config)
         Run(config, accelerator).train()
         accelerator.end_training()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         print(f"training: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,0 +1,82 @@
+"""The shipped graphs in every memory mode: each runs whole, and gives what it gives with resident weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import memory_modes
+import numpy as np
+import pytest
+import torch
+from host import ROOT, Host, Prompt
+from PIL import Image
+from test_workflows import IP_ADAPTER, WORKFLOWS, write_files
+
+SIZE = 64
+# The Tiny Studio in a checkpoint's place, and a text in the place of what a language model says.
+STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CheckpointLoaderSimple": ("DescEditTinyStudio", {}),
+    "TextGenerate": ("PrimitiveStringMultiline", {"value": "a green square on a white background"}),
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "ImageScale": {"width": SIZE, "height": SIZE},
+    "BasicScheduler": {"steps": 2},
+    "PrimitiveFloat": {"value": 1.5},
+    "DescEditEditPairs": {"resolution": SIZE},
+    "DescEditNewBridge": {"rank": 4},
+    "DescEditTrainBridge": {"steps": 2, "learning_rate": 1e-2},
+}
+WITH_FILES = "DescriptiveEdit - bridge with ControlNet and LoRA"
+
+
+def graph(name: str) -> Prompt:
+    """A shipped graph, small enough for a test."""
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    scaled = any(node["class_type"] == "ImageScale" for node in prompt.values())
+    for key, node in list(prompt.items()):
+        if node["class_type"] in STANDINS:
+            node["class_type"], node["inputs"] = STANDINS[node["class_type"]]
+        node["inputs"] |= SMALL.get(node["class_type"], {})
+        if scaled and node["class_type"] == "EmptyLatentImage":
+            node["inputs"] |= SMALL["ImageScale"]
+        if node["class_type"] == "CreateList":  # one of each guidance is enough
+            node["inputs"] = dict(list(node["inputs"].items())[:1])
+        if node["class_type"] == "CLIPLoader":
+            del prompt[key]
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def files(host: Host) -> None:
+    """What the graphs read."""
+    with memory_modes.resident():
+        write_files(host, {node["class_type"]: node for node in graph(WITH_FILES).values()})
+    folder = host.base / "input" / "edit_pairs"
+    folder.mkdir(exist_ok=True)
+    for role in ("source", "edit"):
+        noise = np.random.default_rng(len(role)).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"one_{role}.png")
+    (folder / "one.json").write_text(json.dumps({"source": "a red circle", "edit": "a green circle"}))
+
+
+def results(host: Host, prompt: Prompt) -> list[torch.Tensor]:
+    """Pictures, and weights that were learned."""
+    outputs = host.run_graph(prompt)
+    found = [outputs[key][0] for key, node in prompt.items() if node["class_type"] == "VAEDecode"]
+    for key, node in prompt.items():
+        if node["class_type"] == "DescEditTrainBridge":
+            found += outputs[key][0].model.state_dict().values()
+    return found
+
+
+@pytest.mark.parametrize("name", [file.stem for file in WORKFLOWS if file.stem != IP_ADAPTER])
+def test_graphs(host: Host, files: None, name: str) -> None:
+    """Protects: each graph, whichever of our nodes it holds, works however the host keeps weights."""
+    found = {}
+    for mode, context in memory_modes.MODES.items():
+        with context():
+            found[mode] = results(host, graph(name))
+    assert found["resident"]
+    for tensors in found.values():
+        torch.testing.assert_close(tensors, found["resident"], rtol=1e-5, atol=1e-5)
