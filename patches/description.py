@@ -16,8 +16,10 @@ import torch
 # As the host finds them: at the beginning, behind a space, or behind the brackets of a prompt weight.
 _EMBEDDING = re.compile(r"(?<![^\s()])embedding:\s*((?:\\[()]|[^\s<\[()])*)")
 _WEIGHT = re.compile(r":[-+.\d]+$")
-# What other programs' prompts hold and the host encodes as text.
-_SYNTAX = re.compile(r"<[A-Za-z]+:[^<>]*>|\bBREAK\b")
+# What other programs' prompts hold and the host encodes as text; weights among them that it does not read.
+_SYNTAX = re.compile(r"<[A-Za-z]+:[^<>]*>|\bBREAK\b|(?<=:)\s*[-+]?\d*\.?\d+(?=\s*[)\]}])")
+_OPEN_WEIGHT = re.compile(r"[(\[{][^()\[\]{}:,]*:(\s*[-+]?\d*\.?\d+)(?=\s*(?:,|$))")
+_APOSTROPHE, _ENDINGS = "\u2019", ("s", "t", "re", "ve", "m", "ll", "d")
 _JOINERS = "\u200c\u200d"
 # CLIP's vocabulary writes each byte as one letter, which is GPT-2's alphabet: printable ones are themselves.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -100,7 +102,12 @@ def without_spaces(text: str) -> bool:
 def _says(character: str) -> bool:
     category = unicodedata.category(character)
     beyond = category in ("Sk", "Cf") and ord(character) > 0xFFFF  # skin tones and flags
-    return category[0] in "LNM" or category == "So" or beyond or character in _JOINERS
+    return (
+        category[0] in "LNM"
+        or (category == "So" and character != "\ufffd")
+        or beyond
+        or character in _JOINERS
+    )
 
 
 def _cut(clip: Any, chunk: list[tuple[Any, float, int]]) -> Iterator[Word]:
@@ -198,6 +205,7 @@ class _Spelling:
             self._starts += [cluster.start()] * len(plain)
             self._ends += [cluster.end()] * len(plain)
         self._syntax = [match.span() for match in _SYNTAX.finditer(text)]
+        self._syntax += [match.span(1) for match in _OPEN_WEIGHT.finditer(text)]
 
     def find(self, word: Word, mentions: list[Word]) -> Word:
         """`word` as it is written; one inside the marks of another program says nothing."""
@@ -218,17 +226,28 @@ class _Spelling:
 
 
 def _joined(words: list[Word], text: str) -> list[Word]:
-    """Words with those made one that are written as one: digits, and what follows on an accent."""
+    """Words with those made one that are written as one: digits, what follows on an accent, and the endings
+    that the tokenizer knows behind a straight apostrophe only.
+    """
     found: list[Word] = []
     for word in words:
-        if found and _continues(found[-1], word):
+        if found and (_continues(found[-1], word) or _is_ending(found[-1], word)):
             before = found.pop()
             span = before.span[0], word.span[1]
-            tokens = before.tokens + word.tokens
-            sizes = before.sizes + word.sizes
-            word = Word(before.key + word.key, text[slice(*span)], tokens, word.spoken, span, sizes=sizes)
+            key = before.key.replace(_APOSTROPHE, "'") + word.key
+            tokens, sizes = before.tokens + word.tokens, before.sizes + word.sizes
+            word = Word(key, text[slice(*span)], tokens, word.spoken, span, sizes=sizes)
         found.append(word)
     return found
+
+
+def _is_ending(before: Word, word: Word) -> bool:
+    return (
+        before.key == _APOSTROPHE
+        and word.key in _ENDINGS
+        and None not in (before.span, word.span)
+        and before.span[1] == word.span[0]
+    )
 
 
 def _continues(before: Word, word: Word) -> bool:

@@ -85,7 +85,9 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
     alignment: list[tuple[int, int]] = []
     for kind, low, high, start, end in _differences(_keys(all_source), _keys(all_edit)):
         pairs = zip(all_edit[start:end], all_source[low:high], strict=True) if kind == "equal" else ()
-        alignment += [match for new, old in pairs for match in zip(new.tokens, old.tokens, strict=True)]
+        for new, old in pairs:
+            if len(new.tokens) == len(old.tokens):  # punctuation beside it can change how a word is cut
+                alignment += zip(new.tokens, old.tokens, strict=True)
 
     note = ""
     if words.strip():

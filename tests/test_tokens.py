@@ -151,6 +151,9 @@ def words_of(host: Host, clip: Any, source: str, edit: str, words: str = "") -> 
         "a {red}, circle;",
         "a red circle ...",
         "a red circle BREAK",
+        "a [red:1.2] circle",
+        "a red (circle:1.2",
+        "a {red : .8} (circle:-1",
         "a red circle <lora:soft_light:0.8>",
         "“a red circle”",
         "a red、circle。",
@@ -214,9 +217,20 @@ def test_shown_as_written(host: Host, clip: Any, edit: str, wanted: str) -> None
     assert text.splitlines()[0].startswith(f"{wanted}: token 2")
 
 
+def test_curly_apostrophes(host: Host, clip: Any) -> None:
+    """Protects: an apostrophe as phones write it makes no word of the letter behind it."""
+    assert words_of(host, clip, "a cat's bed", "a dog\u2019s bed") == [("dog", (2,), (2,))]
+    with pytest.raises(Exception, match="says the same"):
+        find(host, clip, "a cat's bed", "a cat\u2019s bed")
+    assert words_of(host, clip, "a cat", "\u2018s\u2019 cat")[0][0] == "s"
+
+
 def test_emoji_beside_punctuation(host: Host, clip: Any) -> None:
     """Protects: what the tokenizer reads as one with a comma is still the word without it."""
     assert words_of(host, clip, "a red 😀, smiling", "a green 😀 smiling") == [("green", (2,), (2,))]
+    found, _ = find(host, clip, "a red 👨‍👩‍👧! cat", "a green 👨‍👩‍👧 cat")
+    assert [(word.text, word.tokens) for word in found.words] == [("green", (2,))]
+    assert found.alignment == ((1, 1), (7, 7))
 
 
 def test_naming_in_scripts_without_spaces(host: Host, clip: Any) -> None:
