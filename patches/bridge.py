@@ -138,6 +138,11 @@ class _Sample:
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
         guider, sigmas, extra_args, _, noise, *_ = args
+        if "multigpu_clones" in extra_args["model_options"]:
+            raise ValueError(
+                f"{NODE}: the sampling is spread over several GPUs (MultiGPU CFG Split), but what a bridge "
+                "keeps of the reference is on one: take that node out of the model's chain"
+            )
         run = BridgeRun(self.setup, guider, noise, sigmas)
         extra_args["model_options"]["transformer_options"][KEY] = run
         try:

@@ -114,13 +114,15 @@ class BridgeRun:
             if name in ("c_concat", "c_crossattn", "y")
         }
         concat = conds.get("c_concat")
-        x = reference.to(dtype)
+        timestep, x = _clean(model.model_sampling, reference)
+        x = x.to(dtype)
         self.bank.read(
             model.diffusion_model,
             x if concat is None else torch.cat([x, concat], dim=1),
             self._reference_options(count),
             joined=self._setup.joined,
             merge=self._merge,
+            timesteps=timestep,
             context=conds.get("c_crossattn"),
             y=conds.get("y"),
         )
@@ -225,3 +227,16 @@ class BridgeRun:
         self.bank.free()
         self._masks.clear()
         self._mask = None
+
+
+def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The timesteps, [references], and the network's input for a reference without noise.
+
+    A discrete schedule counts its timesteps, and 0 is clean. Where the timestep is a function of the noise
+    level (EDM), 0 is not, so the reference is taken as what the lowest level holds.
+    """
+    sigma = sampling.sigma_min.to(reference).expand(len(reference))
+    timestep = sampling.timestep(sigma)
+    if not timestep.is_floating_point():
+        return torch.zeros(len(reference), device=reference.device), reference
+    return timestep.float(), sampling.calculate_input(sigma, reference)

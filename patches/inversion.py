@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,55 +12,13 @@ import torch
 from comfy.utils import model_trange
 
 from ..models.sites import find_sites
+from .identity import ModelIdentity
 from .inputs import read_samples
+from .network_runs import NetworkRuns, refuse_cached_steps
 from .out_of_memory import memory_advice
 
 NODE = "DescEditInvert"
 MODES = ("ddim", "virtual")
-# Layers at the UNet's two ends: every finetune changes them, and they are small.
-_SAMPLED_LAYERS = ("diffusion_model.input_blocks.0.", "diffusion_model.out.")
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Enough of a MODEL to tell whether two are the same network with the same weights and LoRAs."""
-
-    family: str
-    prediction: str
-    weights: str
-    patches: str
-
-    @classmethod
-    def of(cls, model: Any) -> ModelIdentity:
-        """Read a ModelPatcher's identity; unpatched weights are hashed, so it does not matter what is
-        loaded. They are hashed in the model's dtype: with dynamic VRAM they keep their file's until they are
-        used, and two MODELs of one file need not be loaded alike.
-        """
-        digest, dtype = hashlib.sha256(), model.model_dtype()
-        for prefix in _SAMPLED_LAYERS:
-            for key, entries in model.get_key_patches(prefix).items():
-                weight = entries[0][0].detach().to(device="cpu", dtype=dtype).float()
-                digest.update(key.encode() + weight.contiguous().numpy().tobytes())
-        sampling = model.get_model_object("model_sampling")
-        bases = "/".join(base.__name__ for base in type(sampling).__bases__)
-        return cls(
-            family=type(model.model.model_config).__name__,
-            prediction=f"{bases} {float(sampling.sigma_min):.4g}-{float(sampling.sigma_max):.4g}",
-            weights=digest.hexdigest()[:12],
-            patches=str(model.patches_uuid) if model.patches else "none",
-        )
-
-    def difference(self, other: ModelIdentity) -> str | None:
-        """What `other` has that this one has not, for an error message; None if they are the same."""
-        if self.family != other.family:
-            return f"a {other.family} model, not {self.family}"
-        if self.prediction != other.prediction:
-            return f"other model sampling ({other.prediction}, not {self.prediction})"
-        if self.weights != other.weights:
-            return "a checkpoint with other weights"
-        if self.patches != other.patches:
-            return "other LoRAs or weight patches"
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,17 +82,23 @@ class Inversion:
 def invert(
     model: Any, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, refine: int
 ) -> Inversion:
-    """Follow the probability-flow ODE from a clean latent up through `sigmas`, at guidance 1.
+    """Follow the probability-flow ODE from a clean latent up through `sigmas`, with the description alone.
 
     A sampler's Euler step from x_i down to x_{i+1} uses the noise predicted at x_i, which is what the way up
     is looking for. Plain DDIM inversion predicts at the known end instead and drifts. Here x_i solves the
     implicit equation x_i = x_{i+1} + (sigma_i - sigma_{i+1}) eps(x_i, sigma_i) by fixed-point iteration: one
     evaluation starts from the last step's slope, and each of `refine` more brings it closer.
 
+    What changes the network acts as in a stock run: LoRAs, attention patches, a `model_function_wrapper`, a
+    ControlNet of the description, and wrappers of the kinds OUTER_SAMPLE, PREPARE_SAMPLING, SAMPLER_SAMPLE,
+    CALC_COND_BATCH, APPLY_MODEL and DIFFUSION_MODEL. What guides does not: CFG functions, functions before
+    and after it, a `sampler_calc_cond_batch_function`, and PREDICT_NOISE wrappers.
+
     model: a ModelPatcher. samples: [images, channels, height, width] as a VAE gives it. sigmas: [steps + 1],
-    falling to 0. Raises ValueError for an empty latent, a latent of another model family and sigmas that do
-    not fall to 0.
+    falling to 0. Raises ValueError for an empty latent, a latent of another model family, sigmas that do not
+    fall to 0, a node that keeps the network from running at a step, and a path that is not finite.
     """
+    refuse_cached_steps(NODE, model)
     samples, sigmas = _checked(model, samples, sigmas)
     path: list[torch.Tensor] = []
     guider = comfy.samplers.CFGGuider(model)
@@ -151,6 +114,7 @@ def invert(
             seed=0,
         )
     trajectory = torch.stack(path[::-1]).cpu()
+    _check_finite(trajectory)
     return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model))
 
 
@@ -207,6 +171,10 @@ def _sample_upwards(
     refine: int,
     path: list[torch.Tensor],
 ) -> torch.Tensor:
+    extra_args = extra_args or {}
+    guider = model.inner_model
+    runs = NetworkRuns(NODE)
+    options = runs.attach(extra_args.get("model_options", {}))
     rising = sigmas.flip(0)
     rows = x.new_ones([x.shape[0]])
     slope = torch.zeros_like(x)
@@ -215,7 +183,10 @@ def _sample_upwards(
         sigma, rise = rising[i + 1], rising[i + 1] - rising[i]
         reached = x + slope * rise
         for _ in range(1 + refine):
-            denoised = model(reached, sigma * rows, **(extra_args or {}))
+            (denoised,) = comfy.samplers.calc_cond_batch(
+                guider.inner_model, [guider.conds["positive"]], reached, sigma * rows, options
+            )
+            runs.check()
             slope = (reached - denoised) / sigma
             reached = x + slope * rise
         x = reached
@@ -223,6 +194,21 @@ def _sample_upwards(
         if callback is not None:
             callback({"i": i, "denoised": denoised, "x": x, "sigma": sigma, "sigma_hat": sigma})
     return x
+
+
+def _check_finite(trajectory: torch.Tensor) -> None:
+    """trajectory: [steps + 1, ...], from noise to the clean latent."""
+    finite = trajectory.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        steps = len(trajectory) - 1
+        first = steps - int((~finite).nonzero().max())
+        raise ValueError(
+            f"{NODE}: the path is not finite from step {first} of {steps} on (counted from the image): the "
+            "network's prediction is no number there. Nodes that change the network do that (attention "
+            "patches, model function wrappers, a ControlNet or LoRA at a high strength), and so does fp16 "
+            "where a model overflows: take such a node out of the model's chain, or load the model in bf16 "
+            "or fp32"
+        )
 
 
 def _size(shape: Any) -> str:

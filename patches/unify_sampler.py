@@ -15,6 +15,7 @@ import comfy.samplers
 import torch
 from comfy.utils import model_trange
 
+from .network_runs import NetworkRuns, refuse_cached_steps
 from .out_of_memory import memory_advice
 from .unify_optimiser import NODE, LatentOptimiser
 from .unify_settings import UnifySettings
@@ -56,6 +57,7 @@ class UnifySampler(comfy.samplers.KSAMPLER):
     ) -> torch.Tensor:
         box, self._box = self._box, None
         inversion = self._settings.inversion
+        refuse_cached_steps(NODE, model_wrap.model_patcher)
         inversion.check(NODE, model_wrap.model_patcher, noise.shape, sigmas)
         clean = inversion.latent(-1, noise)
         # On the straight line from the inverted noise to the image, which is where Euler steps keep what a
@@ -82,6 +84,8 @@ def _sample_unify(
     extra_args = extra_args or {}
     x = settings.inversion.latent(0, x)
     rows = x.new_ones([x.shape[0]])
+    runs = NetworkRuns(NODE)
+    watched = {**extra_args, "model_options": runs.attach(extra_args["model_options"])}
     optimiser = LatentOptimiser(model.inner_model, settings, x, sigmas, extra_args)
     try:
         optimiser.lay_masks(x, extra_args.get("denoise_mask"))
@@ -92,7 +96,8 @@ def _sample_unify(
                 move = optimiser.update(i, x, sigma * rows, iteration)
                 if settings.method == "latent":
                     x = x - move
-            denoised = model(x, sigma * rows, **extra_args) + offset
+            denoised = model(x, sigma * rows, **watched) + offset
+            runs.check()
             if settings.method == "noise":
                 # Added to the predicted noise, at the length that moves the next latent by `move`.
                 denoised = denoised - move * (sigma / (sigma - below))

@@ -1,0 +1,51 @@
+"""Finding nodes that keep the network from running at some steps, where every step needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+KEY = "descriptive_edit.network_runs"
+
+
+def refuse_cached_steps(node: str, model: Any) -> None:
+    """Raise ValueError, naming `node`, if the MODEL carries the host's EasyCache or LazyCache."""
+    holder = model.model_options.get("transformer_options", {}).get("easycache")
+    if holder is not None:
+        name = getattr(holder, "name", "EasyCache")
+        raise ValueError(
+            f"{node}: the MODEL has {name}, which reuses earlier predictions, but every step here needs "
+            "its own: take it out of the model's chain"
+        )
+
+
+class NetworkRuns:
+    """Watches that the network runs for each prediction of a run, whatever other nodes do before it."""
+
+    def __init__(self, node: str) -> None:
+        self._node, self._ran = node, False
+
+    def attach(self, model_options: dict[str, Any]) -> dict[str, Any]:
+        """A copy of `model_options` whose model calls are watched; the original is not touched."""
+        options = comfy.model_patcher.create_model_options_clone(model_options)
+        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self._note, options, is_model_options=True)
+        return options
+
+    def _note(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._ran = True
+        return executor(*args, **kwargs)
+
+    def check(self) -> None:
+        """After a prediction: raise ValueError, naming the node, if the network did not run for it."""
+        if not self._ran:
+            raise ValueError(
+                f"{self._node}: the network did not run at a step, but every step here needs its own "
+                "prediction: take the node that skips steps (TeaCache, DeepCache, for some) out of the "
+                "model's chain, or the time range that leaves no description for a step out of the "
+                "conditioning"
+            )
+        self._ran = False
