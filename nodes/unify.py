@@ -197,7 +197,7 @@ class DescEditUnifySampler(io.ComfyNode):
                     advanced=True,
                     tooltip="Structure is kept at self-attentions with at most this many tokens a side, 1 "
                     "to 256. Low values keep the layout only; high ones keep detail and cost time and "
-                    "memory. Below the model's smallest grid it is an error.",
+                    "memory. Below the model's coarsest grid it is that grid: 1 is always the coarsest.",
                 ),
                 io.Int.Input(
                     "word_side",

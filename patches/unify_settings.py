@@ -21,7 +21,8 @@ class UnifySettings:
     """tokens: one for all images, or one for each. mask: [rows or 1, height, width], 1 where the edit
     happens, or None for the whole image. auto_mask: without a mask, find one in the cross-attention.
 
-    structure_side: structure is kept at the self-attentions with at most this many tokens a side.
+    structure_side: structure is kept at the self-attentions with at most this many tokens a side, or at the
+    coarsest.
     word_side: words are aligned at the cross-attentions whose grid is closest to this many tokens a side.
     structure_sites, word_sites: names of sites, separated by commas, in place of the two.
 

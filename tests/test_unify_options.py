@@ -130,6 +130,18 @@ def test_named_sites(host: Host, model: Any) -> None:
             edit.run()
 
 
+def test_side_below_the_coarsest_grid(host: Host, model: Any) -> None:
+    """Protects: a side below every grid of the model takes the coarsest, 4x4 here, and is no error."""
+    edit = Edit(host, model, steps=1)
+    found = []
+    for side in (1, 3, 4, 8):
+        edit.sampler_inputs["structure_side"] = side
+        found.append(edit.run())
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[3], found[2])
+
+
 def test_checkpointing(host: Host, model: Any) -> None:
     """Protects: with checkpointing the edit is the same, and layers are computed again in the backward
     passes.
