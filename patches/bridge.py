@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -137,6 +138,12 @@ class _Sample:
     setup: BridgeSetup
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        if comfy.model_management.in_training:
+            raise ValueError(
+                f"{NODE}: another node trains this MODEL (Train LoRA, for one), and the reference, read once "
+                "before, would not follow what is learned: wire the MODEL from before this node into the "
+                "training, and apply the bridge to the trained MODEL"
+            )
         guider, sigmas, extra_args, _, noise, *_ = args
         if "multigpu_clones" in extra_args["model_options"]:
             raise ValueError(
@@ -167,8 +174,9 @@ def _apply_model(executor: Callable, *args: Any, **kwargs: Any) -> Any:
     run = options.get(KEY)
     if run is None:
         raise RuntimeError(
-            f"{NODE}: another node calls the model outside of a sampling, where no reference was read: "
-            "apply the bridge after it"
+            f"{NODE}: another node calls the model outside of a sampling, where no reference was read (one "
+            "that trains it, for one): wire the MODEL from before this node into it, and apply the bridge "
+            "after it"
         )
     args, kwargs = replace_options(args, kwargs, run.bridged(options, args[0]))
     return executor(*args, **kwargs)

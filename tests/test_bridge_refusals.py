@@ -170,6 +170,18 @@ def test_nodes_that_change_the_tokens(
         sample(host, patched, latent=torch.zeros(1, 4, 32, 32))
 
 
+def test_training_a_model_with_a_bridge(host: Host) -> None:
+    """Protects: Train LoRA on a MODEL with a bridge is refused with what to do; on one without, it runs."""
+    studio, clip, _, tiny_bridge, *_ = host.execute("DescEditTinyStudio")
+    (text,) = host.execute("CLIPTextEncode", clip=clip, text="a red circle")
+    latent = {"samples": small_models.latent(3)}
+    inputs = {"latents": latent, "positive": text, "steps": 1, "rank": 1, "existing_lora": "[None]"}
+    patched = bridge_edit.apply_bridge(host, studio, tiny_bridge, small_models.latent(4), source=text)
+    with pytest.raises(ValueError, match=r"DescEditApplyBridge: another node trains this MODEL \(Train LoRA"):
+        host.execute("TrainLoraNode", model=patched, **inputs)
+    assert host.execute("TrainLoraNode", model=studio, **inputs)
+
+
 def test_a_model_call_outside_of_a_sampling(host: Host, model: Any, bridge: Any) -> None:
     """Protects: a call of the patched model where no reference was read is an error, not a plain picture."""
     options = host.pack_module("patches.bridge")
