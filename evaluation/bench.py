@@ -1,4 +1,5 @@
-"""`python dev.py bench bridge|unify`: speed and memory against the stock host, as ratios in one process.
+"""`python dev.py bench bridge|unify`: speed and memory against the stock host, as ratios in one process; on a
+card where there is one, in float16, and the figures then name it.
 
 `bench training` counts what training a bridge needs; it has arguments of its own.
 """
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 from . import bench_bridge, bench_training, bench_unify
+from .measuring import on_card
 
 WHAT = {"bridge": bench_bridge, "unify": bench_unify}
 
@@ -30,6 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     bench = WHAT[args.what]
     extra = {"compare": True} if args.attend_and_excite else {}
+    where = on_card()
     figures = bench.measure(args.rounds, **extra)
     print(f"\n{'figure':<36}{'measured':>10}{'aim':>10}")
     for name, value in figures.items():
@@ -37,7 +40,7 @@ def main() -> None:
         print(f"{name:<36}{value:>10.3f}{'' if aim is None else f'{aim:.2f}':>10}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        args.json.write_text(json.dumps(figures | where, indent=1) + "\n")
 
 
 if __name__ == "__main__":

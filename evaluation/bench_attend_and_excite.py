@@ -10,7 +10,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .bench_bridge import peak_memory
+from .measuring import device, dtype, now, peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 2
@@ -27,7 +26,7 @@ STEPS = 2
 def attend_and_excite(side: int, rounds: int) -> dict[str, float]:
     """`seconds`: the median of steps with one gradient step on 16x16 cross-attention and the guided
     prediction, on latents of `side` x `side`; the first step of each of `rounds` runs, and a first run, do
-    not count. `peak`: the largest resident size of its process, in bytes. Raises ImportError if diffusers is
+    not count. `peak`: the most memory in use, in bytes (measuring.py). Raises ImportError if diffusers is
     not installed.
     """
     if find_spec("diffusers") is None:
@@ -44,7 +43,7 @@ def pipeline() -> Any:
     torch.manual_seed(0)
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).requires_grad_(False)
-    unet.to_empty(device="cpu")
+    unet.to(dtype()).to_empty(device=device())
     for name, weight in unet.named_parameters():
         if weight.ndim > 1:
             weight.uniform_(-1, 1).mul_(weight[0].numel() ** -0.5)
@@ -70,8 +69,8 @@ def main() -> None:
         pipeline(),
         prompt=None,
         token_indices=[2],
-        prompt_embeds=torch.randn(1, 77, 768),
-        negative_prompt_embeds=torch.randn(1, 77, 768),
+        prompt_embeds=torch.randn(1, 77, 768, dtype=dtype()),
+        negative_prompt_embeds=torch.randn(1, 77, 768, dtype=dtype()),
         height=side * 8,
         width=side * 8,
         num_inference_steps=STEPS,
@@ -82,10 +81,10 @@ def main() -> None:
     )
     marks: list[float] = []
     times: list[float] = []
-    peak = peak_memory(lambda: run(callback=lambda *_: marks.append(time.perf_counter())))
+    peak = peak_memory(lambda: run(callback=lambda *_: marks.append(now())))
     for _ in range(rounds):
         marks.clear()
-        run(callback=lambda *_: marks.append(time.perf_counter()))
+        run(callback=lambda *_: marks.append(now()))
         times += [after - before for before, after in itertools.pairwise(marks)]
     print(json.dumps({"seconds": statistics.median(times), "peak": peak}))
 

@@ -1,25 +1,18 @@
 """What a bridge and dual guidance cost, on SD1.5's full-width UNet with random weights.
 
 Steps are single model predictions inside a real sampling, timed by the sampler function, so that a run's
-preparation is not in them. Attention is torch's own, as the host uses it on a GPU; what it uses on a CPU by
-default is far slower at attention than at all else. Memory is the process's resident size, sampled while a
-run goes on.
+preparation is not in them. Attention and memory: measuring.py.
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import comfy.samplers
-import psutil
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
@@ -29,6 +22,7 @@ from ..models.sites import find_sites
 from ..patches.bridge import apply_bridge
 from ..patches.bridge_run import BridgeSetup
 from ..patches.guidance import DualGuidance, DualGuider
+from .measuring import choose_attention, dtype, now, peak_memory
 from .random_sd15 import random_sd15
 
 STEPS = 20
@@ -53,7 +47,7 @@ class Clock:
 
     def started(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
         """SAMPLER_SAMPLE, outside of every other: preparation begins."""
-        self._begin = time.perf_counter()
+        self._begin = now()
         return executor(*args, **kwargs)
 
     def sampler(self, steps: int) -> Any:
@@ -62,11 +56,11 @@ class Clock:
         def run(
             model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
         ) -> torch.Tensor:
-            self.before.append(time.perf_counter() - self._begin)
+            self.before.append(now() - self._begin)
             for _ in range(steps):
-                begin = time.perf_counter()
+                begin = now()
                 model(x, sigmas[0] * x.new_ones([len(x)]), **extra_args)
-                self.step.append(time.perf_counter() - begin)
+                self.step.append(now() - begin)
             return x
 
         return comfy.samplers.KSAMPLER(run)
@@ -141,26 +135,6 @@ def timed(guiders: dict[str, Any], side: int, rounds: int) -> dict[str, Clock]:
     return clocks
 
 
-def peak_memory(run: Callable[[], Any]) -> int:
-    """The largest resident size of this process while `run` runs, in bytes."""
-    gc.collect()
-    process, done, peak = psutil.Process(), threading.Event(), 0
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        run()
-    finally:
-        done.set()
-        watcher.join()
-    return peak
-
-
 def count_rows(model: Any, guider: Any, side: int) -> int:
     """The UNet's rows in a run of STEPS steps, the reference pass among them."""
     rows = 0
@@ -177,18 +151,14 @@ def count_rows(model: Any, guider: Any, side: int) -> int:
     return rows
 
 
-def torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return attention_pytorch(*args, **kwargs)
-
-
 def measure(rounds: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     euler = comfy.samplers.sampler_object("euler")
     heads = ("stock step", "dual step", "one row", "reading", "read each step")
     print(f"{'latent':<8}" + "".join(f"{head:>16}" for head in heads))
     with torch.inference_mode():
-        model = random_sd15()
-        model.model_options["transformer_options"]["optimized_attention_override"] = torch_attention
+        model = random_sd15(dtype=dtype())
+        choose_attention(model)
         passes = []
         for side in (32, 64):
             guiders = {"stock": stock_dual(model), "dual": dual(bridged(model, side)), "row": single(model)}

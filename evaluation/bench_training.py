@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import Counter
 from contextlib import nullcontext
 from functools import cache
@@ -18,8 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.model_management
-import comfy.model_sampling
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
@@ -32,6 +29,7 @@ from ..models.sites import find_sites
 from ..patches.bridge_core import Bank
 from ..training.objective import Batch, Draws, Objective, losses
 from ..training.settings import PRECISIONS
+from .measuring import device, now, on_card
 from .random_sd15 import UNET
 
 RESOLUTIONS = (256, 512, 768)
@@ -133,19 +131,17 @@ def memory(precision: str) -> dict[str, float]:
 
 def step_seconds(batch: int, resolution: int, precision: str, checkpointing: bool, steps: int = 3) -> float:
     """The median time of a step here, with random weights."""
-    device = comfy.model_management.get_torch_device()
-    model, bridge = parts(PRECISIONS[precision] or torch.float32, device)
+    model, bridge = parts(PRECISIONS[precision] or torch.float32, device())
     for weight in [*model.diffusion_model.parameters(), *bridge.parameters()]:
         torch.nn.init.normal_(weight, std=0.02)
     optimiser = torch.optim.AdamW(bridge.parameters(), lr=1e-5)
     times = []
     for _ in range(steps):
-        begin = time.perf_counter()
+        begin = now()
         row_loss(model, bridge, batch, resolution, precision, checkpointing).backward()
         optimiser.step()
         optimiser.zero_grad()
-        float(next(bridge.parameters()).sum())  # waits for the device
-        times.append(time.perf_counter() - begin)
+        times.append(now() - begin)
     return sorted(times)[len(times) // 2]
 
 
@@ -187,6 +183,8 @@ def main() -> None:
         seconds = step_seconds(args.batch, args.resolution, args.precision, args.checkpointing)
     if seconds:
         figures |= {"step_seconds": seconds, "hours_100k_steps": seconds * STEPS / 3600}
+    if args.measure:
+        figures |= on_card()
     print(table(figures, args.precision))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

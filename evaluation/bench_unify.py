@@ -2,16 +2,14 @@
 
 A step is everything between two previews of a real sampling: for UnifyEdit the source branch, one gradient
 step on both losses at the sites up to 16x16, and the guided prediction; for the stock run that prediction
-alone. Attention is torch's own in both. Memory is the process's resident size, sampled while a run goes on,
-and measured first, the least first, because a process does not give back all it once took. SDXL's memory at
-1024x1024 is the estimate that the host is asked for.
+alone. Attention and memory: measuring.py. Memory is measured first, the least first, because a process does
+not give back all it once took. SDXL's memory at 1024x1024 is the estimate that the host is asked for.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +29,8 @@ from ..patches.unify_settings import UnifySettings
 from ..patches.unify_sites import structure_sites, word_sites
 from ..patches.unify_source import active_entry, record
 from .bench_attend_and_excite import attend_and_excite
-from .bench_bridge import conditioning, peak_memory, plain_cfg, sample, torch_attention
+from .bench_bridge import conditioning, plain_cfg, sample
+from .measuring import choose_attention, dtype, now, peak_memory
 from .random_sd15 import random_sd15
 from .sdxl_memory import gradient_gib
 
@@ -67,7 +66,7 @@ class Run:
             torch.zeros_like(noise),
             self.sampler(STEPS),
             comfy.samplers.calculate_sigmas(sampling, "normal", STEPS),
-            callback=lambda *_: marks.append(time.perf_counter()),
+            callback=lambda *_: marks.append(now()),
             disable_pbar=True,
             seed=1,
         )
@@ -112,7 +111,7 @@ def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
         guider, (height, width) = model.inner_model, x.shape[-2:]
         sites = find_sites(guider.inner_model.diffusion_model, NODE)
         entry = active_entry(guider.conds["positive"], float(sigmas[0]))
-        begin = time.perf_counter()
+        begin = now()
         with gradients():
             leaf = x.clone().requires_grad_()
             recorder = AttentionRecorder(
@@ -126,7 +125,7 @@ def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
                 site.q for site in (*recorder.self_attention.values(), *recorder.cross_attention.values())
             ]
             LossGradient(leaf.new_zeros(1), [(q, torch.ones_like(q)) for q in ends]).by_latent(leaf)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(now() - begin)
         return x
 
     return Run(plain_cfg(model), lambda steps: comfy.samplers.KSAMPLER(step))
@@ -156,8 +155,8 @@ def measure(rounds: int, compare: bool = False) -> dict[str, float]:
         "sdxl_1024_gradient_gib_checkpointed": gradient_gib(checkpoint=True),
     }
     with torch.inference_mode():
-        model = random_sd15()
-        model.model_options["transformer_options"]["optimized_attention_override"] = torch_attention
+        model = random_sd15(dtype=dtype())
+        choose_attention(model)
         few, many = (peak(unify(model, 8), 8, steps) for steps in (FEW, MANY))
         figures["memory_growth_mb_25_to_5_steps"] = (many - few) / 1e6
         figures["trajectory_mb_50_steps_64"] = inversion(model, 64, 50).trajectory.nbytes / 1e6

@@ -33,10 +33,10 @@ UNET = {
 
 
 @torch.no_grad()
-def random_sd15(seed: int = 0) -> Any:
-    """A ModelPatcher of 860M float32 parameters (3.4 GB), every weight uniform with SD1.5's usual spread."""
+def random_sd15(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A ModelPatcher of 860M parameters (3.4 GB in float32), weights uniform with SD1.5's usual spread."""
     config = SD15(dict(UNET))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     config.custom_operations = disable_weight_init
     model = config.get_model({}, "")
     torch.manual_seed(seed)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 import numpy as np
 import torch
@@ -142,12 +143,13 @@ def euler(guider: Any, noise: torch.Tensor, latent: torch.Tensor, levels: torch.
 Method = Callable[[Studio, Cases], torch.Tensor]
 
 
-def quick_products(device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16, which takes two thirds of the time, but not on processors without AVX-512:
-    there it takes several times as long.
+def quick_products(tiny: Studio) -> torch.autocast:
+    """Matrix products of the model in bfloat16, which takes two thirds of the time, but only on a CPU with
+    AVX-512: without, it takes several times as long, and elsewhere the model's own dtype is quick.
     """
-    slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    return torch.autocast(device.type, torch.bfloat16, enabled=not slow)
+    device = tiny.model.load_device.type
+    quick = device == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.autocast(device, torch.bfloat16, enabled=quick)
 
 
 def run(tiny: Studio, cases: Cases, method: Method, report: Callable[[int], None] | None = None) -> Any:
@@ -155,7 +157,7 @@ def run(tiny: Studio, cases: Cases, method: Method, report: Callable[[int], None
     made: list[torch.Tensor] = []
     with torch.inference_mode():
         for part in cases.batches():
-            with quick_products(part.latent.device):
+            with quick_products(tiny):
                 latents = method(tiny, part)
             made.append(tiny.vae.decode(latents).clamp(0, 1))
             if report is not None:
@@ -204,24 +206,29 @@ def structure_distance(tiny: Studio, cases: Cases, pictures: torch.Tensor) -> to
     and pictures, each read clean (timestep 0) with no text: how far layout and shapes have moved.
     """
     model, sites = tiny.model.model, find_sites(tiny.model.model.diffusion_model, "study")
-    found = []
+    # Called without a sampler, so nothing else brings the model and what it is given to its device.
+    comfy.model_management.load_model_gpu(tiny.model)
+    device, found = tiny.model.load_device, []
     for start in range(0, len(cases), BATCH):
         part = slice(start, start + BATCH)
         maps = []
         for latent in (cases.latent[part], tiny.vae.encode(pictures[part])):
             recorder = AttentionRecorder(sites, ())
-            sigma = model.model_sampling.sigma_min.expand(len(latent))
+            sigma = model.model_sampling.sigma_min.to(device).expand(len(latent))
             options = recorder.attach(tiny.model.model_options)["transformer_options"]
-            text = cases.no_text[part]
+            text = cases.no_text[part].to(device)
             model.apply_model(
-                model.process_latent_in(latent), sigma, c_crossattn=text, transformer_options=options
+                model.process_latent_in(latent).to(device),
+                sigma,
+                c_crossattn=text,
+                transformer_options=options,
             )
             maps.append(recorder.self_attention)
         before, after = maps
         changes = [before[key].probabilities() - after[key].probabilities() for key in before]
         distances = [change.square().flatten(1).mean(dim=1) for change in changes]
         found.append(torch.stack(distances).mean(dim=0))
-    return 1000 * torch.cat(found)
+    return 1000 * torch.cat(found).to(cases.latent.device)
 
 
 def score(cases: Cases, pictures: torch.Tensor, lpips: Network | None) -> Scores:

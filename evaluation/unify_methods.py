@@ -66,7 +66,8 @@ def unified_by_type(tiny: Studio, cases: Cases, edits: Mapping[str, Edit]) -> to
         edit = edits[edit_type]
         if bool((cases.mask[numbers] >= 1).all()):  # a style has no outside
             edit = replace(edit, masked=False, keep="everywhere")
-        made[numbers] = unified(tiny, cases.chosen(numbers), edit)
+        # A guider leaves what it sampled on its own device.
+        made[numbers] = unified(tiny, cases.chosen(numbers), edit).to(made)
     return made
 
 
@@ -109,7 +110,9 @@ def injected(tiny: Studio, cases: Cases, cfg: float, self_share: float, cross_sh
             for start in targets(query, options):
                 query[start : start + size] = query[start - size : start]
                 both = torch.cat([key[start : start + size], key[start - size : start]], dim=1)
-                key[start : start + size] = both.gather(1, partners[..., None].expand_as(cases.edit_text))
+                key[start : start + size] = both.gather(
+                    1, partners.to(key.device)[..., None].expand_as(cases.edit_text)
+                )
         return query, key, value
 
     def sample(model: Callable, x: torch.Tensor, levels: torch.Tensor, extra_args: Any, **_: Any) -> Any:

@@ -151,7 +151,7 @@ def seconds(tiny: Studio, rows: list[Row]) -> dict[str, float]:
     found = {}
     for row in rows:
         start = time.process_time()
-        with torch.inference_mode(), quick_products(cases.latent.device):
+        with torch.inference_mode(), quick_products(tiny):
             row.method(tiny, cases)
         found[row.label] = (time.process_time() - start) / TIMED
     return found

@@ -1,0 +1,83 @@
+"""Time and memory of what runs on the host's device: by the card where there is one, else by this process."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import psutil
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+
+
+def device() -> torch.device:
+    """The device that the host runs models on."""
+    return comfy.model_management.get_torch_device()
+
+
+def dtype() -> torch.dtype:
+    """What models are measured in: float16 on a card, float32 elsewhere."""
+    return torch.float16 if device().type == "cuda" else torch.float32
+
+
+def on_card() -> dict[str, str]:
+    """What figures of a card carry with them: its name as `card`, which is printed; nothing elsewhere."""
+    if device().type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device())
+    print(f"measured on {name}", flush=True)
+    return {"card": name}
+
+
+def now() -> float:
+    """Seconds of a clock, read when the card has done all that it was given."""
+    if device().type == "cuda":
+        torch.cuda.synchronize(device())
+    return time.perf_counter()
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """The most memory in use while `run` runs, in bytes: of torch's tensors on a card, the resident size of
+    this process elsewhere.
+    """
+    gc.collect()
+    if device().type != "cuda":
+        return _peak_resident(run)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device())
+    run()
+    return torch.cuda.max_memory_allocated(device())
+
+
+def _peak_resident(run: Callable[[], Any]) -> int:
+    process, done, peak = psutil.Process(), threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return peak
+
+
+def choose_attention(model: Any) -> None:
+    """On a card attention stays the host's own choice; elsewhere a ModelPatcher's becomes torch's, since what
+    the host picks for a CPU is far slower at attention than at all else.
+    """
+    if device().type != "cuda":
+        model.model_options["transformer_options"]["optimized_attention_override"] = _torch_attention
+
+
+def _torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return attention_pytorch(*args, **kwargs)
