@@ -58,7 +58,7 @@ def adapted(model: Any, reader: Callable[[dict], list[int]] = lambda extra: extr
     """What an IP-Adapter does: to each row of the text attention it adds one of a list of two, by index."""
     patched = model.clone()
     generator = torch.Generator().manual_seed(3)
-    tokens = [torch.randn(1, 1, 64, generator=generator) for _ in range(2)]
+    tokens = [torch.randn(1, 1, 1024, generator=generator) for _ in range(2)]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
         own = optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"))
