@@ -12,7 +12,7 @@ import small_models
 import torch
 import torch.nn.functional as F
 import unify_edit
-from bridge_edit import random_bridge
+from bridge_edit import apply_bridge, half_mask, layouts, random_bridge, sample
 from host import Host
 from memory_modes import MODES
 
@@ -175,3 +175,19 @@ def test_memory_of_copies(host: Host, model: Any) -> None:
     weights = [sum(weight.numel() for weight in layer.parameters()) for layer in on_the_way]
     assert copied_bytes(unet, [site], 2, False) == 2 * sum(weights)
     assert copied_bytes(unet, [site], 2, True) == 2 * max(weights)
+
+
+@pytest.mark.parametrize("layout", ["plain", "two positives"])
+@pytest.mark.parametrize("direction", ["edit_queries", "reference_queries"])
+def test_bridge(host: Host, model: Any, direction: str, layout: str) -> None:
+    """Protects: what a run with a bridge keeps of the reference pass, and the output matrices that it merges,
+    are no views of streamed weights, its own or the model's.
+    """
+    positive, negative, _ = layouts(host)[layout]
+    found = {}
+    for mode in BOTH:
+        with MODES[mode]():
+            bridge = random_bridge(host, model, direction=direction, reference_self_bridge=True)
+            patched = apply_bridge(host, model, bridge, small_models.latent(9), mask=half_mask())
+            found[mode] = sample(host, patched, positive, negative)
+    torch.testing.assert_close(found["streamed"], found["resident"], rtol=0, atol=1e-5)
