@@ -311,6 +311,20 @@ def test_a_loss_that_is_not_finite(training: Any, tmp_path: Path, data: Path) ->
     assert state(tmp_path / "run")["step"] == 2
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [
+        ("cuda:99", torch.float32, "float32 on cuda:99"),
+        ("cpu", torch.bool, "bool on cpu"),
+    ],
+)
+def test_what_torch_cannot_do(training: Any, device: str, dtype: torch.dtype, said: str) -> None:
+    """Protects: a card that this torch cannot use, and a dtype that it has not, are named in one line."""
+    training.run.check_device(torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(ValueError, match=rf"torch .* cannot compute in {said} \(.*\): install a torch"):
+        training.run.check_device(torch.device(device), dtype)
+
+
 def test_no_memory_left(training: Any, tmp_path: Path, data: Path) -> None:
     """Protects: where memory runs out the run says in which step and what to do, the steps before are saved,
     and what it says helps: with checkpointing the same command goes on.

@@ -248,8 +248,8 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 def accelerator_for(config: Config) -> Any:
-    """The processes and this one's device. Raises ValueError without a GPU where one is asked for, and
-    ImportError, naming the extra, without a library that is needed.
+    """The processes and this one's device. Raises ValueError without a GPU where one is asked for or with one
+    that torch cannot use, and ImportError, naming the extra, without a library that is needed.
     """
     wanted = ["accelerate", *(["tensorboard"] if config.logging.tensorboard else [])]
     for library in wanted:
@@ -262,13 +262,28 @@ def accelerator_for(config: Config) -> Any:
     cpu = comfy.model_management.cpu_mode()
     if cpu and config.device == "cuda":
         raise ValueError("device is cuda but torch finds no GPU here: install a torch for it, or take auto")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no",  # the trainer's own autocast, whatever `accelerate config` says
         log_with="tensorboard" if config.logging.tensorboard else None,
         project_dir=config.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    check_device(accelerator.device, PRECISIONS[config.train.precision] or torch.float32)
+    return accelerator
+
+
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError unless torch computes in `dtype` on `device`: it may be made for other cards."""
+    try:
+        square = torch.ones(8, 8, device=device).to(dtype)
+        (square @ square).float().sum().item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"torch {torch.__version__} cannot compute in {str(dtype).removeprefix('torch.')} on {device} "
+            f"({reason}): install a torch made for this device, or take another precision"
+        ) from None
 
 
 def _digest(content: bytes) -> str:
