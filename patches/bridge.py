@@ -155,7 +155,9 @@ class _Sample:
         try:
             with memory_advice(NODE, ADVICE):
                 run.read_reference()
-                return executor(*args, **kwargs)
+                result = executor(*args, **kwargs)
+            run.finish()
+            return result
         finally:
             run.close()
 
@@ -178,5 +180,8 @@ def _apply_model(executor: Callable, *args: Any, **kwargs: Any) -> Any:
             "that trains it, for one): wire the MODEL from before this node into it, and apply the bridge "
             "after it"
         )
-    args, kwargs = replace_options(args, kwargs, run.bridged(options, args[0]))
-    return executor(*args, **kwargs)
+    feeding = run.feeding(options, args[0])
+    args, kwargs = replace_options(args, kwargs, feeding.install(options))
+    output = executor(*args, **kwargs)
+    run.check_fired(feeding, options)
+    return output

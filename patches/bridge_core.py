@@ -24,6 +24,7 @@ from einops import rearrange
 
 from ..models.bridge import AttentionBridge
 from ..models.sites import SiteKey, find_sites
+from .layer_checks import TAKE_OUT, check_grid, check_keys, check_rows, layer_name
 
 NODE = "DescEditApplyBridge"
 Matrix = tuple[torch.Tensor, torch.Tensor]
@@ -86,7 +87,10 @@ class Bank:
             )
         missing = [site.name for site in self.sites if site.key not in self.kept]
         if missing:
-            raise RuntimeError(f"{NODE}: the reference pass did not reach {', '.join(missing)}")
+            raise RuntimeError(
+                f"{NODE}: the reference pass did not reach {layer_name('attn1', ', '.join(missing))}: "
+                f"another node leaves the layer out or replaces it. {TAKE_OUT}"
+            )
 
     def free(self) -> None:
         self.kept.clear()
@@ -191,22 +195,25 @@ class _Reading(_Patches):
 class Feeding(_Patches):
     """A denoising call whose `rows` see the reference.
 
-    rows: of the call's batch, a slice or an index tensor; None for none. answer: from a tensor of the bank to
-    one for each of these rows. masks: at each site [rows, tokens, 1], or None. total: rows of the call.
+    rows: of the call's batch, a slice or an index tensor; None for none. x: the latents of the call, for
+    their number and size. answer: from a tensor of the bank to one for each of these rows. masks: at each
+    site [rows or 1, tokens, 1], or None. `fired` holds the sites that were fed.
     """
 
     def __init__(
         self,
         bank: Bank,
         rows: slice | torch.Tensor | None,
-        total: int,
+        x: torch.Tensor,
         answer: Callable[[torch.Tensor], torch.Tensor],
         strength: float = 1.0,
         masks: Mapping[SiteKey, torch.Tensor] | None = None,
     ) -> None:
         super().__init__(bank)
-        self.rows, self.total, self.answer = rows, total, answer
+        self.rows, self.answer = rows, answer
+        self.total, self.size = len(x), tuple(x.shape[-2:])
         self.strength, self.masks = strength, masks
+        self.fired: set[SiteKey] = set()
 
     @torch.compiler.disable
     def around(
@@ -220,6 +227,7 @@ class Feeding(_Patches):
     ) -> torch.Tensor:
         if self.rows is not None:
             self.attended = self._attend(key, q, k, v, extra_options)
+            self.fired.add(key)
         return own(q, k, v, extra_options)
 
     def _attend(
@@ -230,21 +238,16 @@ class Feeding(_Patches):
         v: torch.Tensor,
         extra_options: dict[str, Any],
     ) -> torch.Tensor:
-        if len(q) != self.total:
-            raise ValueError(
-                f"{NODE}: another node changes the number of rows inside the self-attention (HyperTile, for "
-                "one), which a bridge cannot follow: take it out of the model's chain"
-            )
+        layer = _layer(key)
+        check_rows(NODE, layer, len(q), self.total)
         kept, site, h = self.bank.kept[key], self.bank.bridge.site(key), self.hidden[self.rows]
         if kept.query is None:
             query, key_, value = q[self.rows] + site.q(h), self.answer(kept.key), self.answer(kept.value)
-        elif kept.query.shape[1] == h.shape[1]:
-            query, key_, value = self.answer(kept.query), k[self.rows] + site.k(h), v[self.rows] + site.v(h)
         else:
-            raise ValueError(
-                f"{NODE}: a bridge with the direction reference_queries needs the picture's own grid at "
-                "every site, but a conditioning with an area, or a node that merges tokens, has changed it"
-            )
+            why = "a bridge with the direction reference_queries"
+            check_grid(NODE, layer, h.shape[1], self._grid(key), extra_options, why)
+            check_keys(NODE, layer, k.shape[1], h.shape[1])
+            query, key_, value = self.answer(kept.query), k[self.rows] + site.k(h), v[self.rows] + site.v(h)
         return _attention(query, key_, value, extra_options)
 
     @torch.compiler.disable
@@ -255,22 +258,25 @@ class Feeding(_Patches):
         fused = self.fused(key, out[self.rows])
         if self.masks is not None:
             mask = self.masks[key]
-            if mask.shape[1] != fused.shape[1]:
-                raise ValueError(
-                    f"{NODE}: another node merges tokens inside the self-attention (ToMe, for one), which a "
-                    "mask cannot follow: take the mask or that node away"
-                )
+            check_grid(NODE, _layer(key), fused.shape[1], self._grid(key), extra_options, "a mask")
             fused = fused * mask.to(fused)
         if isinstance(self.rows, slice):
             out[self.rows].add_(fused, alpha=self.strength)
             return out
         return out.index_add_(0, self.rows, fused.to(out.dtype), alpha=self.strength)
 
+    def _grid(self, key: SiteKey) -> tuple[int, int]:
+        return next(site for site in self.bank.sites if site.key == key).grid(*self.size)
+
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
     return optimized_attention(
         q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
     )
+
+
+def _layer(key: SiteKey) -> str:
+    return layer_name("attn1", ".".join(map(str, key)))
 
 
 def _key(extra_options: dict[str, Any]) -> SiteKey:

@@ -10,12 +10,15 @@ from typing import Any
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from kornia.geometry.transform import resize
 
 from ..models.bridge import BridgeSettings
 from ..models.sites import SiteKey
+from .attention_maps import WRAPPER_KEY
 from .bridge_core import NODE, Bank, Feeding, Matrix
+from .layer_checks import COMPILED, check_fired, may_skip, refused_parts
 from .masks import check_mask, site_masks
 
 KEY = "descriptive_edit.bridge"
@@ -67,6 +70,7 @@ class BridgeRun:
             self._range = to_sigma(setup.start), to_sigma(setup.end)
         self._areas: dict[Any, tuple[int, ...]] = {}
         self._masks: dict[tuple, dict[SiteKey, torch.Tensor]] = {}
+        self._due = self._fed = False
         self._mask = self._latent_mask(setup.mask, model.latent_format.spacial_downscale_ratio)
         self._check_reference()
 
@@ -168,25 +172,85 @@ class BridgeRun:
 
     def note_areas(self, conds: list[list[dict[str, Any]] | None]) -> None:
         """Remember the area of each conditioning by its uuid, which the host's copies keep."""
-        if self._mask is not None:
-            known = [entry for entries in conds for entry in entries or () if "area" in entry]
-            self._areas = {entry["uuid"]: tuple(entry["area"]) for entry in known}
+        known = [entry for entries in conds for entry in entries or () if "area" in entry]
+        self._areas = {entry["uuid"]: tuple(entry["area"]) for entry in known}
 
-    def bridged(self, options: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
-        """A call's `transformer_options` with the bridge in the attention slots.
+    def feeding(self, options: dict[str, Any], x: torch.Tensor) -> Feeding:
+        """The bridge for one model call. options: its `transformer_options`. x: its latents.
 
-        The patches are there in every call, also where no row sees the reference, so that a compiled UNet
-        always finds the same ones.
+        There are patches for every call, also where no row sees the reference, so that a compiled UNet
+        always finds the same ones. Raises ValueError for a call on parts of the latent that the bridge cannot
+        follow.
         """
         uuids, blind = options["uuids"], options.get(BLIND, ())
         chunks = [chunk for chunk, uuid in enumerate(uuids) if uuid not in blind]
         if not self._active(options["sigmas"]):
             chunks = []
-        masks = None
-        if self._mask is not None and chunks:
-            masks = self._site_masks([uuids[chunk] for chunk in chunks], x)
-        rows, answer = self._rows(chunks, x), self._answer(len(chunks))
-        return Feeding(self.bank, rows, len(x), answer, self._setup.strength, masks).install(options)
+        if not chunks:
+            return Feeding(self.bank, None, x, lambda kept: kept)
+        areas = [self._areas.get(uuid) for uuid in uuids]
+        moved = "context_window" in options  # the host's, which may hold any images in any order
+        in_order = len(x) == len(areas) * self._images and not moved
+        self._check_parts(x, areas, len(chunks), in_order)
+        rows: slice | torch.Tensor = slice(0, len(x))
+        masks, answer = None, lambda kept: kept.expand(len(x), -1, -1)
+        if in_order:
+            rows, answer = self._rows(chunks, x), self._answer(len(chunks))
+        if self._mask is not None:
+            areas = [areas[chunk] for chunk in chunks] if in_order else [None]
+            masks = self._site_masks(areas, self._images if in_order else 1, x)
+        return Feeding(self.bank, rows, x, answer, self._setup.strength, masks)
+
+    def _check_parts(
+        self, x: torch.Tensor, areas: list[tuple[int, ...] | None], seen: int, in_order: bool
+    ) -> None:
+        """Other nodes may call the model with tiles of the latent, or with some of its images, in an order of
+        their own: raise ValueError where it must be known what a row is, and is not.
+
+        areas: for each conditioning of the call. seen: how many of these see the reference. in_order: whether
+        the rows are, as the host makes them, every image for each conditioning.
+        """
+        whole, size = (self._height, self._width), tuple(x.shape[-2:])
+        from_edit = self.bank.settings.direction == "edit_queries"
+        if not from_edit and size != whole and any(areas):
+            raise ValueError(
+                f"{NODE}: a bridge with the direction reference_queries needs the picture's own grid, "
+                f"{whole[1]}x{whole[0]}, but a conditioning has an area of {size[1]}x{size[0]}: take the "
+                "area away, or use a bridge with edit_queries"
+            )
+        reasons = []
+        if any(size != _size_of(area, whole) for area in areas):
+            reasons += ["it has a mask"] if self._mask is not None else []
+            reasons += [] if from_edit else ["it has reference_queries"]
+        if not in_order:
+            several = not self._setup.joined and len(self._setup.reference) > 1
+            reasons += ["each image has a reference of its own"] if several else []
+            reasons += ["some rows of dual guidance see no reference"] if seen < len(areas) else []
+            if self._mask is not None and (len(self._mask) > 1 or any(areas)):
+                reasons += ["it has a mask for each image or area"]
+        if reasons:
+            raise refused_parts(NODE, x, len(areas) * self._images, whole, " and ".join(reasons))
+
+    def check_fired(self, feeding: Feeding, options: dict[str, Any]) -> None:
+        """After a model call: raises ValueError if a layer that was to be fed was not, unless another node's
+        wrapper may have kept the UNet from running, as cached steps do. A recorder of ours may have ended it.
+        """
+        if feeding.rows is None:
+            return
+        self._due, self._fed = True, self._fed or bool(feeding.fired)
+        recorded = WRAPPER_KEY in options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+        if not recorded:
+            check_fired(NODE, "attn1", self.bank.sites, feeding.fired)
+        if not feeding.fired and not may_skip(options, KEY):
+            raise ValueError(f"{NODE}: no layer was fed. {COMPILED}")
+
+    def finish(self) -> None:
+        """After the last step: raises ValueError if no call was fed although some were to be."""
+        if self._due and not self._fed:
+            raise ValueError(
+                f"{NODE}: no layer was fed in any step. Another node keeps the UNet from running: take it "
+                f"out of the MODEL's chain. Or: {COMPILED}"
+            )
 
     def _active(self, sigma: torch.Tensor) -> bool:
         """Whether the bridge acts at this noise level, by the host's rule for ControlNets."""
@@ -205,22 +269,26 @@ class BridgeRun:
         rows = chunks * self._images
         return lambda kept: kept.expand(rows, -1, -1) if len(kept) == 1 else kept.repeat(chunks, 1, 1)
 
-    def _site_masks(self, uuids: list[Any], x: torch.Tensor) -> dict[SiteKey, torch.Tensor]:
-        """The mask at every site for the chunks with these uuids, [rows, tokens, 1]; made once a run."""
+    def _site_masks(
+        self, areas: list[tuple[int, ...] | None], images: int, x: torch.Tensor
+    ) -> dict[SiteKey, torch.Tensor]:
+        """The mask at every site for `images` rows of each of these areas, [rows, tokens, 1]; made once a
+        run.
+        """
         height, width = x.shape[-2:]
-        areas = tuple(self._areas.get(uuid) for uuid in uuids)
-        if (areas, height, width) not in self._masks:
+        call = (tuple(areas), images, height, width)
+        if call not in self._masks:
             parts = []
             for area in areas:
                 mask = self._mask
                 if area is not None:
                     *_, top, left = area
                     mask = mask[:, top : top + height, left : left + width]
-                parts.append(mask.expand(self._images, -1, -1))
+                parts.append(mask.expand(images, -1, -1))
             masks = site_masks(torch.cat(parts), self.bank.sites, height, width, x.device)
             found = {key: mask[..., None] for key, mask in masks.items()}
-            self._masks[areas, height, width] = found
-        return self._masks[areas, height, width]
+            self._masks[call] = found
+        return self._masks[call]
 
     def close(self) -> None:
         """Free what the run kept."""
@@ -240,3 +308,11 @@ def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.
     if not timestep.is_floating_point():
         return torch.zeros(len(reference), device=reference.device), reference
     return timestep.float(), sampling.calculate_input(sigma, reference)
+
+
+def _size_of(area: tuple[int, ...] | None, whole: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what the host cuts out for an area: height, width, top, left."""
+    if area is None:
+        return whole
+    height, width, top, left = area
+    return min(whole[0] - top, height), min(whole[1] - left, width)

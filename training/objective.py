@@ -187,7 +187,7 @@ def losses(
         options = checkpointed(options)
     dtype = model.get_dtype_inference()
     bank.read(unet, reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
-    fed = Feeding(bank, rows, len(target), lambda of_pairs: of_pairs[rows]).install(options)
+    fed = Feeding(bank, rows, noised, lambda of_pairs: of_pairs[rows]).install(options)
     output = unet(
         noised.to(dtype), steps.float(), context=text.to(dtype), control=None, transformer_options=fed
     )
