@@ -22,10 +22,36 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from einops import einsum, rearrange
 
 from ..models.sites import Site, SiteKey
+from .layer_checks import (
+    check_call,
+    check_gradient,
+    check_grid,
+    check_keys,
+    check_rows,
+    check_text,
+    layer_name,
+)
 from .options import read_options, replace_options
+from .token_order import TokenOrder
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
 PIECE = 2**24  # probabilities at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a recorded call must be like, so that what is recorded has a meaning.
+
+    node: who asks. rows, size: of the latent, its images and height and width. text: tokens of the
+    description. own_grid: whether self-attention must be on the grid that the network's layout gives it, and
+    not on one that another node has shrunk.
+    """
+
+    node: str
+    rows: int
+    size: tuple[int, int]
+    text: int
+    own_grid: bool = False
 
 
 class _LastSiteReached(Exception):
@@ -132,18 +158,36 @@ class AttentionRecorder:
         whole_layers: bool = False,
     ) -> None:
         self._wanted = {
-            "attn1": {site.key for site in self_sites},
-            "attn2": {site.key for site in cross_sites},
+            "attn1": {site.key: site for site in self_sites},
+            "attn2": {site.key: site for site in cross_sites},
         }
         self._pending = {(name, key) for name, keys in self._wanted.items() for key in keys}
         self._stop, self._whole_layers = stop, whole_layers
+        self._expected: Expected | None = None
+        self._differentiated = False
+        self._order = TokenOrder(lambda key: ("attn1", key) in self._pending)
         self.self_attention: dict[SiteKey, Projections] = {}
         self.cross_attention: dict[SiteKey, Projections] = {}
 
     @property
-    def complete(self) -> bool:
-        """Whether every wanted site was recorded; not so if another node kept the UNet from running."""
-        return not self._pending
+    def missing(self) -> list[str]:
+        """The wanted attentions that were not recorded, for people, in the order in which they run."""
+        return [
+            layer_name(name, site.name)
+            for name, sites in self._wanted.items()
+            for site in sites.values()
+            if (name, site.key) in self._pending
+        ]
+
+    @property
+    def ran(self) -> bool:
+        """Whether any wanted attention was recorded; not so if another node kept the UNet from running."""
+        return len(self._pending) < sum(map(len, self._wanted.values()))
+
+    @property
+    def moved(self) -> list[tuple[str, torch.Tensor]]:
+        """What `TokenOrder` saw at the self-attentions."""
+        return self._order.moved
 
     def clear(self) -> None:
         """Forget what was recorded. A graph whose layers are computed again refers to itself through it, and
@@ -152,8 +196,12 @@ class AttentionRecorder:
         self.self_attention.clear()
         self.cross_attention.clear()
 
-    def attach(self, model_options: dict[str, Any]) -> dict[str, Any]:
-        """A copy of `model_options` whose model calls are recorded here; the original is not touched."""
+    def attach(self, model_options: dict[str, Any], expected: Expected | None = None) -> dict[str, Any]:
+        """A copy of `model_options` whose model calls are recorded here; the original is not touched.
+
+        A call that is not as `expected` raises ValueError.
+        """
+        self._expected = expected
         options = comfy.model_patcher.create_model_options_clone(model_options)
         add_wrapper_with_key(
             WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, self._wrap, options, is_model_options=True
@@ -161,15 +209,19 @@ class AttentionRecorder:
         return options
 
     def _wrap(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        options = dict(read_options(args, kwargs))
+        options, x = dict(read_options(args, kwargs)), args[0]
+        if (expected := self._expected) is not None:
+            check_call(expected.node, x, expected.rows, expected.size)
+        self._differentiated = x.requires_grad
         replace = {name: dict(patches) for name, patches in options.get("patches_replace", {}).items()}
         for name, keys in self._wanted.items():
             patches = replace.setdefault(name, {})
             for key in keys:
                 patches[key] = self._patch(name, key, patches.get(key, patches.get(key[:2])))
         options["patches_replace"] = replace
+        patches = options["patches"] = dict(options.get("patches", {}))
+        patches["attn1_patch"] = self._order.around(patches.get("attn1_patch", []))
         if self._stop and self._whole_layers:
-            patches = options["patches"] = dict(options.get("patches", {}))
             for name in ("input_block_patch", "output_block_patch"):
                 patches[name] = [self._end_block, *patches.get(name, ())]
         args, kwargs = replace_options(args, kwargs, options)
@@ -186,18 +238,43 @@ class AttentionRecorder:
         ) -> torch.Tensor:
             heads = extra_options["n_heads"]
             if (name, key) in self._pending:  # not so when a checkpointed layer is computed again
+                if self._expected is not None:
+                    self._check(self._expected, name, key, q, k, extra_options)
                 seen[key] = Projections(q, k, heads)
                 self._pending.discard((name, key))
                 if self._stop and not self._pending and not self._whole_layers:
                     raise _LastSiteReached
             if previous is not None:
-                return previous(q, k, v, extra_options)
+                return previous(q.clone(), k.clone(), v, extra_options)  # it may write into them
             precision = extra_options.get("attn_precision")
             return optimized_attention(
                 q, k, v, heads, attn_precision=precision, transformer_options=extra_options
             )
 
         return patch
+
+    def _check(
+        self,
+        expected: Expected,
+        name: str,
+        key: SiteKey,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        extra_options: dict[str, Any],
+    ) -> None:
+        node, site, within = expected.node, self._wanted[name][key], name == "attn1"
+        layer, grid = layer_name(name, site.name), site.grid(*expected.size)
+        check_rows(node, layer, len(q), expected.rows)
+        check_rows(node, layer, len(k), expected.rows)
+        if within and not expected.own_grid:
+            grid = tuple(extra_options.get("activations_shape", grid)[-2:])
+        check_grid(node, layer, q.shape[1], grid, extra_options, "this node")
+        if within:
+            check_keys(node, layer, k.shape[1], q.shape[1])
+        else:
+            check_text(node, layer, k.shape[1], expected.text)
+        if self._differentiated:
+            check_gradient(node, layer, *((q, k) if within else (q,)))
 
     def _end_block(self, hidden: torch.Tensor, *rest: Any) -> Any:
         """A block patch of the host, for either side: (h, options) or (h, skip, options)."""

@@ -26,7 +26,10 @@ from typing import Any
 import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+
+from .layer_checks import TAKE_OUT
 
 
 def _normal(value: Any) -> Any:
@@ -123,13 +126,32 @@ def weights_streamed(patchers: Iterable[Any]) -> bool:
     )
 
 
+@contextmanager
+def naming_writes(node: str) -> Iterator[None]:
+    """A region whose gradients fail with a ValueError that names `node` where another node has written in
+    place into what autograd saved.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ValueError(
+            f"{node}: a node writes in place into what the gradient needs, outside of the host's lists of "
+            f"patches (in place of an attention, or of a layer). {TAKE_OUT}"
+        ) from error
+
+
 def differentiable_options(model_options: dict[str, Any]) -> dict[str, Any]:
     """A copy of `model_options` for a model call that is differentiated; the original is not touched.
 
     Attention is computed by torch, because the host's other backends (sage, for one) have no derivative; an
-    `optimized_attention_override` that was there before stays in charge and is given torch's to call. Skip
-    connections are copied, because the UNet adds ControlNet's residuals to them in place after autograd has
-    saved them.
+    `optimized_attention_override` that was there before stays in charge and is given torch's to call.
+
+    Two things are written in place after autograd has saved them, and are copied. Skip connections: the UNet
+    adds ControlNet's residuals to them, and some nodes write into them. And what the functions that other
+    nodes have put into the host's lists of patches save (FreeU writes into what it has just multiplied). The
+    host's own layers save nothing else that these functions are given.
     """
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = options.setdefault("transformer_options", {})
@@ -141,8 +163,21 @@ def differentiable_options(model_options: dict[str, Any]) -> dict[str, Any]:
         return previous(attention_pytorch, *args, **kwargs)
 
     transformer["optimized_attention_override"] = attention
-    transformer.setdefault("patches", {}).setdefault("input_block_patch_after_skip", []).append(_copy)
+    patches = transformer.setdefault("patches", {})
+    for slot, found in patches.items():
+        patches[slot] = [_saving_copies(patch) if callable(patch) else patch for patch in found]
+    patches.setdefault("input_block_patch_after_skip", []).append(_copy)
     return options
+
+
+def _saving_copies(patch: Callable) -> Callable:
+    """The same patch, within which autograd saves copies, so that it may write into what was saved."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda copy: copy):
+            return patch(*args, **kwargs)
+
+    return run
 
 
 def _copy(hidden: torch.Tensor, transformer_options: dict[str, Any]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from ..models.sites import Site, SiteKey, find_sites
 from .attention_maps import AttentionRecorder, Projections
 from .inputs import read_samples
 from .inversion import Inversion
+from .layer_checks import check_order
 from .progress import progress
 from .tokens import EditTokens
 from .unify_sites import word_sites
@@ -124,7 +125,10 @@ def _look_once(
             "without an area, a mask or a range of steps"
         )
     options = {name: value for name, value in options.items() if name != "multigpu_clones"}
-    record(NODE, guider.inner_model, recorder, entry, x, sigmas[0] * x.new_ones([len(x)]), options)
+    record(
+        NODE, guider.inner_model, recorder, entry, x, sigmas[0] * x.new_ones([len(x)]), options, own_grid=True
+    )
+    check_order(NODE, recorder.moved)
     return x
 
 

@@ -15,6 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..models.sites import Site
+from .token_order import first_moved
 
 TAKE_OUT = "Take that node out of the MODEL's chain."
 COMPILED = (
@@ -89,6 +90,17 @@ def check_gradient(node: str, layer: str, *tensors: torch.Tensor) -> None:
         raise ValueError(
             f"{node}: {layer} has no gradient: a node computes what leads to it without one "
             f"(TokenPerturbationGuidance). {TAKE_OUT}"
+        )
+
+
+def check_order(node: str, moved: Collection[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError, naming `node`, if tokens were moved. moved: of `TokenOrder`. Waits for the device if
+    another node replaced any.
+    """
+    if name := first_moved(moved):
+        raise ValueError(
+            f"{node}: {layer_name('attn1', name)} gets its tokens in another order: a node shuffles them, or "
+            f"merges tokens (ToMe). {TAKE_OUT}"
         )
 
 

@@ -14,8 +14,9 @@ from einops import rearrange
 from ..models.sites import Site, SiteKey, find_sites
 from .attention_maps import AttentionRecorder, LossGradient, Projections
 from .checkpointing import checkpointed
-from .gradient import differentiable_options, gradients, weights_streamed
+from .gradient import differentiable_options, gradients, naming_writes, weights_streamed
 from .inputs import check_noise_mask
+from .layer_checks import check_order
 from .masks import check_mask, site_masks
 from .progress import progress
 from .unify_balance import row_norm
@@ -71,6 +72,7 @@ class LatentOptimiser:
         memory, self._checkpoint = self._plan_memory(x)
         self._source = SourceBranch(NODE, guider, settings.inversion, x, self._options, extra_args, memory)
         self._maps: dict[SiteKey, Projections] | None = None
+        self._reordered: list[tuple[str, torch.Tensor]] = []
         self._places: list[float] = []
         self._values: list[torch.Tensor] = []
         self._moved: list[torch.Tensor] = []
@@ -205,7 +207,7 @@ class LatentOptimiser:
         self, entry: dict[str, Any], x: torch.Tensor, sigma: torch.Tensor, words: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of structure and alignment, zero for one that has no weight."""
-        with gradients(weights_streamed(self._source.patchers())):
+        with naming_writes(NODE), gradients(weights_streamed(self._source.patchers())):
             leaf = x.clone().requires_grad_()
             options = differentiable_options(self._options)
             checkpoint = self._checkpoint
@@ -218,7 +220,9 @@ class LatentOptimiser:
                 whole_layers=checkpoint,
             )
             try:
-                record(NODE, self._model, target, entry, leaf, sigma, options)
+                own_grid = self._regions is not None
+                record(NODE, self._model, target, entry, leaf, sigma, options, own_grid=own_grid)
+                self._reordered += target.moved
                 losses: dict[str, Callable[[], LossGradient]] = {}
                 if self._maps is not None:
                     losses["structure"] = partial(
@@ -262,7 +266,8 @@ class LatentOptimiser:
 
     def finish(self) -> Trace | None:
         """After the last step: what was recorded, or None if nothing was to be optimised. Warns of steps
-        without a usable gradient; raises ValueError if an image had no other.
+        without a usable gradient; raises ValueError if an image had no other, or if another node had put
+        tokens into another order.
         """
         if not any(map(any, self._plan)):
             return None
@@ -271,6 +276,7 @@ class LatentOptimiser:
                 f"{NODE}: no step was optimised: the guider's positive conditioning has no entry for the "
                 "whole image in the steps to optimise: widen its time range, or start_percent to end_percent"
             )
+        check_order(NODE, self._reordered)
         trace = Trace(
             len(self._progress),
             tuple(self._places),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -12,8 +14,9 @@ import comfy.samplers
 import torch
 
 from ..models.sites import Site
-from .attention_maps import AttentionRecorder
+from .attention_maps import AttentionRecorder, Expected
 from .inversion import Inversion
+from .layer_checks import TAKE_OUT
 
 
 class SourceBranch:
@@ -122,17 +125,39 @@ def record(
     x: torch.Tensor,
     sigma: torch.Tensor,
     options: dict[str, Any],
+    own_grid: bool = False,
 ) -> list[torch.Tensor]:
-    """One model call for one conditioning entry, recorded. model: the host's BaseModel. Raises ValueError,
-    naming `node`, if the UNet did not run.
+    """One model call for one conditioning entry, recorded. model: the host's BaseModel. own_grid: as in
+    `Expected`. A compiled model runs as it was before, because what was compiled without the recorder does
+    without it.
+
+    Raises ValueError, naming `node`, if the UNet or a layer did not run, or if another node makes the call or
+    a layer something else than what it is by itself.
     """
-    denoised = comfy.samplers.calc_cond_batch(model, [[entry]], x, sigma, recorder.attach(options))
-    if not recorder.complete:
+    text = entry["model_conds"]["c_crossattn"].cond.shape[1]
+    expected = Expected(node, len(x), tuple(x.shape[-2:]), text, own_grid)
+    with _uncompiled():
+        denoised = comfy.samplers.calc_cond_batch(
+            model, [[entry]], x, sigma, recorder.attach(options, expected)
+        )
+    if recorder.missing and recorder.ran:
+        raise ValueError(
+            f"{node}: {', '.join(recorder.missing)} did not run: another node leaves the layer out or "
+            f"replaces it. {TAKE_OUT}"
+        )
+    if recorder.missing:
         raise ValueError(
             f"{node}: another node keeps the UNet from running at every step (EasyCache, for one): "
             "take it out of the model's chain"
         )
     return denoised
+
+
+def _uncompiled() -> AbstractContextManager:
+    """A region in which torch runs what it has compiled as it is written."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def whole_image(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

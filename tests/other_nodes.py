@@ -137,21 +137,23 @@ def in_slot(model: Any, patch: Any, slot: str) -> Any:
     return patched
 
 
-def writes_in_place(model: Any, slot: str, block: tuple[str, int] | None = None) -> Any:
-    """MODEL with a patch that scales half of what it gets by what it read off it, in place, as FreeU does.
-
-    slot: one of the host's. block: where; None for everywhere.
+def writes(model: Any, slot: str, in_place: bool) -> Any:
+    """MODEL with a patch in one of the host's lists that scales half of what it gets by what it read off it,
+    as FreeU does: in place, or else in a copy.
     """
 
-    def write(h: torch.Tensor) -> None:
-        half = h.shape[1] // 2
-        h[:, :half] = h[:, :half] * (1 + 0.2 * torch.sigmoid(h.mean(1, keepdim=True)))
+    def written(h: torch.Tensor) -> torch.Tensor:
+        h, half = h if in_place else h.clone(), h.shape[1] // 2
+        h[:, :half] = h[:, :half] * (1 + 0.3 * torch.sigmoid(h.mean(1, keepdim=True)))
+        return h
 
-    def first(h: Any, *rest: Any) -> Any:
-        extra = h["transformer_options"] if isinstance(h, dict) else rest[-1]
-        if block is None or extra["block"] == block:
-            for tensor in (h["h"],) if isinstance(h, dict) else (h, *rest[:-1]):
-                write(tensor)
-        return h if len(rest) < 2 else (h, *rest[:-1])
+    def patch(first: Any, *rest: Any) -> Any:
+        if isinstance(first, dict):
+            return {**first, "h": written(first["h"])}
+        tensors = (first, *rest[:-1])
+        new = {id(tensor): tensor for tensor in tensors}
+        new = {name: written(tensor) for name, tensor in new.items()}
+        found = tuple(new[id(tensor)] for tensor in tensors)
+        return found if rest[:-1] else found[0]
 
-    return in_slot(model, first, slot)
+    return in_slot(model, patch, slot)
