@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import bridge_edit
 import memory_modes
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "DescEditNewBridge": {"rank": 4},
     "DescEditTrainBridge": {"steps": 2, "learning_rate": 1e-2},
 }
+# In no shipped graph: run by `test_other_nodes`, or without a network.
+OTHERS = {"DescEditAttentionMaps", "DescEditDualGuidance", "DescEditMetrics"}
+NO_NETWORK = {"DescEditCompare", "DescEditGuidanceSchedule"}
 WITH_FILES = "DescriptiveEdit - bridge with ControlNet and LoRA"
 
 
@@ -80,3 +84,46 @@ def test_graphs(host: Host, files: None, name: str) -> None:
     assert found["resident"]
     for tensors in found.values():
         torch.testing.assert_close(tensors, found["resident"], rtol=1e-5, atol=1e-5)
+
+
+def other_nodes(host: Host) -> list[torch.Tensor]:
+    """What the nodes that no shipped graph holds give: a picture, maps and figures."""
+    model, clip, vae, bridge = host.execute("DescEditTinyStudio")
+    scene, *_ = host.execute("DescEditTinyScene", seed=8)
+    source, edit = (
+        host.execute("CLIPTextEncode", clip=clip, text=text)[0] for text in ("a red circle", "a blue circle")
+    )
+    (latent,) = host.execute("VAEEncode", pixels=scene, vae=vae)
+    (tokens, _) = host.execute(
+        "DescEditFindTokens",
+        clip=clip,
+        source_description="a red circle",
+        edit_description="a blue circle",
+    )
+    (bridged,) = host.execute("DescEditApplyBridge", model=model, bridge=bridge, reference=latent)
+    (guided,) = host.execute("DescEditDualGuidance", model=bridged)
+    sampled = bridge_edit.sample(host, guided, edit, source, latent=latent["samples"], steps=2)
+    (picture,) = host.execute("VAEDecode", samples={"samples": sampled}, vae=vae)
+    maps, *_ = host.execute(
+        "DescEditAttentionMaps", model=model, conditioning=edit, edit_tokens=tokens, latent=latent, side=64
+    )
+    figures, _ = host.execute("DescEditMetrics", edited=picture, source=scene, lpips="alex")
+    numbers = [value for values in json.loads(figures).values() for value in values]
+    return [picture, maps, torch.tensor(numbers)]
+
+
+def test_other_nodes(host: Host) -> None:
+    """Protects: nodes that no shipped graph holds work however the host keeps weights."""
+    found = {}
+    for mode, context in memory_modes.MODES.items():
+        with context():
+            found[mode] = other_nodes(host)
+    for tensors in found.values():
+        torch.testing.assert_close(tensors, found["resident"], rtol=1e-4, atol=1e-4)
+
+
+def test_every_node_is_run(host: Host) -> None:
+    """Protects: a new node cannot stay out of these modes unnoticed."""
+    prompts = [graph(file.stem) for file in WORKFLOWS if file.stem != IP_ADAPTER]
+    run = {node["class_type"] for prompt in prompts for node in prompt.values()}
+    assert set(host.node_ids()) - run == OTHERS | NO_NETWORK
