@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ def model(memory_mode: str) -> Any:
 
 @pytest.fixture
 def folder(host: Host) -> Iterator[Path]:
-    """models/attention_bridges of the test's host, emptied afterwards."""
+    """models/attention_bridges of the test's host, empty, and emptied afterwards."""
     path = Path(folder_paths.get_folder_paths("attention_bridges")[0])
-    path.mkdir(parents=True, exist_ok=True)
     assert path.is_relative_to(host.base)
+    shutil.rmtree(path, ignore_errors=True)  # what other files' tests left
+    path.mkdir(parents=True)
     yield path
     for file in sorted(path.rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
