@@ -17,6 +17,8 @@ import comfy_aimdo.model_mmap
 import numpy as np
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+from host import device
 
 
 class _Mapping:
@@ -46,15 +48,17 @@ def _dynamic(enabled: bool, patcher: type) -> Iterator[None]:
 
 def resident() -> AbstractContextManager[None]:
     """Layers have weights from the start, and keep them."""
-    return _dynamic(False, comfy.model_patcher.ModelPatcher)
+    return _dynamic(False, ModelPatcher)
 
 
 def lazy() -> AbstractContextManager[None]:
     """Dynamic VRAM, the default on NVIDIA, as main.py switches it on: the host's Linear has no weights, and
-    its Embedding none with content, until a state dict is loaded, and files are mapped. On a CPU patchers
-    stay ordinary ones.
+    its Embedding none with content, until a state dict is loaded, and files are mapped. Patchers stay
+    ordinary ones: on a CPU they do so by themselves, and on a card only main.py starts what others need, so
+    that there the tests' servers have them.
     """
-    return _dynamic(True, comfy.model_patcher.ModelPatcherDynamic)
+    on_card = device().type != "cpu"
+    return _dynamic(True, ModelPatcher if on_card else ModelPatcherDynamic)
 
 
 class _Buffers:
@@ -63,7 +67,7 @@ class _Buffers:
     """
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device()) for _ in range(2)]
         self._turn = 0
         self._cast = comfy.ops.cast_bias_weight
 
@@ -79,7 +83,7 @@ class _Buffers:
     def _fill(self, weights: tuple) -> tuple:
         size = comfy.memory_management.vram_aligned_size(list(weights))
         if len(self._buffers[self._turn]) < size:
-            self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8)
+            self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, device=device())
         views = comfy.memory_management.interpret_gathered_like(list(weights), self._buffers[self._turn])
         for view, weight in zip(views, weights, strict=True):
             if weight is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
@@ -109,6 +110,13 @@ def small_unet(
     finally:
         comfy.supported_models.models.remove(family)
     assert model is not None
+    return model
+
+
+def loaded(model: Any) -> Any:
+    """The ModelPatcher with its weights on its device, for tests that call its network by themselves."""
+    with torch.inference_mode():
+        comfy.model_management.load_model_gpu(model)
     return model
 
 

@@ -14,6 +14,7 @@ import pytest
 import small_models
 import torch
 from bridge_edit import LAYOUTS, apply_bridge, counted, half_mask, layouts, random_bridge, sample
+from closeness import same
 from host import Host
 
 REFERENCE = small_models.latent(9)
@@ -29,11 +30,6 @@ def model() -> Any:
 def bridge(host: Host, model: Any) -> Any:
     """A random bridge for it."""
     return random_bridge(host, model)
-
-
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal to 1e-5 of the latent's scale."""
-    return float((found - expected).abs().max()) <= 1e-5 * float(expected.std())
 
 
 def test_reference_is_read_once(host: Host, model: Any, bridge: Any) -> None:

@@ -38,11 +38,11 @@ class Blocks:
             def before(
                 _: Any, args: Any, result: torch.Tensor, name: str = site.name, x: Any = entered
             ) -> None:
-                x["x"] = args[0].double()
-                self.normed[name].append(result.double())
+                x["x"] = args[0].double().cpu()
+                self.normed[name].append(result.double().cpu())
 
             def after(_: Any, args: Any, name: str = site.name, x: Any = entered) -> None:
-                self.output[name].append(args[0].double() - x["x"])
+                self.output[name].append(args[0].double().cpu() - x["x"])
 
             self._handles += [
                 block.norm1.register_forward_hook(before),
@@ -70,13 +70,13 @@ class Site:
 
     def __init__(self, model: Any, bridge: Any, site: Any) -> None:
         base = {
-            name: weight.double()
+            name: weight.double().cpu()
             for name, weight in model.model.diffusion_model.get_submodule(site.path)
             .attn1.state_dict()
             .items()
         }
         learned = {
-            name.removeprefix(f"{site.name}.").removesuffix(".weight"): weight.double()
+            name.removeprefix(f"{site.name}.").removesuffix(".weight"): weight.double().cpu()
             for name, weight in bridge.model.state_dict().items()
             if name.startswith(f"{site.name}.")
         }

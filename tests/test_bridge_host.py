@@ -17,6 +17,7 @@ import pytest
 import small_models
 import torch
 from bridge_edit import apply_bridge, counted, guided, random_bridge, sample
+from closeness import same, tolerance
 from host import Host
 from test_bridge_formula import Blocks, Site, attention_lora, close
 from unify_edit import Edit
@@ -37,11 +38,6 @@ def model(memory_mode: str) -> Any:
 def bridged(host: Host, model: Any) -> Any:
     """It, with a random bridge."""
     return apply_bridge(host, model, random_bridge(host, model), REFERENCE)
-
-
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal to 1e-5 of the latent's scale."""
-    return float((found - expected).abs().max()) <= 1e-5 * float(expected.std())
 
 
 def control_net() -> Any:
@@ -275,7 +271,9 @@ def keeps_its_contracts(host: Host, model: Any, times: int, names: tuple[str, ..
             plain_alone = sample(host, model, *conds, latent=latent, **inputs)
         # A trained model magnifies the rounding of its batches: the stock runs so far say by how much.
         rounding = max(rounding, 3 * float((plain_alone - plain).abs().max()))
-        assert float((alone - together).abs().max()) <= max(rounding, 1e-5 * float(together.std())), name
+        assert float((alone - together).abs().max()) <= max(rounding, tolerance() * float(together.std())), (
+            name
+        )
         assert torch.equal(sample(host, off, *conds, latent=latent, **inputs), plain)
         assert not same(together, plain)
 

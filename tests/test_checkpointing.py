@@ -10,7 +10,7 @@ import bridge_edit
 import pytest
 import small_models
 import torch
-from host import Host
+from host import Host, device
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def pack(host: Host) -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A random UNet whose weights are inference tensors, as the executor's are."""
-    return small_models.small_unet()
+    return small_models.loaded(small_models.small_unet())
 
 
 def kept_bytes(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -48,8 +48,8 @@ def kept_bytes(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
 
 def call(model: Any, x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """One call of the UNet."""
-    text = small_models.conditioning(2, batch=len(x))[0][0]
-    times = torch.full((len(x),), 500.0)
+    text = small_models.conditioning(2, batch=len(x))[0][0].to(x)
+    times = torch.full((len(x),), 500.0, device=x.device)
     return model.model.diffusion_model(x, times, context=text, transformer_options=options)
 
 
@@ -63,7 +63,7 @@ def test_alone(model: Any, pack: Any) -> None:
         options: dict[str, Any] = {"patches": {}}
         used = pack.checkpointed(options) if name == "again" else options
         with pack.gradients():
-            x = small_models.latent(3, batch=2).clone().requires_grad_()
+            x = small_models.latent(3, batch=2).to(device()).requires_grad_()
             out, kept = kept_bytes(lambda x=x, used=used: call(model, x, used))
             (gradient,) = torch.autograd.grad(out.square().sum(), x)
         found[name] = out.detach(), gradient, kept
@@ -78,7 +78,7 @@ def test_alone(model: Any, pack: Any) -> None:
 def test_several_gradients_of_one_forward(model: Any, pack: Any) -> None:
     """Protects: a forward can be differentiated more than once, also after the region has been left."""
     with pack.gradients():
-        x = small_models.latent(3).clone().requires_grad_()
+        x = small_models.latent(3).to(device()).requires_grad_()
         out = call(model, x, pack.checkpointed({})).square().sum()
         (first,) = torch.autograd.grad(out, x, retain_graph=True)
         (second,) = torch.autograd.grad(2 * out, x, retain_graph=True)
@@ -98,11 +98,11 @@ def test_with_a_bridge(
     reference's own bridge, and with rows that have no image.
     """
     bridge = bridge_edit.random_bridge(host, model, direction=direction, reference_self_bridge=self_bridge)
-    weights = [weight.requires_grad_() for weight in bridge.model.parameters()]
+    weights = [weight.requires_grad_() for weight in bridge.model.to(device()).parameters()]
     generator = torch.Generator().manual_seed(0)
     latents, texts = (3, 4, 16, 16), (3, 7, small_models.CONTEXT_WIDTH)
     shapes = latents, latents, texts, texts, (1, *texts[1:]), (1, *latents[1:])
-    batch = pack.objective.Batch(*(torch.randn(*shape, generator=generator) for shape in shapes))
+    batch = pack.objective.Batch(*(torch.randn(*shape, generator=generator).to(device()) for shape in shapes))
     plan = pack.objective.Objective(dropout="none")
     draws = pack.objective.draw(plan, [1, 2, 3], latents[1:], 1000)
     draws.no_image[1] = mixed
@@ -143,7 +143,7 @@ def test_others_in_the_slots(model: Any, pack: Any) -> None:
     for name, wrap in (("kept", lambda options: options), ("again", pack.checkpointed)):
         seen.clear()
         with pack.gradients():
-            x = small_models.latent(3).clone().requires_grad_()
+            x = small_models.latent(3).to(device()).requires_grad_()
             out = call(model, x, wrap({"patches": patches}))
             first = list(seen)
             (gradient,) = torch.autograd.grad(out.square().sum(), x)
@@ -154,7 +154,7 @@ def test_others_in_the_slots(model: Any, pack: Any) -> None:
     assert [index for *_, index in found["again"][2]] == list(range(len(found["again"][2])))
     assert found["again"][3] == sorted(found["kept"][2])
     with torch.no_grad(), pack.gradients():
-        plain = call(model, small_models.latent(3), {"patches": patches})
+        plain = call(model, small_models.latent(3).to(device()), {"patches": patches})
     torch.testing.assert_close(plain, found["kept"][0], rtol=1e-5, atol=1e-5)
 
 
@@ -162,5 +162,5 @@ def test_no_gradient_no_recomputation(model: Any, pack: Any) -> None:
     """Protects: without gradients a checkpointed call is the plain one."""
     options: dict[str, Any] = {"patches": {}}
     with torch.inference_mode():
-        x = small_models.latent(3)
+        x = small_models.latent(3).to(device())
         assert torch.equal(call(model, x, pack.checkpointed(options)), call(model, x, options))

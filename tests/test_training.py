@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import small_models
 import torch
-from host import Host
+from host import Host, device
 
 TOKENS, WIDTH = 7, small_models.CONTEXT_WIDTH
 
@@ -33,7 +33,7 @@ def gradients(host: Host) -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A random UNet."""
-    return small_models.small_unet()
+    return small_models.loaded(small_models.small_unet())
 
 
 def batch(training: Any, pairs: int = 3) -> Any:
@@ -41,7 +41,7 @@ def batch(training: Any, pairs: int = 3) -> Any:
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(device())
 
     return training.objective.Batch(
         source=make(pairs, 4, 16, 16),
@@ -82,7 +82,9 @@ def encoded(training: Any, folder: Path, pairs: int = 5) -> Any:
 
 def bank(host: Host, model: Any, bridge: Any) -> Any:
     """What the objective works with."""
-    return host.pack_module("patches.bridge_core").Bank(bridge.model, model.model.diffusion_model)
+    return host.pack_module("patches.bridge_core").Bank(
+        bridge.model.to(device()), model.model.diffusion_model
+    )
 
 
 def fresh_bridge(host: Host, model: Any) -> Any:
@@ -95,7 +97,7 @@ def test_first_loss_is_the_base_models(host: Host, training: Any, gradients: Any
     """Protects: with a new bridge the loss is the base model's own, bit for bit, and that is the plain
     formula: the mean square of the predicted noise, or v, against the true one.
     """
-    model = small_models.small_unet()
+    model = small_models.loaded(small_models.small_unet())
     (model,) = host.execute("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False)
     base = model.model
     base.model_sampling = model.get_model_object("model_sampling")
@@ -108,14 +110,14 @@ def test_first_loss_is_the_base_models(host: Host, training: Any, gradients: Any
         )
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)[draws.timesteps].view(-1, 1, 1, 1)
-    noised = (kept.sqrt() * pairs.edit + (1 - kept).sqrt() * draws.noise).float()
+    noised = (kept.sqrt() * pairs.edit.cpu() + (1 - kept).sqrt() * draws.noise).float().to(device())
     with torch.no_grad(), gradients():
-        output = base.diffusion_model(noised, draws.timesteps.float(), context=pairs.edit_text)
+        output = base.diffusion_model(noised, draws.timesteps.float().to(device()), context=pairs.edit_text)
     target = draws.noise.double()
     if sampling == "v_prediction":
-        target = kept.sqrt() * draws.noise - (1 - kept).sqrt() * pairs.edit
-    expected = (output.double() - target).square().mean((1, 2, 3))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+        target = kept.sqrt() * draws.noise - (1 - kept).sqrt() * pairs.edit.cpu()
+    expected = (output.double().cpu() - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=0)
     off = training.objective.Draws(
         draws.timesteps, draws.noise, draws.no_text, torch.ones(3, dtype=torch.bool), draws.no_edit
     )
@@ -211,7 +213,9 @@ def test_min_snr(host: Host, model: Any, training: Any, gradients: Any) -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)[draws.timesteps]
     snr = kept / (1 - kept)
-    torch.testing.assert_close((found[1] / found[0]).double(), snr.clamp(max=5) / snr, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        (found[1] / found[0]).double().cpu(), snr.clamp(max=5) / snr, rtol=1e-4, atol=0
+    )
 
 
 def test_offset_noise(training: Any) -> None:
@@ -241,9 +245,9 @@ def test_rate_falls_along_a_cosine(training: Any) -> None:
 def trainer(host: Host, training: Any, model: Any, pairs: Any, **settings: Any) -> Any:
     """A trainer of a new bridge."""
     defaults = {"batch": 2, "learning_rate": 1e-3, **settings}
-    bridge = fresh_bridge(host, model).model
+    bridge = fresh_bridge(host, model).model.to(device())
     return training.trainer.Trainer(
-        model.model, bridge, pairs, training.trainer.TrainSettings(**defaults), "cpu"
+        model.model, bridge, pairs, training.trainer.TrainSettings(**defaults), device()
     )
 
 

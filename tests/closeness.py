@@ -1,0 +1,28 @@
+"""How equal two results are to be. A CPU computes a row the same way whatever stands beside it; on a card the
+kernels, and with them the order of sums, differ between batch sizes, and some gradients between two runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from host import device
+
+
+def tolerance() -> float:
+    """The share of a result's scale that rounding may change: 1e-5, on a card 1e-4."""
+    return 1e-5 if device().type == "cpu" else 1e-4
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal to `tolerance()` of the expected values' deviation, on whichever devices they are."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return float((found - expected).abs().max()) <= tolerance() * float(expected.std())
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal in every bit, on a card to `tolerance()` of each value: for what was learned in another process,
+    which the tests cannot ask for deterministic kernels.
+    """
+    if device().type == "cpu":
+        return torch.equal(found, expected)
+    return torch.allclose(found.float(), expected.float(), rtol=tolerance(), atol=tolerance() / 10)
