@@ -136,9 +136,16 @@ def latent(seed: int = 0, batch: int = 1, size: tuple[int, int] = (LATENT_SIZE, 
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:
-    """Everything of a ModelPatcher that a run must leave alone, comparable with ==."""
+    """Everything of a ModelPatcher that a run must leave alone, comparable with ==. On a card the host moves
+    weights, so that only on a CPU they must stay where they are.
+    """
+    stays = model.load_device.type == "cpu"
     weights = {
-        name: (weight.sum(dtype=torch.float64).item(), weight.data_ptr(), weight.is_inference())
+        name: (
+            weight.cpu().sum(dtype=torch.float64).item(),
+            weight.data_ptr() if stays else None,
+            weight.is_inference(),
+        )
         for name, weight in model.model.state_dict().items()
     }
     return (

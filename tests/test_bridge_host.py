@@ -18,7 +18,7 @@ import small_models
 import torch
 from bridge_edit import apply_bridge, counted, guided, random_bridge, sample
 from closeness import same, tolerance
-from host import Host
+from host import Host, device
 from test_bridge_formula import Blocks, Site, attention_lora, close
 from unify_edit import Edit
 
@@ -62,7 +62,7 @@ def control_net() -> Any:
         for weight in net.parameters():
             fan = weight[0].numel() if weight.ndim > 1 else 100
             weight.copy_(torch.randn(weight.shape, generator=generator) / fan**0.5)
-    return comfy.controlnet.ControlNet(net.eval(), load_device=torch.device("cpu"))
+    return comfy.controlnet.ControlNet(net.eval(), load_device=device())
 
 
 def test_control_net(host: Host, model: Any, bridged: Any) -> None:

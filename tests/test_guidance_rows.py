@@ -65,7 +65,8 @@ def adapted(model: Any, reader: Callable[[dict], list[int]] = lambda extra: extr
         own = optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"))
         index = reader(extra)
         images = len(q) // len(index)
-        own[...] += torch.cat([tokens[i][..., : q.shape[-1]].expand(images, -1, -1) for i in index])
+        rows = [tokens[i][..., : q.shape[-1]].expand(images, -1, -1) for i in index]
+        own[...] += torch.cat(rows).to(own)
         return own
 
     for block, number in BLOCKS:

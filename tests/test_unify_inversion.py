@@ -9,6 +9,7 @@ import pytest
 import small_models
 import torch
 from host import Host
+from unify_edit import denoise
 
 STEPS = 6
 
@@ -82,15 +83,9 @@ def test_path(host: Host, model: Any) -> None:
     slopes = (path[:-1] - path[1:]) / (inversion.sigmas[:-1] - inversion.sigmas[1:])[
         :, None, None, None, None
     ]
-    model.pre_run()
-    entries = {"positive": comfy.sampler_helpers.convert_cond(small_models.conditioning(1))}
-    with torch.inference_mode():
-        conds = comfy.samplers.process_conds(model.model, samples, entries, samples.device)["positive"]
-        for x, slope, sigma in zip(path[:-1], slopes, inversion.sigmas[:-1], strict=True):
-            (denoised,) = comfy.samplers.calc_cond_batch(
-                model.model, [conds], x, sigma[None], {"transformer_options": {}}
-            )
-            torch.testing.assert_close((x - denoised) / sigma, slope, rtol=0.01, atol=2e-4)
+    for x, slope, sigma in zip(path[:-1], slopes, inversion.sigmas[:-1], strict=True):
+        denoised = denoise(model, x, sigma, small_models.conditioning(1))
+        torch.testing.assert_close((x - denoised) / sigma, slope, rtol=0.01, atol=2e-4)
 
 
 def test_same_bits_twice(host: Host, model: Any) -> None:

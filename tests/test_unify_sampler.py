@@ -11,7 +11,7 @@ import latent_preview
 import pytest
 import small_models
 import torch
-from host import Host
+from host import Host, device
 from unify_edit import SIZE, STEPS, Edit, FakeControl, box_mask, euler
 
 
@@ -71,17 +71,18 @@ def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]
     ):
         recorder = maps.AttentionRecorder(sites, words, stop=True)
         entries = {"positive": comfy.sampler_helpers.convert_cond(condition)}
-        x = samples * 0.18215
+        x = (samples * 0.18215).to(device())
         conds = comfy.samplers.process_conds(edit.model.model, x, entries, x.device)
         options = recorder.attach({"transformer_options": {}})
         edit.model.pre_run()
         with torch.inference_mode():
             comfy.samplers.calc_cond_batch(
-                edit.model.model, [conds["positive"]], x, edit.sigmas[-2][None], options
+                edit.model.model, [conds["positive"]], x, edit.sigmas[-2][None].to(x), options
             )
         found[name] = recorder
-    masks = host.pack_module("patches.masks").site_masks(None, words, 16, 16, torch.device("cpu"))
-    positions = host.pack_module("patches.unify_words").edit_words([edit.tokens], small_models.TEXT_TOKENS)
+    masks = host.pack_module("patches.masks").site_masks(None, words, 16, 16, device())
+    edit_words = host.pack_module("patches.unify_words").edit_words
+    positions = edit_words([edit.tokens], small_models.TEXT_TOKENS).to(device())
     structure = losses.structure_loss(found["source"].self_attention, found["target"].self_attention)
     alignment = losses.alignment_loss(found["target"].cross_attention, positions, masks)
     return float(structure.values), float(alignment.values)
@@ -108,9 +109,9 @@ def test_update_follows_the_formula(host: Host, model: Any) -> None:
         sigma = sigmas[1] * x.new_ones([2])
         x = edit.inversion.latent(1, x) + 0.1
         for mask in (None, denoise_mask):
-            args = {**extra_args, "denoise_mask": mask}
+            args = {**extra_args, "denoise_mask": None if mask is None else mask.to(x)}
             optimiser = module.LatentOptimiser(model.inner_model, settings, x, sigmas, args)
-            optimiser.lay_masks(x, mask)
+            optimiser.lay_masks(x, args["denoise_mask"])
             optimiser.read_source(1, x, sigma)
             seen.append(optimiser.update(1, x, sigma))
             gradients = optimiser._gradients(guider.conds["positive"][0], x, sigma, True)
@@ -125,7 +126,7 @@ def test_update_follows_the_formula(host: Host, model: Any) -> None:
             edit.sigmas,
             disable_pbar=True,
         )
-    step, masked, structure, alignment = (tensor.double() for tensor in seen)
+    step, masked, structure, alignment = (tensor.double().cpu() for tensor in seen)
     sampling = model.get_model_object("model_sampling")
     progress = 1 - float(sampling.timestep(edit.sigmas[1])) / 999
     path = edit.inversion.trajectory.double()

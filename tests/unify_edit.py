@@ -9,7 +9,7 @@ import comfy.samplers
 import small_models
 import torch
 from comfy.sd1_clip import SD1Tokenizer
-from host import Host
+from host import Host, device
 
 STEPS = 3
 SIZE = small_models.LATENT_SIZE * 8
@@ -120,16 +120,19 @@ def euler(host: Host) -> Any:
 
 
 def denoise(model: Any, x: torch.Tensor, sigma: torch.Tensor, condition: Any) -> torch.Tensor:
-    """The model's prediction for one conditioning at guidance 1, in its own space, by a plain call."""
+    """The model's prediction for one conditioning at guidance 1, in its own space, by a plain call; it is on
+    the CPU, as what nodes give.
+    """
     entries = {"positive": comfy.sampler_helpers.convert_cond(condition)}
-    model.pre_run()
+    small_models.loaded(model).pre_run()
+    x, sigma = x.to(device()), sigma.to(device())
     with torch.inference_mode():
         conds = comfy.samplers.process_conds(model.model, x, entries, x.device)["positive"]
-        levels = sigma * torch.ones(len(x))
+        levels = sigma * x.new_ones(len(x))
         (found,) = comfy.samplers.calc_cond_batch(
             model.model, [conds], x, levels, {"transformer_options": {}}
         )
-    return found
+    return found.cpu()
 
 
 class FakeControl:
