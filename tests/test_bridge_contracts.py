@@ -10,6 +10,7 @@ import bridge_edit
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
+import memory_modes
 import pytest
 import small_models
 import torch
@@ -18,10 +19,11 @@ from closeness import same
 from host import Host
 
 REFERENCE = small_models.latent(9)
+pytestmark = pytest.mark.usefixtures("memory_mode")
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model(memory_mode: str) -> Any:
     """A random UNet."""
     return small_models.small_unet()
 
@@ -121,6 +123,7 @@ def test_each_image_has_its_reference(host: Host, model: Any, bridge: Any) -> No
         assert same(sample(host, one, latent=latent)[image], together[image])
 
 
+@memory_modes.only("resident")
 @pytest.mark.parametrize("direction", ["edit_queries", "reference_queries"])
 def test_odd_sizes(host: Host, model: Any, direction: str) -> None:
     """Protects: latents of 65x47, where grids are rounded up, with a mask."""
