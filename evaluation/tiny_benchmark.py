@@ -136,8 +136,15 @@ def sigmas(tiny: Studio, denoise: float = 1.0, steps: int = STEPS) -> torch.Tens
 
 def euler(guider: Any, noise: torch.Tensor, latent: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Latents sampled with the host's Euler sampler."""
-    sampler = comfy.samplers.sampler_object("euler")
-    return guider.sample(noise, latent, sampler, levels, disable_pbar=True, seed=0)
+    return sample(guider, noise, latent, comfy.samplers.sampler_object("euler"), levels)
+
+
+def sample(
+    guider: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, levels: torch.Tensor
+) -> torch.Tensor:
+    """The guider's latents, brought from its device to where nodes leave theirs, beside the cases."""
+    made = guider.sample(noise, latent, sampler, levels, disable_pbar=True, seed=0)
+    return made.to(comfy.model_management.intermediate_device())
 
 
 Method = Callable[[Studio, Cases], torch.Tensor]

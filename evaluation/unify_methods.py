@@ -15,7 +15,7 @@ from ..patches.tokens import EditTokens, find_tokens
 from ..patches.unify_balance import Balance
 from ..patches.unify_sampler import UnifySampler
 from ..patches.unify_settings import UnifySettings
-from .tiny_benchmark import Cases, Studio, cfg_guider, conditioning, sigmas
+from .tiny_benchmark import Cases, Studio, cfg_guider, conditioning, sample, sigmas
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def unified(tiny: Studio, cases: Cases, edit: Edit) -> torch.Tensor:
     )
     guider = cfg_guider(tiny.model, cases.edit_text, cases.no_text, edit.cfg)
     start = torch.zeros_like(cases.latent)
-    return guider.sample(start, start, UnifySampler(settings), levels, disable_pbar=True, seed=0)
+    return sample(guider, start, start, UnifySampler(settings), levels)
 
 
 def unified_by_type(tiny: Studio, cases: Cases, edits: Mapping[str, Edit]) -> torch.Tensor:
@@ -67,7 +67,7 @@ def unified_by_type(tiny: Studio, cases: Cases, edits: Mapping[str, Edit]) -> to
         if bool((cases.mask[numbers] >= 1).all()):  # a style has no outside
             edit = replace(edit, masked=False, keep="everywhere")
         # A guider leaves what it sampled on its own device.
-        made[numbers] = unified(tiny, cases.chosen(numbers), edit).to(made)
+        made[numbers] = unified(tiny, cases.chosen(numbers), edit)
     return made
 
 
@@ -115,7 +115,7 @@ def injected(tiny: Studio, cases: Cases, cfg: float, self_share: float, cross_sh
                 )
         return query, key, value
 
-    def sample(model: Callable, x: torch.Tensor, levels: torch.Tensor, extra_args: Any, **_: Any) -> Any:
+    def inject(model: Callable, x: torch.Tensor, levels: torch.Tensor, extra_args: Any, **_: Any) -> Any:
         nonlocal step
         for step in range(len(levels) - 1):
             x = torch.cat([path.latent(step, x[:size]), x[size:]])
@@ -130,9 +130,7 @@ def injected(tiny: Studio, cases: Cases, cfg: float, self_share: float, cross_sh
         model, torch.cat([cases.source_text, cases.edit_text]), torch.cat([cases.no_text] * 2), cfg
     )
     start = tiny.model.model.process_latent_out(path.trajectory[0].clone()).repeat(2, 1, 1, 1)
-    made = guider.sample(
-        torch.zeros_like(start), start, comfy.samplers.KSAMPLER(sample), levels, disable_pbar=True, seed=0
-    )
+    made = sample(guider, torch.zeros_like(start), start, comfy.samplers.KSAMPLER(inject), levels)
     return made[size:]
 
 

@@ -257,7 +257,7 @@ def test_gradient_of_whole_maps(
     sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
     shape = {site.key: (2, math.prod(site.grid(16, 16))) for site in sites}
     generator = torch.Generator().manual_seed(3)
-    regions = {key: torch.rand(size, generator=generator) for key, size in shape.items()}
+    regions = {key: torch.rand(size, generator=generator).to(device()) for key, size in shape.items()}
     tokens = torch.zeros(1, 1, small_models.TEXT_TOKENS)
     tokens[..., 2:4] = 1
     description = torch.zeros(1, small_models.TEXT_TOKENS)
