@@ -396,7 +396,7 @@ def test_fp16_models_are_scaled(
     setting fp32 has the gradient that the network has in fp32: small ones are not lost.
     """
     pairs = encoded(training, tmp_path, pairs=2)
-    model = small_models.small_unet(dtype=stored)
+    model = small_models.loaded(small_models.small_unet(dtype=stored))
     found = []
     for compute in (cast, torch.float32):
         model.model.manual_cast_dtype = compute
