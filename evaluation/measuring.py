@@ -76,8 +76,8 @@ def choose_attention(model: Any) -> None:
     the host picks for a CPU is far slower at attention than at all else.
     """
     if device().type != "cuda":
-        model.model_options["transformer_options"]["optimized_attention_override"] = _torch_attention
+        model.model_options["transformer_options"]["optimized_attention_override"] = torch_attention
 
 
-def _torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+def torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
     return attention_pytorch(*args, **kwargs)

@@ -15,7 +15,7 @@ from bridge_edit import apply_bridge, counted, guided, random_bridge, sample
 from closeness import tolerance
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
-from host import Host
+from host import Host, device
 
 REFERENCE = small_models.latent(9)
 EDIT, NOTHING = 2, 4
@@ -116,7 +116,7 @@ class _Control(unify_edit.FakeControl):
         assert cond["transformer_options"]["cond_or_uncond"] == options["cond_or_uncond"]
         self.seen.append((list(options["cond_or_uncond"]), list(options["uuids"])))
         act = [float(i == 1) for i in options["cond_or_uncond"]]
-        scale = torch.tensor(act).repeat_interleave(len(x) // batched).view(-1, 1, 1, 1)
+        scale = torch.tensor(act, device=x.device).repeat_interleave(len(x) // batched).view(-1, 1, 1, 1)
         residual = (scale * x.mean(dim=1, keepdim=True)).repeat(1, 32, 1, 1)
         return {"output": [residual, None, None, None, None, None]}
 
@@ -382,7 +382,7 @@ def test_neutral_scales_are_the_stock_bits(host: Host, model: Any, bridge: Any, 
 
 def test_two_devices(host: Host, model: Any) -> None:
     """Protects: without a bridge, rows that the host spreads over devices keep their meaning (two names of
-    the CPU stand for the devices).
+    one device stand for them).
     """
     which = dual(host, adapted(model), 1.5, 3.0)
     expected = sample(host, which)
@@ -390,8 +390,8 @@ def test_two_devices(host: Host, model: Any) -> None:
     def spread(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         guider = executor.class_obj
         guider.model_options["multigpu_clones"] = {
-            torch.device("cpu"): guider.model_patcher,
-            torch.device("cpu", 0): guider.model_patcher,
+            torch.device(device().type): guider.model_patcher,
+            torch.device(device().type, 0): guider.model_patcher,
         }
         return executor(*args, **kwargs)
 

@@ -15,7 +15,7 @@ import small_models
 import torch
 from bridge_edit import apply_bridge, random_bridge, sample
 from comfy.patcher_extension import WrappersMP
-from host import Host
+from host import Host, device
 from test_bridge_formula import attention_lora
 from unify_edit import Edit, euler
 
@@ -228,7 +228,7 @@ def spread(model: Any) -> Any:
     def devices(executor: Callable, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
         guider.model_options["multigpu_clones"] = dict.fromkeys(
-            [torch.device("cpu"), torch.device("cpu", 0)], guider.model_patcher
+            [torch.device(device().type), torch.device(device().type, 0)], guider.model_patcher
         )
         return executor(*args, **kwargs)
 

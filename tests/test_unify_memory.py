@@ -35,7 +35,7 @@ def pack(host: Host) -> Any:
         find_sites=host.pack_module("models.sites").find_sites,
         choose=host.pack_module("patches.unify_sites"),
         sdxl=memory,
-        torch_attention=host.pack_module("evaluation.bench_bridge").torch_attention,
+        torch_attention=host.pack_module("evaluation.measuring").torch_attention,
         trees={
             "sd15": {**host.pack_module("evaluation.random_sd15").UNET, **COMMON},
             "sdxl": {**memory.UNET, **COMMON, **SDXL_DEPTH},

@@ -93,7 +93,7 @@ def test_everything_in_one_graph(host: Host) -> None:
     control = [
         [small_models.conditioning(2)[0][0], {"control": FakeControl(), "control_apply_to_uncond": True}]
     ]
-    clean = {name: value.clone() for name, value in base.model.state_dict().items()}
+    clean = {name: value.clone().cpu() for name, value in base.model.state_dict().items()}
 
     def run(model: Any, positive: Any, dual: bool) -> torch.Tensor:
         edit = Edit(host, model)
@@ -121,4 +121,4 @@ def test_everything_in_one_graph(host: Host) -> None:
         assert float((part - everything).norm() / everything.norm()) > 1e-3
     for patched in (bridged, lora):
         patched.detach()
-    assert all(torch.equal(value, clean[name]) for name, value in base.model.state_dict().items())
+    assert all(torch.equal(value.cpu(), clean[name]) for name, value in base.model.state_dict().items())

@@ -259,11 +259,11 @@ def test_lora_in_both(host: Host, model: Any) -> None:
     weight = "diffusion_model.middle_block.1.proj_in.weight"
     delta = 0.3 * torch.randn(model.model.state_dict()[weight].shape)
     patched.add_patches({weight: (delta,)})
-    clean = {name: value.clone() for name, value in model.model.state_dict().items()}
+    clean = {name: value.clone().cpu() for name, value in model.model.state_dict().items()}
     edit = Edit(host, patched)
     assert bool(torch.isfinite(edit.run()).all())
     patched.detach()
-    assert all(torch.equal(value, clean[name]) for name, value in model.model.state_dict().items())
+    assert all(torch.equal(value.cpu(), clean[name]) for name, value in model.model.state_dict().items())
 
 
 def test_mask_of_the_same_proportions(host: Host, model: Any) -> None:
