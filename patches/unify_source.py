@@ -147,17 +147,16 @@ def record(
         )
     if recorder.missing:
         raise ValueError(
-            f"{node}: another node keeps the UNet from running at every step (EasyCache, for one): "
-            "take it out of the model's chain"
+            f"{node}: another node keeps the UNet from running at every step (EasyCache, or with a torch "
+            "before 2.6 TorchCompileModel): take it out of the model's chain"
         )
     return denoised
 
 
 def _uncompiled() -> AbstractContextManager:
-    """A region in which torch runs what it has compiled as it is written."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+    """A region in which torch, from 2.6 on, runs what it has compiled as it is written."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
 
 
 def whole_image(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
