@@ -165,7 +165,7 @@ class AttentionRecorder:
         self._stop, self._whole_layers = stop, whole_layers
         self._expected: Expected | None = None
         self._differentiated = False
-        self._order = TokenOrder(lambda key: ("attn1", key) in self._pending)
+        self._order = TokenOrder(self._pending)
         self.self_attention: dict[SiteKey, Projections] = {}
         self.cross_attention: dict[SiteKey, Projections] = {}
 

@@ -18,11 +18,12 @@ from ..models.sites import SiteKey
 class TokenOrder:
     """Watches the chain of `attn1_patch` of one model call at some layers.
 
-    wanted: says whether a layer is looked at, by its key. After the call `moved` holds, for each layer whose
-    tokens another node replaced by as many, its name and a bool tensor.
+    wanted: ("attn1", key) of each layer that is looked at; what is taken out of it meanwhile is not. After
+    the call `moved` holds, for each layer whose tokens another node replaced by as many, its name and a bool
+    tensor.
     """
 
-    def __init__(self, wanted: Callable[[SiteKey], bool]) -> None:
+    def __init__(self, wanted: Collection[tuple[str, SiteKey]]) -> None:
         self._wanted = wanted
         self._first: torch.Tensor | None = None
         self.moved: list[tuple[str, torch.Tensor]] = []
@@ -38,7 +39,7 @@ class TokenOrder:
     def _after(self, n: torch.Tensor, context: Any, value: Any, extra: dict[str, Any]) -> tuple:
         first, self._first = self._first, None
         key = (*extra["block"], extra["block_index"])
-        if self._wanted(key):
+        if ("attn1", key) in self._wanted:
             for now in (n, context):
                 if now is not first and now.shape == first.shape:
                     self.moved.append((".".join(map(str, key)), _moved(first, now)))
