@@ -142,7 +142,7 @@ def test_lpips(host: Host, net: str) -> None:
     assert float(expected.min()) > 0.01
     assert ours(source, source).tolist() == [0, 0]
     for mine, head in zip(ours._patcher.model.heads, theirs.lins, strict=True):
-        assert torch.equal(mine.weight, head.model[-1].weight)
+        assert torch.equal(mine.weight.cpu(), head.model[-1].weight)
 
 
 def test_lpips_weights(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_structure_distance(host: Host, dino_folder: Path) -> None:
     similar = [key @ key.T for key in unit]
     expected = ((similar[0] - similar[1]) ** 2).mean()
     found = distance(edited, source)
-    torch.testing.assert_close(found.double(), expected[None], rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.double().cpu(), expected[None], rtol=1e-3, atol=0)
     wide = torch.cat([source, edited[:, :, :32]], dim=2)
     assert float(distance(wide, wide.flip(2))) > float(found)
 

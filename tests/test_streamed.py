@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import unify_edit
 from bridge_edit import apply_bridge, half_mask, layouts, random_bridge, sample
-from host import Host
+from host import Host, device
 from memory_modes import MODES
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
@@ -53,7 +53,7 @@ def _times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A random UNet, stored in half precision and cast for each call."""
-    return small_models.small_unet(dtype=torch.float16)
+    return small_models.loaded(small_models.small_unet(dtype=torch.float16))
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -122,8 +122,8 @@ def test_training_gradient(
     """Protects: loss and gradient of a training step with streamed weights are those with resident ones."""
     gradient, objective = host.pack_module("patches.gradient"), host.pack_module("training.objective")
     bridges, core = host.pack_module("models.bridge"), host.pack_module("patches.bridge_core")
-    source, edit = (small_models.latent(seed, 2) * 0.18215 for seed in (1, 2))
-    texts = [small_models.conditioning(seed, batch=2)[0][0] for seed in (3, 4)]
+    source, edit = (small_models.latent(seed, 2).to(device()) * 0.18215 for seed in (1, 2))
+    texts = [small_models.conditioning(seed, batch=2)[0][0].to(device()) for seed in (3, 4)]
     batch = objective.Batch(source, edit, *texts, texts[0][:1] * 0, source[:1] * 0)
     how = objective.Objective(dropout="none")
     draws = objective.draw(how, [1, 2], (4, 16, 16), 1000)
@@ -131,7 +131,7 @@ def test_training_gradient(
     found = {}
     for mode in BOTH:
         with MODES[mode](), gradient.gradients(mode == "streamed"):
-            learned = bridges.AttentionBridge(start.settings, torch.float32)
+            learned = bridges.AttentionBridge(start.settings, torch.float32, device())
             learned.load_state_dict(start.state_dict())
             weights = [weight.requires_grad_() for weight in learned.parameters()]
             bank = core.Bank(learned, model.model.diffusion_model)
@@ -155,9 +155,11 @@ def test_short_memory_computes_layers_again(
         return checkpointed(options)
 
     monkeypatch.setattr(optimiser, "checkpointed", note)
-    monkeypatch.setattr(
-        comfy.model_management, "get_free_memory", lambda _, both=False: (free, free) if both else free
-    )
+
+    def left(dev: Any = None, torch_free_too: bool = False) -> Any:
+        return (free, free) if torch_free_too else free
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", left)
     for mode in BOTH:
         with MODES[mode]():
             unify_edit.Edit(host, model, steps=1).run()

@@ -89,14 +89,14 @@ def test_structure(host: Host, model: Any, view: Any) -> None:
         found, expected = attention(
             model, "attn1", lambda: view.look(model, edit.positive, edit.tokens, place, SIDE, SIDE)
         )
-    rows = expected[0].numpy()
+    rows = expected[0].cpu().numpy()
     centred = rows - rows.mean(axis=0)
     values, vectors = np.linalg.eigh(centred.T @ centred)
     scores = centred @ vectors[:, np.argsort(values)[::-1][:3]]
     for component, score in enumerate(scores.T):
         score = score if score[np.abs(score).argmax()] > 0 else -score
         wanted = (score - score.min()) / (score.max() - score.min())
-        np.testing.assert_allclose(found.structure[0, ..., component].flatten(), wanted, atol=2e-3)
+        np.testing.assert_allclose(found.structure[0, ..., component].flatten().cpu(), wanted, atol=2e-3)
 
 
 def test_place(host: Host, model: Any, view: Any) -> None:
@@ -107,7 +107,7 @@ def test_place(host: Host, model: Any, view: Any) -> None:
     seen: list[tuple[torch.Tensor, float]] = []
 
     def watch(apply_model: Any, call: dict[str, Any]) -> torch.Tensor:
-        seen.append((call["input"].clone(), float(call["timestep"][0])))
+        seen.append((call["input"].clone().cpu(), float(call["timestep"][0])))
         return apply_model(call["input"], call["timestep"], **call["c"])
 
     watched = model.clone()
