@@ -24,9 +24,10 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal in every bit, on a card to `tolerance()` of each value: for what was learned in another process,
-    which the tests cannot ask for deterministic kernels.
+    """Equal in every bit; on a card the difference is below a thousandth of what is there, both as norms: for
+    what was learned in another process, which the tests cannot ask for deterministic kernels. An optimiser
+    that divides by the size of a gradient makes much of rounding where that is near zero.
     """
     if device().type == "cpu":
         return torch.equal(found, expected)
-    return torch.allclose(found.float(), expected.float(), rtol=tolerance(), atol=tolerance() / 10)
+    return bool((found.float() - expected.float()).norm() <= 1e-3 * expected.float().norm())

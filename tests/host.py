@@ -56,6 +56,7 @@ def prepare(device_type: str = "cpu") -> None:
     _on_cpu = device_type == "cpu"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for what is started from here
     import torch
 
     torch.set_num_threads(1)

@@ -15,13 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
+import comfy.model_management
 import numpy as np
 import pytest
 import safetensors.torch
 import small_models
 import torch
 from closeness import same_bits
-from host import ROOT, Host, comfyui_path
+from host import ROOT, Host, comfyui_path, device
 from PIL import Image
 from training_settings import settings, write
 
@@ -134,7 +136,8 @@ def test_validation_shows_the_edit(training: Any, tmp_path: Path, data: Path) ->
         assert np.abs(first[8:72, left : left + 64] - wanted).max() <= 1
     with torch.no_grad():
         for weight in run.trainer.bridge.parameters():
-            weight.normal_(std=0.3, generator=torch.Generator().manual_seed(weight.numel()))
+            generator = torch.Generator().manual_seed(weight.numel())
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
         run.trainer._average = [weight.clone() for weight in run.trainer.bridge.parameters()]
     other = np.asarray(run.validation.picture(run.trainer, run.model, run.base)).astype(int)
     assert (other[:, :152] == first[:, :152]).all()
@@ -144,13 +147,21 @@ def test_validation_shows_the_edit(training: Any, tmp_path: Path, data: Path) ->
 def test_two_processes_are_one(tmp_path: Path, data: Path, whole: Path) -> None:
     """Protects: two processes with one forward a step each take the steps of one with two: the same samples
     and draws, so the same losses and weights but for the order of a sum; the command itself makes sure that
-    both have the same weights, to the bit, at every checkpoint.
+    both have the same weights, to the bit, at every checkpoint. All on the CPU: two processes cannot meet on
+    one card.
     """
+    on_cpu = {"ACCELERATE_USE_CPU": "true"}
+    if device().type != "cpu":
+        changes = {"train__accumulate": 2, "cache": str(tmp_path / "encoded for one")}
+        config = write(tmp_path / "one.yaml", settings(data, tmp_path / "one", **changes))
+        log = tmp_path / "one.log"
+        assert start(config, log, **on_cpu).wait(600) == 0, log.read_text()
+        whole = tmp_path / "one"
     config = write(tmp_path / "two.yaml", settings(data, tmp_path / "two", cache=str(tmp_path / "encoded")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    team = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    team = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **on_cpu}
     processes = [
         start(config, tmp_path / f"{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **team)
         for rank in range(2)
@@ -168,6 +179,33 @@ def test_two_processes_are_one(tmp_path: Path, data: Path, whole: Path) -> None:
         torch.testing.assert_close(tensors(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-5)
     moved = max(float(weight.abs().max()) for name, weight in tensors(whole).items() if "fuse" in name)
     assert moved > 1e-3  # F starts at zero: the tolerance is a hundredth of what was learned
+
+
+def test_the_hosts_device(training: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: a run learns on the device that the host computes on, whatever accelerate would choose; many
+    processes that would meet on another one are refused.
+    """
+
+    class Elsewhere:
+        device = torch.device("meta")
+        num_processes = 1
+
+        def __init__(self, **_: Any) -> None:
+            self.there = training.run.accelerator_for(run.config)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.there, name)
+
+    run = make_run(training, tmp_path, data, steps=1)
+    elsewhere = Elsewhere()
+    again = training.run.Run(run.config, elsewhere)
+    assert again.train()
+    assert {weight.device for weight in again.trainer.bridge.parameters()} == {device()}
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: elsewhere)
+    training.run.accelerator_for(run.config)
+    elsewhere.num_processes = 2
+    with pytest.raises(ValueError, match=rf"computes on {device()} but accelerate's processes meet on meta"):
+        training.run.accelerator_for(run.config)
 
 
 def test_processes_that_differ_are_found(training: Any, tmp_path: Path, data: Path) -> None:
@@ -354,6 +392,8 @@ def test_command_says_what_is_wrong(
     installed, a base that is not there or is no checkpoint, a wrong setting.
     """
     picture = data / "pairs" / "0_source.png"
+    # No GPU even where there is one.
+    monkeypatch.setattr(comfy.model_management, "cpu_mode", lambda: True)
     cases = [
         ({"device": "cuda"}, "device is cuda but torch finds no GPU here"),
         ({"base": "nothing.safetensors"}, "base is 'nothing.safetensors' but must be a checkpoint file"),
@@ -389,8 +429,21 @@ def test_base_from_a_checkpoint(host: Host, tmp_path: Path, monkeypatch: pytest.
     base = host.pack_module("training.base").Base(str(path))
     unet = base.unet(torch.bfloat16).model.diffusion_model
     for name, weight in unet.named_parameters():
-        assert torch.equal(weight, weights[name].bfloat16()), name
+        assert torch.equal(weight.cpu(), weights[name].bfloat16()), name
         assert not weight.requires_grad
     with pytest.raises(ValueError, match=r"base\.safetensors has no (VAE|text encoder)"):
         base.encoders()
     assert base.fingerprint().startswith("base.safetensors ")
+
+
+def test_tiny_base_in_the_dtype(host: Host) -> None:
+    """Protects: the Tiny Studio comes in the dtype that is asked for, as a checkpoint's UNet does, wherever
+    the host would choose another, and so does what the host loads anew in its place.
+    """
+    base = host.pack_module("training.base").Base("tiny_studio")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = base.unet(dtype)
+        load, arguments = model.cached_patcher_init
+        for made in (model, load(*arguments, disable_dynamic=True)):
+            weights = made.model.diffusion_model.parameters()
+            assert {weight.dtype for weight in weights} == {dtype}

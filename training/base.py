@@ -57,9 +57,9 @@ class Base:
         return self._load(output_vae=True)[2]
 
     def unet(self, dtype: torch.dtype) -> Any:
-        """A ModelPatcher on the GPU if there is one, frozen. dtype: of a checkpoint's weights."""
+        """A ModelPatcher on the GPU if there is one, frozen. dtype: of its weights."""
         if self.source == TINY_STUDIO:
-            model = studio.load_model(disable_dynamic=True)
+            model = studio.load_model(disable_dynamic=True, dtype=dtype)
         else:
             model, *_ = self._load(output_model=True, model_options={"dtype": dtype})
         if model is None:

@@ -53,6 +53,7 @@ class Run:
 
     def __init__(self, config: Config, accelerator: Any) -> None:
         self.config, self.accelerator = config, accelerator
+        device = comfy.model_management.get_torch_device()
         self.output = Path(config.output)
         self.output.mkdir(parents=True, exist_ok=True)
         self.base = Base(config.base)
@@ -64,13 +65,13 @@ class Run:
         unet = self.model.model.diffusion_model
         family = type(self.model.model.model_config).__name__
         settings = config.bridge.settings(family, widths_of(find_sites(unet, "training")))
-        bridge = AttentionBridge(settings, torch.float32).reset(config.train.seed).to(accelerator.device)
+        bridge = AttentionBridge(settings, torch.float32).reset(config.train.seed).to(device)
         self.trainer = Trainer(
             self.model.model,
             bridge,
             pairs,
             config.train,
-            accelerator.device,
+            device,
             Team(accelerator.process_index, accelerator.num_processes, self._total),
             {
                 "base": self._encoders,
@@ -248,8 +249,9 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 def accelerator_for(config: Config) -> Any:
-    """The processes and this one's device. Raises ValueError without a GPU where one is asked for or with one
-    that torch cannot use, and ImportError, naming the extra, without a library that is needed.
+    """The processes, each of which learns on the host's device. Raises ValueError without a GPU where one is
+    asked for, with one that torch cannot use, and for many processes that would exchange what they learn on
+    another device; ImportError, naming the extra, without a library that is needed.
     """
     wanted = ["accelerate", *(["tensorboard"] if config.logging.tensorboard else [])]
     for library in wanted:
@@ -269,7 +271,14 @@ def accelerator_for(config: Config) -> Any:
         project_dir=config.output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    check_device(accelerator.device, PRECISIONS[config.train.precision] or torch.float32)
+    device = comfy.model_management.get_torch_device()
+    check_device(device, PRECISIONS[config.train.precision] or torch.float32)
+    meet = accelerator.device
+    if accelerator.num_processes > 1 and (meet.type, meet.index or 0) != (device.type, device.index or 0):
+        raise ValueError(
+            f"ComfyUI computes on {device} but accelerate's processes meet on {meet}: unset "
+            "ACCELERATE_TORCH_DEVICE, or train with one process"
+        )
     return accelerator
 
 

@@ -64,13 +64,15 @@ class TinyTokenizer(SD1Tokenizer):
         super().__init__(tokenizer=partial(SDTokenizer, embedding_size=width), **options)
 
 
-def load_model(path: Path = FILE, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The UNet, ready for any sampler of the host."""
+def load_model(
+    path: Path = FILE, disable_dynamic: bool = False, dtype: torch.dtype | None = None
+) -> comfy.model_patcher.ModelPatcher:
+    """The UNet, ready for any sampler of the host. dtype: of its weights, None for the host's choice."""
     state = _part(path, "unet.")
     config = TinySD15(comfy.model_detection.detect_unet_config(state, ""))
     management = comfy.model_management
     device = management.get_torch_device()
-    dtype = management.unet_dtype(
+    dtype = dtype or management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state),
         supported_dtypes=list(config.supported_inference_dtypes),
         weight_dtype=comfy.utils.weight_dtype(state),
@@ -84,7 +86,7 @@ def load_model(path: Path = FILE, disable_dynamic: bool = False) -> comfy.model_
     # With dynamic VRAM a layer takes the dtype of what is loaded into it, not the one asked for.
     state = {name: weight.to(dtype) for name, weight in state.items()}
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_model, (path,))
+    patcher.cached_patcher_init = (partial(load_model, dtype=dtype), (path,))
     return patcher
 
 
