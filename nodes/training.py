@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,9 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..models.bridge import AttentionBridge, manage
-from ..models.sites import find_sites
 from ..patches.bridge import check_base
 from ..patches.gradient import gradients, weights_streamed
 from ..patches.plots import draw_curves
-from ..patches.unify_memory import copied_bytes
 from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective, check_trainable
 from ..training.settings import PRECISIONS, TrainSettings
 from .bridge import BridgeType, keep_bridge
@@ -238,13 +238,7 @@ class DescEditTrainBridge(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{node}: {error}") from None
         device = model.load_device
-        needed = training_bytes(model.model, bridge.model, settings, pairs.sizes)
-        comfy.model_management.load_models_gpu([model], memory_required=needed)
-        streamed = weights_streamed([model])
-        if streamed:
-            unet, itemsize = model.model.diffusion_model, model.model.get_dtype_inference().itemsize
-            needed += copied_bytes(unet, find_sites(unet, node), itemsize, checkpointing)
-            comfy.model_management.load_models_gpu([model], memory_required=needed)
+        streamed = _load(model, partial(training_bytes, model.model, bridge.model, settings, pairs.sizes))
         bar = comfy.utils.ProgressBar(steps)
         with gradients(streamed):
             learned = AttentionBridge(bridge.model.settings, torch.float32, device)
@@ -265,6 +259,19 @@ class DescEditTrainBridge(io.ComfyNode):
                 ) from None
             learned.to(comfy.model_management.unet_offload_device())
         return io.NodeOutput(manage(learned), _plot(trainer))
+
+
+def _load(model: Any, needed: Callable[[bool], int]) -> bool:
+    """Put the model on its device beside what a training needs there; whether its weights are streamed.
+
+    needed: bytes, by whether they are: known at once of a dynamic model, of another from what did not fit.
+    """
+    streamed = model.is_dynamic()
+    comfy.model_management.load_models_gpu([model], memory_required=needed(streamed))
+    if not streamed and weights_streamed([model]):
+        streamed = True
+        comfy.model_management.load_models_gpu([model], memory_required=needed(streamed))
+    return streamed
 
 
 def _keep(trainer: Trainer, stem: str) -> str:

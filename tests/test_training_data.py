@@ -11,11 +11,14 @@ from typing import Any
 
 import comfy.model_management
 import folder_paths
+import memory_modes
 import numpy as np
 import pytest
+import small_models
 import torch
 from bridge_edit import apply_bridge
 from host import Host
+from live_bytes import LiveBytes
 from PIL import Image
 
 SIZE = 64
@@ -406,49 +409,47 @@ def test_what_was_learned_is_kept(
         assert torch.equal(weight, expected_weights[name]), name
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
 def test_the_host_is_asked_for_memory(
-    host: Host, folder: Path, studio: Any, monkeypatch: pytest.MonkeyPatch
+    host: Host, folder: Path, studio: Any, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
-    """Protects: training asks the host for at least what autograd keeps of a step, for less with
-    checkpointing and for more with a larger batch.
+    """Protects: training asks the host for what a step takes at its most, to a fifth, in two precisions, kept
+    or computed again; with the copies that autograd keeps of weights that are cast, or that the host streams:
+    for a dynamic model all at once.
     """
     for name in ("a", "b"):
         write_pair(folder, name, seed=ord(name))
-    model = studio[0]
-    (start,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
-    inputs = {"model": model, "bridge": start, "pairs": encode(host, folder, studio), "steps": 1}
-    asked, load = [], comfy.model_management.load_models_gpu
+    pairs, asked, load = encode(host, folder, studio), [], comfy.model_management.load_models_gpu
 
     def note(models: list[Any], memory_required: float = 0, **rest: Any) -> None:
         asked.append(memory_required)
         load(models, memory_required=memory_required, **rest)
 
-    found: dict[int, int] = {}
-    weights = {weight.untyped_storage().data_ptr() for weight in model.model.state_dict().values()}
+    def train(**inputs: Any) -> float:
+        asked.clear()
+        host.execute("DescEditTrainBridge", model=model, bridge=start, pairs=pairs, batch=2, **inputs)
+        return asked[-1]
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        host.execute("DescEditTrainBridge", **inputs, batch=2)
-    kept = sum(found.values())
-    host.execute("DescEditTrainBridge", **inputs, batch=2, checkpointing=True)
-    host.execute("DescEditTrainBridge", **inputs, batch=1)
-    two, checkpointed, one = asked
-    assert kept < two < 1.5 * kept
-    assert checkpointed < 0.6 * two
-    assert one < 0.7 * two
+    with memory_modes.streamed() if streamed else memory_modes.resident():
+        (model,) = host.execute("DescEditTinyStudio")[:1]
+        (start,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
+        small_models.loaded(model)
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+        for precision in ("fp32",) if streamed else ("bf16", "fp32"):
+            for checkpointing in (False, True):
+                with LiveBytes() as live:
+                    found = train(steps=2, precision=precision, checkpointing=checkpointing)
+                assert 0.8 < found / live.peak < 1.2, (precision, checkpointing)
+                assert len(asked) == 1 + streamed
+        monkeypatch.setattr(model, "is_dynamic", lambda: True)
+        dynamic = train(steps=1, precision="fp32", checkpointing=True)
+    assert asked == [dynamic]
+    assert dynamic == found if streamed else dynamic > found
 
 
 @pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting model"), (8, "an instruct-pix2pix model")])
 def test_models_with_more_channels(host: Host, folder: Path, studio: Any, channels: int, kind: str) -> None:
     """Protects: inpainting and instruct-pix2pix models are refused by name, before anything is loaded."""
-    import small_models
-
     write_pair(folder, "a")
     model = small_models.small_unet(layout={"in_channels": channels})
     (bridge,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
@@ -473,8 +474,6 @@ def test_samplings_that_cannot_be_trained(host: Host, folder: Path, studio: Any,
 
 def test_wrong_inputs(host: Host, folder: Path, studio: Any) -> None:
     """Protects: a bridge for another base, and a name that leads out of its folder, are refused at once."""
-    import small_models
-
     write_pair(folder, "a")
     pairs = encode(host, folder, studio)
     other = small_models.small_unet()

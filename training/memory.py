@@ -3,7 +3,9 @@
 Counted is what autograd keeps of a forward that feeds a bridge, as `evaluation.bench_training` finds it on
 the real modules: of a ResBlock three times its inputs and outputs; of a transformer 32 times its tokens (two
 norms and projections around it, queries, keys, values, attention and gated feed-forward, and the bridge's
-share), and of a checkpointed one its input and what the bridge reads of the reference.
+share) and its text's keys and values, and of a checkpointed one its input and what the bridge reads of the
+reference, with one layer that is computed again and is on the way back. On top of it come the weights that
+are no longer what the host keeps: cast to another dtype, or copied because the host streams them.
 """
 
 from __future__ import annotations
@@ -17,33 +19,43 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 
 from ..models.bridge import AttentionBridge
+from ..models.sites import find_sites
+from ..patches.unify_memory import TEXT_TOKENS, copied_bytes
 from .settings import PRECISIONS, TrainSettings
 
-_RESBLOCK, _TRANSFORMER, _BANK = 3, 32, 2
+_RESBLOCK, _TRANSFORMER, _BANK, _BACK, _TEXT = 3, 32, 2, 16, 2 * TEXT_TOKENS
 # Of float32: the weights, their gradient, and both of AdamW's averages.
 _LEARNED = 4
 
 
 def training_bytes(
-    model: Any, bridge: AttentionBridge, settings: TrainSettings, sizes: Sequence[tuple[int, int]]
+    model: Any,
+    bridge: AttentionBridge,
+    settings: TrainSettings,
+    sizes: Sequence[tuple[int, int]],
+    streamed: bool,
 ) -> int:
     """Bytes that a training step needs beside the UNet's weights, for the largest of the latents' `sizes`.
 
-    model: the host's BaseModel.
+    model: the host's BaseModel. streamed: whether the host streams its weights.
     """
+    unet = model.diffusion_model
     dtype = PRECISIONS[settings.precision] or model.get_dtype_inference()
     itemsize = torch.empty((), dtype=dtype).element_size()
     size = max(sizes, key=math.prod)
-    numbers = _kept(model.diffusion_model, size, settings.checkpointing)
+    numbers = _kept(unet, size, settings.checkpointing)
     parameters = sum(weight.numel() for weight in bridge.parameters())
     copies = _LEARNED + bool(settings.ema)
     cast = itemsize if itemsize < 4 else 0
-    return settings.batch * numbers * itemsize + parameters * (4 * copies + cast)
+    needed = settings.batch * numbers * itemsize + parameters * (4 * copies + cast)
+    if streamed or dtype != model.get_dtype():
+        needed += copied_bytes(unet, find_sites(unet, "training"), itemsize, settings.checkpointing)
+    return needed
 
 
 def _kept(unet: torch.nn.Module, size: tuple[int, int], checkpointing: bool) -> int:
     """Numbers that are kept for one row."""
-    grid, inputs, inside = size, 0, []
+    grid, inputs, inside, back = size, 0, [], 0
     for module in unet.modules():
         tokens = math.prod(grid)
         if isinstance(module, Downsample):
@@ -57,5 +69,6 @@ def _kept(unet: torch.nn.Module, size: tuple[int, int], checkpointing: bool) -> 
             blocks = module.transformer_blocks
             width = blocks[0].n_heads * blocks[0].d_head
             inputs += tokens * width * (1 + _BANK * len(blocks))
-            inside.append(_TRANSFORMER * tokens * width * len(blocks))
-    return inputs + max(inside) if checkpointing else sum(inside)
+            inside.append((_TRANSFORMER * tokens + _TEXT) * width * len(blocks))
+            back = max(back, _BACK * tokens * width)
+    return inputs + max(inside) + back if checkpointing else sum(inside)
