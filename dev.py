@@ -321,7 +321,7 @@ def call(host: Host, arguments: Sequence[str | Path], folder: Path | None = None
 
 def run(host: Host, arguments: Sequence[str]) -> int:
     if not arguments:
-        raise DevError("run: name a module of the pack, such as models.tiny_studio.train", 2)
+        raise DevError("run: name a module of the pack, such as lab.tiny_studio.train", 2)
     return call(host, [Path(__file__), "_run", *arguments])
 
 
@@ -352,20 +352,20 @@ def check(host: Host, arguments: Sequence[str]) -> int:
 def check_edit(arguments: Sequence[str]) -> None:
     """Refuse bad arguments of `edit` before anything is set up."""
     register_package()
-    importlib.import_module(f"{PACKAGE}.evaluation.edit_options").parse(arguments)
+    importlib.import_module(f"{PACKAGE}.lab.edit_options").parse(arguments)
 
 
 # Commands that are a module of the pack, run inside ComfyUI's Python.
 MODULES = {
-    "edit": ("evaluation.edit_report", "edit the sample scenes, or a picture of yours; edit --help"),
-    "serve": ("evaluation.server", "ComfyUI's web page with the pack in it, on http://127.0.0.1:8188"),
-    "bench": ("evaluation.bench", "speed and memory: bench bridge, unify or training"),
+    "edit": ("lab.edit", "edit the sample scenes, or a picture of yours; edit --help"),
+    "serve": ("lab.server", "ComfyUI's web page with the pack in it, on http://127.0.0.1:8188"),
+    "bench": ("lab.bench.command", "speed and memory: bench bridge, unify or training"),
     "train": ("training.run", "train a bridge: --config FILE, or --print-config for all settings"),
-    "benchmark": ("evaluation.benchmark.command", "judge workflows on an edit benchmark; benchmark --help"),
-    "bridge-study": ("evaluation.bridge_study", "300 held-out edits with the bridges and without"),
-    "unify-study": ("evaluation.unify_study", "300 held-out edits with UnifyEdit, its parts and without"),
-    "report": ("evaluation.report", "run the studies and write their pages and docs/results.md"),
-    "studio": ("evaluation.studio_report", "train the small model that ships; studio --report measures it"),
+    "benchmark": ("lab.benchmark.command", "judge workflows on an edit benchmark; benchmark --help"),
+    "bridge-study": ("lab.studies.bridge_study", "300 held-out edits with the bridges and without"),
+    "unify-study": ("lab.studies.unify_study", "300 held-out edits with UnifyEdit, its parts and without"),
+    "report": ("lab.studies.report", "run the studies and write their pages and docs/results.md"),
+    "studio": ("lab.tiny_studio.report", "train the small model that ships; studio --report measures it"),
 }
 COMMANDS = {
     "test": (test, "run the tests; takes pytest's arguments, --page (in a browser) and --device cuda"),

@@ -9,19 +9,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..models.bridge import (
-    DIRECTIONS,
-    FUSIONS,
-    AttentionBridge,
-    BridgeSettings,
-    new_bridge,
-    widths_of,
-)
+from ..models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, new_bridge, widths_of
 from ..models.bridge_file import files_of, load_bridge, save_bridge
 from ..models.sites import find_sites
-from ..patches.bridge import apply_bridge
-from ..patches.bridge_run import BridgeSetup
-from ..patches.inputs import samples_of
+from ..patches.bridge.apply import apply_bridge
+from ..patches.bridge.run import BridgeSetup
+from ..patches.host.inputs import samples_of
 from .saving import SUFFIX, checked_name, next_path
 
 CATEGORY = "descriptive edit/bridge"
@@ -199,7 +192,7 @@ class DescEditSaveBridge(io.ComfyNode):
 
 
 class DescEditApplyBridge(io.ComfyNode):
-    """Node: `patches.bridge.apply_bridge`."""
+    """Node: `patches.bridge.apply.apply_bridge`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.input import CurveInput
 from comfy_api.latest import io
 
-from ..patches.guidance import (
+from ..patches.bridge.guidance import (
     FORMULAS,
     DualGuidance,
     DualGuider,
@@ -16,7 +16,7 @@ from ..patches.guidance import (
     apply_guidance,
     scale_table,
 )
-from ..patches.plots import draw_curves
+from ..pictures.plots import draw_curves
 
 CATEGORY = "descriptive edit/guidance"
 ALIASES = ["2508.20505", "dual guidance", "DualCFG", "image guidance", "text guidance"]
@@ -64,7 +64,7 @@ def _guidance(node: str, image: float, text: float, formula: str, schedule: Any)
 
 
 class DescEditDualGuider(io.ComfyNode):
-    """Node: `patches.guidance.DualGuider`."""
+    """Node: `patches.bridge.guidance.DualGuider`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -108,7 +108,7 @@ class DescEditDualGuider(io.ComfyNode):
 
 
 class DescEditDualGuidance(io.ComfyNode):
-    """Node: `patches.guidance.apply_guidance`."""
+    """Node: `patches.bridge.guidance.apply_guidance`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -143,7 +143,7 @@ class DescEditDualGuidance(io.ComfyNode):
 
 
 class DescEditGuidanceSchedule(io.ComfyNode):
-    """Node: `patches.guidance.GuidanceSchedule`."""
+    """Node: `patches.bridge.guidance.GuidanceSchedule`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..patches.inputs import samples_of
+from ..patches.host.inputs import samples_of
 from ..patches.inversion import MODES, invert, invert_virtually
-from ..patches.tokens import find_tokens
-from ..patches.unify_trace import KEY as TRACE
+from ..patches.unify.tokens import find_tokens
+from ..patches.unify.trace import KEY as TRACE
 
 CATEGORY = "descriptive edit/unifyedit"
 ALIASES = ["UnifyEdit", "2504.05594", "attention guidance", "latent optimization"]
@@ -121,7 +121,7 @@ class DescEditInvert(io.ComfyNode):
 
 
 class DescEditFindTokens(io.ComfyNode):
-    """Node: `patches.tokens.find_tokens`."""
+    """Node: `patches.unify.tokens.find_tokens`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..evaluation.backbones import ClipSimilarity, ClipText, DinoSimilarity, StructureDistance
-from ..evaluation.lpips import NETS, Lpips
-from ..evaluation.metrics import NODE, Network, figures
-from ..patches.inputs import read_images, read_mask
+from ..metrics.backbones import ClipSimilarity, ClipText, DinoSimilarity, StructureDistance
+from ..metrics.image import NODE, Network, figures
+from ..metrics.lpips import NETS, Lpips
+from ..patches.host.inputs import read_images, read_mask
 
 CATEGORY = "descriptive edit/evaluation"
 OFF = "off"
@@ -20,7 +20,7 @@ Figures = dict[str, list[float | None]]
 
 
 class DescEditMetrics(io.ComfyNode):
-    """Node: `evaluation.metrics.figures`, against the source and, where there is one, the true edit."""
+    """Node: `metrics.image.figures`, against the source and, where there is one, the true edit."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -17,9 +17,9 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..models.bridge import AttentionBridge, manage
-from ..patches.bridge import check_base
-from ..patches.gradient import gradients, weights_streamed
-from ..patches.plots import draw_curves
+from ..patches.bridge.apply import check_base
+from ..patches.host.autograd import gradients, weights_streamed
+from ..pictures.plots import draw_curves
 from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective, check_trainable
 from ..training.settings import PRECISIONS, TrainSettings
 from .bridge import BridgeType, keep_bridge

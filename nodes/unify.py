@@ -9,15 +9,15 @@ import torch
 from comfy_api.input import CurveInput
 from comfy_api.latest import io
 
-from ..patches.inputs import read_mask
+from ..patches.host.inputs import read_mask
 from ..patches.inversion import Inversion
-from ..patches.tokens import EditTokens
-from ..patches.unify_balance import COMBINATIONS, CURVES, Balance, draw_balance
-from ..patches.unify_losses import FORMS
-from ..patches.unify_presets import CUSTOM, PRESETS
-from ..patches.unify_sampler import UnifySampler
-from ..patches.unify_settings import METHODS, REGIONS, UnifySettings
-from ..patches.unify_trace import read_trace
+from ..patches.unify.balance import COMBINATIONS, CURVES, Balance, draw_balance
+from ..patches.unify.losses import FORMS
+from ..patches.unify.presets import CUSTOM, PRESETS
+from ..patches.unify.sampler import UnifySampler
+from ..patches.unify.settings import METHODS, REGIONS, UnifySettings
+from ..patches.unify.tokens import EditTokens
+from ..patches.unify.trace import read_trace
 from .inversion import ALIASES, CATEGORY, EditTokensType, InversionType
 
 BalanceType = io.Custom("BALANCE")
@@ -36,7 +36,7 @@ _DRAWN = (
 
 
 class DescEditAdaptiveScheduler(io.ComfyNode):
-    """Node: `patches.unify_balance.Balance`."""
+    """Node: `patches.unify.balance.Balance`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -154,7 +154,7 @@ def _balance(balance: Balance) -> io.NodeOutput:
 
 
 class DescEditUnifySampler(io.ComfyNode):
-    """Node: `patches.unify_sampler.UnifySampler`."""
+    """Node: `patches.unify.sampler.UnifySampler`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -366,7 +366,7 @@ class DescEditUnifySampler(io.ComfyNode):
 
 
 class DescEditTrace(io.ComfyNode):
-    """Node: `patches.unify_trace.Trace`."""
+    """Node: `patches.unify.trace.Trace`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

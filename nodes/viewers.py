@@ -8,18 +8,18 @@ import torch
 from comfy_api.latest import io
 from einops import rearrange
 
-from ..evaluation.contact_sheet import draw_sheet
-from ..patches.heat_maps import NODE, Place, look, paint
-from ..patches.inputs import read_images, samples_of
+from ..patches.attention.maps import NODE, Place, look, paint
+from ..patches.host.inputs import read_images, samples_of
 from ..patches.inversion import Inversion
-from ..patches.tokens import EditTokens
+from ..patches.unify.tokens import EditTokens
+from ..pictures.contact_sheet import draw_sheet
 from .inversion import EditTokensType, InversionType
 
 CATEGORY = "descriptive edit/evaluation"
 
 
 class DescEditAttentionMaps(io.ComfyNode):
-    """Node: `patches.heat_maps.look`."""
+    """Node: `patches.attention.maps.look`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -155,7 +155,7 @@ def _size(maps: torch.Tensor, side: int) -> tuple[int, int]:
 
 
 class DescEditCompare(io.ComfyNode):
-    """Node: `evaluation.contact_sheet.draw_sheet`."""
+    """Node: `pictures.contact_sheet.draw_sheet`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -12,10 +12,10 @@ import torch
 from comfy.utils import model_trange
 
 from ..models.sites import find_sites
-from .identity import ModelIdentity
-from .inputs import read_samples
-from .network_runs import NetworkRuns, refuse_cached_steps
-from .out_of_memory import memory_advice
+from .host.identity import ModelIdentity
+from .host.inputs import read_samples
+from .host.network_runs import NetworkRuns, refuse_cached_steps
+from .host.out_of_memory import memory_advice
 
 NODE = "DescEditInvert"
 MODES = ("ddim", "virtual")

@@ -32,7 +32,7 @@ def _load_file(name: str, path: Path) -> ModuleType:
     return module
 
 
-server = _load_file("descriptive_edit_server", ROOT / "evaluation" / "server.py")
+server = _load_file("descriptive_edit_server", ROOT / "lab" / "server.py")
 NodeError = server.NodeError
 Prompt = dict[str, dict[str, Any]]
 _on_cpu = True
@@ -202,5 +202,5 @@ async def _outputs(executor: Any, prompt: Prompt) -> dict[str, tuple[Any, ...]]:
 
 
 def live_server() -> Any:
-    """A running server on a free port; see evaluation/server.py for what it can do."""
+    """A running server on a free port; see lab/server.py for what it can do."""
     return server.Server(comfyui_path(), server_arguments())

@@ -13,7 +13,7 @@ from host import Host
 @pytest.fixture
 def bench(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The bench on a small UNet."""
-    module = host.pack_module("evaluation.bench_training")
+    module = host.pack_module("lab.bench.training")
     monkeypatch.setattr(module, "UNET", small_models.UNET)
     monkeypatch.setattr(module, "TEXT_WIDTH", small_models.CONTEXT_WIDTH)
     module.kept.cache_clear()

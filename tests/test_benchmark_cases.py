@@ -25,13 +25,13 @@ SLOTS = {"source_image": "1.image", "edit_description": "3.value", "output": "4"
 @pytest.fixture
 def adapters(host: Host) -> Any:
     """The module."""
-    return host.pack_module("evaluation.benchmark.adapters")
+    return host.pack_module("lab.benchmark.adapters")
 
 
 @pytest.fixture
 def methods(host: Host) -> Any:
     """The module."""
-    return host.pack_module("evaluation.benchmark.methods")
+    return host.pack_module("lab.benchmark.methods")
 
 
 def paint(path: Path, colour: Any = RED, mode: str = "RGB", size: tuple[int, int] = (48, 40)) -> Path:
@@ -239,7 +239,7 @@ def test_missing_picture(adapters: Any, host: Host, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     write_cases(tmp_path, {"id": "a", "source_image": "gone.png"}, {"id": "b", "source_image": "broken.png"})
     gone, broken = adapters.read_cases("folder", tmp_path, "test")
-    error = host.pack_module("evaluation.benchmark.cases").CaseError
+    error = host.pack_module("lab.benchmark.cases").CaseError
     with pytest.raises(error, match=r"case a .* source_image gone\.png is missing"):
         gone.read("source_image")
     with pytest.raises(error, match=r"case b .* source_image broken\.png cannot be read"):

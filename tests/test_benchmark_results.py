@@ -18,13 +18,13 @@ from test_benchmark_cases import write_cases, write_method
 @pytest.fixture
 def results(host: Host) -> Any:
     """The module."""
-    return host.pack_module("evaluation.benchmark.results")
+    return host.pack_module("lab.benchmark.results")
 
 
 @pytest.fixture
 def statistics(host: Host) -> Any:
     """The module."""
-    return host.pack_module("evaluation.benchmark.statistics")
+    return host.pack_module("lab.benchmark.statistics")
 
 
 def line(method: str, case: str, swept: Any = None, kind: str = "colour", **figures: float) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_damaged_results_are_refused(results: Any, tmp_path: Path, extra: str) -
 
 def test_other_run_is_refused(results: Any, host: Host, tmp_path: Path) -> None:
     """Protects: results of another benchmark, or of another workflow with that name, are never mixed in."""
-    methods = host.pack_module("evaluation.benchmark.methods")
+    methods = host.pack_module("lab.benchmark.methods")
     found = methods.read_methods([write_method(tmp_path)])
     out, where = tmp_path / "run", {"layout": "folder", "folder": "x", "split": "test"}
     results.write_run(out, results.check_run(out, where, found))
@@ -109,7 +109,7 @@ def test_difference_is_paired(statistics: Any) -> None:
 
 def test_report(results: Any, host: Host, tmp_path: Path) -> None:
     """Protects: tables hold the means and paired differences, the page reasons, curve and pictures."""
-    report = host.pack_module("evaluation.benchmark.report")
+    report = host.pack_module("lab.benchmark.report")
     names = [f"c{number}" for number in range(6)]
     write_cases(tmp_path / "set", *({"id": name, "type": f"t{i % 2}"} for i, name in enumerate(names)))
     out = tmp_path / "run"
@@ -145,7 +145,7 @@ def test_report(results: Any, host: Host, tmp_path: Path) -> None:
 
 def test_best_and_worst(host: Host) -> None:
     """Protects: best is where the figure says better, also where that is less."""
-    contact = host.pack_module("evaluation.benchmark.contact")
+    contact = host.pack_module("lab.benchmark.contact")
     lines = [line("m", str(value), lpips=value / 10, psnr=float(value)) for value in (3, 1, 2, 5, 4)]
     for figure, order in (("lpips", "135"), ("psnr", "531")):
         found = contact.chosen(lines, figure)

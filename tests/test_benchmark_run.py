@@ -30,7 +30,7 @@ SLOTS = {"source_image": "1.image", "edit_description": "5.value", "blend": "3.b
 def bench(host: Host) -> SimpleNamespace:
     """The modules."""
     names = ("adapters", "engine", "meter", "methods", "results", "runner")
-    return SimpleNamespace(**{name: host.pack_module(f"evaluation.benchmark.{name}") for name in names})
+    return SimpleNamespace(**{name: host.pack_module(f"lab.benchmark.{name}") for name in names})
 
 
 @pytest.fixture

@@ -27,14 +27,14 @@ SLOW = {
     "5": {"class_type": "PrimitiveString", "inputs": {"value": ""}},
 }
 SLOTS = {"source_image": "1.image", "edit_description": "5.value", "output": "4"}
-SHIPPED = ROOT / "evaluation" / "benchmark" / "tiny"
+SHIPPED = ROOT / "lab" / "benchmark" / "tiny"
 
 
 @pytest.fixture
 def bench(host: Host) -> SimpleNamespace:
     """The modules."""
     names = ("adapters", "command", "engine", "meter", "methods", "results", "runner")
-    return SimpleNamespace(**{name: host.pack_module(f"evaluation.benchmark.{name}") for name in names})
+    return SimpleNamespace(**{name: host.pack_module(f"lab.benchmark.{name}") for name in names})
 
 
 def kill_at_work(client: Any, killed: list[psutil.Process]) -> None:

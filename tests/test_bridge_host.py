@@ -289,7 +289,7 @@ def test_full_width_sd15(host: Host) -> None:
     """Protects: on SD1.5's own module tree, with random weights, all 16 sites fire, the reference is read
     once, a fresh bridge leaves every bit as it is, and the contracts hold.
     """
-    model = host.pack_module("evaluation.random_sd15").random_sd15()
+    model = host.pack_module("lab.bench.random_sd15").random_sd15()
     positive, negative, source = (widened(small_models.conditioning(seed), 24) for seed in (2, 4, 1))
     inputs = {"positive": positive, "negative": negative, "latent": torch.zeros(1, 4, 8, 8), "steps": 2}
     plain = sample(host, model, **inputs)

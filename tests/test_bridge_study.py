@@ -17,7 +17,7 @@ A_TYPE = 2
 def study(host: Host) -> Any:
     """The study's modules."""
     names = ("bridge_study", "study", "tiny_benchmark")
-    return SimpleNamespace(**{name: host.pack_module(f"evaluation.{name}") for name in names})
+    return SimpleNamespace(**{name: host.pack_module(f"lab.studies.{name}") for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_shipped_bridge_edits(host: Host, study: Any, cases: Any, tmp_path: 
     bridged, alone = (float((-10 * values.log10()).mean()) for values in error)
     assert bridged > 22
     assert bridged > alone + 5
-    read = host.pack_module("models.tiny_studio.judge").load().read(made)
+    read = host.pack_module("lab.tiny_studio.attribute_classifier").load().read(made)
     asked = [
         all(seen.get(name) == value for name, value in pair.changed.items())
         for seen, pair in zip(read, drawn.pairs, strict=True)

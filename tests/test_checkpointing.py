@@ -17,10 +17,10 @@ from host import Host, device
 def pack(host: Host) -> Any:
     """What is tested, and what it is tested with."""
     return SimpleNamespace(
-        checkpointed=host.pack_module("patches.checkpointing").checkpointed,
-        gradients=host.pack_module("patches.gradient").gradients,
+        checkpointed=host.pack_module("patches.host.checkpointing").checkpointed,
+        gradients=host.pack_module("patches.host.autograd").gradients,
         objective=host.pack_module("training.objective"),
-        Bank=host.pack_module("patches.bridge_core").Bank,
+        Bank=host.pack_module("patches.bridge.core").Bank,
     )
 
 

@@ -384,7 +384,7 @@ def test_schedule_refuses_infinite_scales(host: Host) -> None:
 
 def test_table_is_linear_between_its_values(host: Host) -> None:
     """Protects: between the table's places a scale is interpolated, at both ends it is exact."""
-    guidance = host.pack_module("patches.guidance")
+    guidance = host.pack_module("patches.bridge.guidance")
     table = guidance.scale_table(1.0, 3.0, lambda x: np.square(x))
     schedule = guidance.GuidanceSchedule(table, table)
     for along in (0.0, 0.12345, 0.5, 0.9999, 1.0):

@@ -47,7 +47,7 @@ def test_managed_weights_have_no_gradient(host: Host) -> None:
 @memory_modes.only("lazy")
 def test_a_backbone_of_other_shapes(host: Host, memory_mode: str) -> None:
     """Protects: a DINO file with a misshapen layer is refused, as where the host checks shapes itself."""
-    room = host.pack_module("evaluation.backbones")
+    room = host.pack_module("metrics.backbones")
     with memory_modes.resident():
         network = room.Dino(64, 16, depth=1, places=4)
     weights = {name: torch.zeros_like(weight) for name, weight in network.state_dict().items()}

@@ -51,7 +51,7 @@ def folder(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lettering(host: Host) -> ModuleType:
-    return host.pack_module("evaluation.lettering")
+    return host.pack_module("pictures.lettering")
 
 
 def drawn(host: Host, text: str) -> np.ndarray:

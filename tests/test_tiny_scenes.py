@@ -67,7 +67,7 @@ def test_training_never_sees_a_held_out_combination(host: Any, scenes: ModuleTyp
     """Protects every measured claim: the training pool and the training pairs hold no held-out combination,
     while the pool has every value and the held-out scenes miss at most one value of an attribute.
     """
-    pool = host.pack_module("models.tiny_studio.train").pool_scenes()[:4000]
+    pool = host.pack_module("lab.tiny_studio.train").pool_scenes()[:4000]
     assert not any(scenes.held_out(scene) for scene in pool)
     for edit_type in scenes.EDIT_TYPES:
         pair = scenes.sample_edit(edit_type, 5, "simple", held=False)

@@ -25,7 +25,7 @@ def scenes(host: Any) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def judge(host: Any) -> Any:
-    return host.pack_module("models.tiny_studio.judge").load()
+    return host.pack_module("lab.tiny_studio.attribute_classifier").load()
 
 
 def held_scenes(scenes: ModuleType, count: int, seed: int) -> list[Any]:
@@ -229,7 +229,7 @@ def test_a_missing_file_is_named(host: Any, tmp_path: Path) -> None:
 
 def test_training_resumes_after_a_kill(host: Any, scenes: ModuleType, tmp_path: Path) -> None:
     """Protects long trainings: each stage goes on from its last checkpoint and half a file is never left."""
-    train = host.pack_module("models.tiny_studio.train")
+    train = host.pack_module("lab.tiny_studio.train")
     pool = train.pool_scenes()[:8]
     pictures = np.stack([np.round(scene.draw() * 255).astype(np.uint8) for scene in pool])
     torch.save({"latents": torch.randn(8, 4, 16, 16).half()}, tmp_path / "latents.pt")

@@ -27,7 +27,7 @@ def training(host: Host) -> Any:
 @pytest.fixture(scope="module")
 def gradients(host: Host) -> Any:
     """The region in which the host's weights can be differentiated through."""
-    return host.pack_module("patches.gradient").gradients
+    return host.pack_module("patches.host.autograd").gradients
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def encoded(training: Any, folder: Path, pairs: int = 5) -> Any:
 
 def bank(host: Host, model: Any, bridge: Any) -> Any:
     """What the objective works with."""
-    return host.pack_module("patches.bridge_core").Bank(
+    return host.pack_module("patches.bridge.core").Bank(
         bridge.model.to(device()), model.model.diffusion_model
     )
 

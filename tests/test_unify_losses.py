@@ -16,14 +16,14 @@ SITES = (("input", 1, 0), ("output", 2, 0))
 
 @pytest.fixture(scope="module")
 def losses(host: Host) -> Any:
-    """patches/unify_losses.py."""
-    return host.pack_module("patches.unify_losses")
+    """patches/unify/losses.py."""
+    return host.pack_module("patches.unify.losses")
 
 
 @pytest.fixture(scope="module")
 def balance(host: Host) -> Any:
-    """patches/unify_balance.py."""
-    return host.pack_module("patches.unify_balance")
+    """patches/unify/balance.py."""
+    return host.pack_module("patches.unify.balance")
 
 
 def maps(seed: int, keys: int, rows: int = 2, heads: int = 3) -> dict[Any, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_structure_loss_in_a_region(host: Host, losses: Any, rows: int) -> None:
 
 def edit_tokens(host: Host, length: int, *words: tuple[int, ...]) -> Any:
     """EDIT_TOKENS of a description of `length` tokens with the given words' positions."""
-    tokens = host.pack_module("patches.tokens")
+    tokens = host.pack_module("patches.unify.tokens")
     found = tuple(tokens.EditWord("word", word, tuple(token + 1 for token in word)) for word in words)
     return tokens.EditTokens(found, length, length + 1, ())
 
@@ -96,7 +96,7 @@ def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
     """
     target = maps(2, 9)
     rows = [([(2,), (4, 5)], 6), ([(3,)], 4)]
-    words = host.pack_module("patches.unify_words").edit_words(
+    words = host.pack_module("patches.unify.words").edit_words(
         [edit_tokens(host, length, *found) for found, length in rows], 9
     )
     masks = {SITES[0]: torch.rand(2, 16), SITES[1]: torch.tensor([[0.0, 1.0, 0.5, 0.0]])}
@@ -127,7 +127,7 @@ def test_alignment_loss_is_bounded(host: Host, losses: Any) -> None:
     """Protects: token_ratio is 0 when the word has all of the description's attention in the mask and 1 when
     it has none; spatial_ratio is -1 and 3 when all of its attention is inside and outside.
     """
-    words = host.pack_module("patches.unify_words").edit_words([edit_tokens(host, 4, (2,))], 6)
+    words = host.pack_module("patches.unify.words").edit_words([edit_tokens(host, 4, (2,))], 6)
     masks = {SITES[0]: torch.tensor([[1.0, 1.0, 0.0, 0.0]])}
     for token, expected in ((2, 0.0), (3, 1.0)):
         target = {SITES[0]: torch.zeros(1, 1, 4, 6)}
@@ -145,7 +145,7 @@ def test_alignment_loss_is_bounded(host: Host, losses: Any) -> None:
 
 def test_padded_words_leave_gradients_alone(host: Host, losses: Any) -> None:
     """Protects: a row with fewer words than its neighbour has the gradient it has alone, in every form."""
-    make = host.pack_module("patches.unify_words").edit_words
+    make = host.pack_module("patches.unify.words").edit_words
     both = make([edit_tokens(host, 6, (2,)), edit_tokens(host, 6, (3,), (4,))], 9)
     alone = make([edit_tokens(host, 6, (2,))], 9)
     target = maps(2, 9)
@@ -165,7 +165,7 @@ def test_padded_words_leave_gradients_alone(host: Host, losses: Any) -> None:
 @pytest.mark.parametrize(("tokens", "context"), [((0,), 9), ((9,), 9), ((8, 9), 9)])
 def test_tokens_out_of_range(host: Host, tokens: tuple[int, ...], context: int) -> None:
     """Protects: the start mark and positions beyond the context are refused, for both descriptions."""
-    words = host.pack_module("patches.unify_words")
+    words = host.pack_module("patches.unify.words")
     with pytest.raises(ValueError, match=f"edit_tokens has token {tokens[-1]} but .* has 9 tokens"):
         words.edit_words([edit_tokens(host, 6, tokens)], context)
     shifted = edit_tokens(host, 6, tuple(token - 1 for token in tokens))
@@ -177,7 +177,10 @@ def test_tokens_out_of_range(host: Host, tokens: tuple[int, ...], context: int) 
 
 def test_site_masks(host: Host) -> None:
     """Protects: on each grid a place holds the covered part of its area; no mask covers everything."""
-    site, site_masks = host.pack_module("models.sites").Site, host.pack_module("patches.masks").site_masks
+    site, site_masks = (
+        host.pack_module("models.sites").Site,
+        host.pack_module("patches.attention.masks").site_masks,
+    )
     sites = [site(("input", 1, 0), 0, 32, ""), site(("middle", 0, 0), 2, 64, "")]
     mask = torch.zeros(1, 128, 128)
     mask[:, :32, :48] = 1
@@ -245,7 +248,7 @@ def test_drawn_curves_of_the_node(host: Host) -> None:
 
 def test_presets(host: Host, balance: Any) -> None:
     """Protects: every edit type has a preset for both wordings, and a preset replaces the other inputs."""
-    presets = host.pack_module("patches.unify_presets").PRESETS
+    presets = host.pack_module("patches.unify.presets").PRESETS
     scenes = host.pack_module("models.tiny_studio.scenes")
     assert set(presets) == {f"{kind}, {how}" for kind in scenes.EDIT_TYPES for how in scenes.WORDINGS}
     for name, preset in presets.items():

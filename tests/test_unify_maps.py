@@ -19,8 +19,8 @@ SIGMA = 2.0
 
 @pytest.fixture(scope="module")
 def attention(host: Host) -> Any:
-    """patches/attention_maps.py, with how sites are found."""
-    maps, sites = host.pack_module("patches.attention_maps"), host.pack_module("models.sites")
+    """patches/attention/recorder.py, with how sites are found."""
+    maps, sites = host.pack_module("patches.attention.recorder"), host.pack_module("models.sites")
     return SimpleNamespace(**{**vars(maps), "find_sites": sites.find_sites})
 
 
@@ -206,15 +206,15 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
     """
     model = small_models.loaded(small_models.small_unet(dtype=dtype))
     assert next(model.model.diffusion_model.parameters()).is_inference()
-    gradients = host.pack_module("patches.gradient").gradients
-    losses = host.pack_module("patches.unify_losses")
+    gradients = host.pack_module("patches.host.autograd").gradients
+    losses = host.pack_module("patches.unify.losses")
     sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
-    masks = host.pack_module("patches.masks").site_masks(None, sites, 16, 16, device())
+    masks = host.pack_module("patches.attention.masks").site_masks(None, sites, 16, 16, device())
     tokens = torch.zeros(1, 1, small_models.TEXT_TOKENS)
     tokens[..., 2:4] = 1
     description = torch.zeros(1, small_models.TEXT_TOKENS)
     description[:, 1:11] = 1
-    words = host.pack_module("patches.unify_words").Words(tokens, description, torch.ones(1, 1)).to(device())
+    words = host.pack_module("patches.unify.words").Words(tokens, description, torch.ones(1, 1)).to(device())
     # On a CPU the host computes in float32 with half's weights, on a card in half: differences are coarse.
     tolerance = 0.02 if torch.float32 in (dtype, model.model.manual_cast_dtype) else 0.1
     with torch.inference_mode():
@@ -249,10 +249,10 @@ def test_gradient_of_whole_maps(
     """Protects: however small the pieces that maps are taken in, both losses and their gradients are those
     of whole maps of all sites at once, differentiated through the UNet in one graph.
     """
-    monkeypatch.setattr(host.pack_module("patches.attention_maps"), "PIECE", piece)
+    monkeypatch.setattr(host.pack_module("patches.attention.recorder"), "PIECE", piece)
     gradients, losses = (
-        host.pack_module("patches.gradient").gradients,
-        host.pack_module("patches.unify_losses"),
+        host.pack_module("patches.host.autograd").gradients,
+        host.pack_module("patches.unify.losses"),
     )
     sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
     shape = {site.key: (2, math.prod(site.grid(16, 16))) for site in sites}
@@ -262,7 +262,7 @@ def test_gradient_of_whole_maps(
     tokens[..., 2:4] = 1
     description = torch.zeros(1, small_models.TEXT_TOKENS)
     description[:, 1:11] = 1
-    words = host.pack_module("patches.unify_words").Words(tokens, description, torch.ones(1, 1)).to(device())
+    words = host.pack_module("patches.unify.words").Words(tokens, description, torch.ones(1, 1)).to(device())
     x, source_x = SIGMA * noise(2, 2, 4, 16, 16)
     source = attention.AttentionRecorder(sites, ())
     call(model, source_x, source.attach({"transformer_options": {}}))
@@ -302,8 +302,8 @@ def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
     """Protects: where the model computes in half precision, a loss that is far too small for it keeps its
     gradient.
     """
-    gradients = host.pack_module("patches.gradient").gradients
-    loss_gradient = host.pack_module("patches.attention_maps").LossGradient
+    gradients = host.pack_module("patches.host.autograd").gradients
+    loss_gradient = host.pack_module("patches.attention.recorder").LossGradient
     x = SIGMA * noise(2, 4, 16, 16)
     found = []
     for dtype in (torch.float32, torch.float16):
@@ -324,9 +324,9 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
     """Protects: with checkpointing the recorder stops between blocks, records the same bits once although
     layers are computed again, and its gradients are the same.
     """
-    checkpointed = host.pack_module("patches.checkpointing").checkpointed
-    gradients = host.pack_module("patches.gradient").gradients
-    loss_gradient = host.pack_module("patches.attention_maps").LossGradient
+    checkpointed = host.pack_module("patches.host.checkpointing").checkpointed
+    gradients = host.pack_module("patches.host.autograd").gradients
+    loss_gradient = host.pack_module("patches.attention.recorder").LossGradient
     x = SIGMA * noise(1, 4, 16, 16)
     sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
     found, ran = [], []

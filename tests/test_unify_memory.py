@@ -29,15 +29,15 @@ SDXL_DEPTH = {
 @pytest.fixture(scope="module")
 def pack(host: Host) -> Any:
     """What is tested, and the trees of the two families."""
-    memory = host.pack_module("evaluation.sdxl_memory")
+    memory = host.pack_module("lab.bench.sdxl_memory")
     return SimpleNamespace(
-        estimate=host.pack_module("patches.unify_memory").backward_bytes,
+        estimate=host.pack_module("patches.unify.memory").backward_bytes,
         find_sites=host.pack_module("models.sites").find_sites,
-        choose=host.pack_module("patches.unify_sites"),
+        choose=host.pack_module("patches.attention.choice"),
         sdxl=memory,
-        torch_attention=host.pack_module("evaluation.measuring").torch_attention,
+        torch_attention=host.pack_module("lab.bench.measuring").torch_attention,
         trees={
-            "sd15": {**host.pack_module("evaluation.random_sd15").UNET, **COMMON},
+            "sd15": {**host.pack_module("lab.bench.random_sd15").UNET, **COMMON},
             "sdxl": {**memory.UNET, **COMMON, **SDXL_DEPTH},
         },
     )
@@ -84,8 +84,8 @@ def test_maps_are_made_in_pieces(host: Host, pack: Any, monkeypatch: pytest.Monk
     """Protects: where a site's maps are larger than a piece, as at 64x64 tokens, only a piece is there of
     them.
     """
-    maps = host.pack_module("patches.attention_maps")
-    losses = host.pack_module("patches.unify_losses")
+    maps = host.pack_module("patches.attention.recorder")
+    losses = host.pack_module("patches.unify.losses")
     q, k, other = torch.randn(3, 1, 1024, 4 * 8, generator=torch.Generator().manual_seed(0))
     source = {("middle", 0, 0): maps.Projections(other, k, 4)}
     target = {("middle", 0, 0): maps.Projections(q.requires_grad_(), k, 4)}
@@ -127,7 +127,7 @@ def model() -> Any:
 
 def test_the_host_is_asked_for_memory(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: before the first step the host is asked for the backward's memory on top of a stock run's."""
-    module = host.pack_module("patches.unify_optimiser")
+    module = host.pack_module("patches.unify.optimiser")
     monkeypatch.setattr(module, "backward_bytes", lambda *_: 3 * 2**30)
     asked = []
     load = comfy.model_management.load_models_gpu

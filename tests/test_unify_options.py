@@ -111,7 +111,7 @@ def test_regions_and_forms(host: Host, model: Any, option: str) -> None:
 def test_named_sites(host: Host, model: Any) -> None:
     """Protects: names and beginnings of names choose the same sites as their resolution does."""
     sites_of = host.pack_module("models.sites").find_sites
-    named = host.pack_module("patches.unify_sites").named_sites
+    named = host.pack_module("patches.attention.choice").named_sites
     sites = sites_of(model.model.diffusion_model, "Test")
     assert named("Test", "word_sites", sites, "output") == tuple(s for s in sites if s.key[0] == "output")
     assert named("Test", "word_sites", sites, " Middle.0.0, input.1") == tuple(
@@ -223,8 +223,8 @@ def test_automatic_mask(host: Host) -> None:
     """Protects: the mask is where the edit's words or the words they replace look, image by image, on the
     latent's grid.
     """
-    mask = host.pack_module("patches.unify_mask")
-    words = host.pack_module("patches.unify_words").Words
+    mask = host.pack_module("patches.unify.mask")
+    words = host.pack_module("patches.unify.words").Words
     site = host.pack_module("models.sites").Site(("output", 0, 0), level=0, width=8, path="")
     tokens = torch.zeros(1, 1, 6)
     tokens[..., 2] = 1
@@ -248,7 +248,7 @@ def test_automatic_mask(host: Host) -> None:
 
 def test_automatic_mask_in_a_run(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: auto_mask edits as its mask would if it were wired, and a wired mask comes first."""
-    module = host.pack_module("patches.unify_optimiser")
+    module = host.pack_module("patches.unify.optimiser")
     attention_mask = module.attention_mask
     masks = []
 
@@ -269,7 +269,7 @@ def test_automatic_mask_in_a_run(host: Host, model: Any, monkeypatch: pytest.Mon
 
 def test_rows_of_their_own(host: Host, model: Any) -> None:
     """Protects: in a batch every image has its own words, texts and mask, and comes out as alone."""
-    sampler = host.pack_module("patches.unify_sampler")
+    sampler = host.pack_module("patches.unify.sampler")
     texts = ("a green circle on sand", "a red star")
     tokens = [
         host.execute(

@@ -61,7 +61,7 @@ def test_each_loss_falls(host: Host, model: Any, beta1: float, beta2: float) -> 
 
 def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]:
     """Both losses of a finished latent at the smallest noise level, measured with a plain model call."""
-    maps, losses = host.pack_module("patches.attention_maps"), host.pack_module("patches.unify_losses")
+    maps, losses = host.pack_module("patches.attention.recorder"), host.pack_module("patches.unify.losses")
     sites = host.pack_module("models.sites").find_sites(edit.model.model.diffusion_model, "Test")
     words = [site for site in sites if site.level == 0]
     found = {}
@@ -80,8 +80,8 @@ def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]
                 edit.model.model, [conds["positive"]], x, edit.sigmas[-2][None].to(x), options
             )
         found[name] = recorder
-    masks = host.pack_module("patches.masks").site_masks(None, words, 16, 16, device())
-    edit_words = host.pack_module("patches.unify_words").edit_words
+    masks = host.pack_module("patches.attention.masks").site_masks(None, words, 16, 16, device())
+    edit_words = host.pack_module("patches.unify.words").edit_words
     positions = edit_words([edit.tokens], small_models.TEXT_TOKENS).to(device())
     structure = losses.structure_loss(found["source"].self_attention, found["target"].self_attention)
     alignment = losses.alignment_loss(found["target"].cross_attention, positions, masks)
@@ -93,7 +93,7 @@ def test_update_follows_the_formula(host: Host, model: Any) -> None:
     a noise mask.
     """
     edit = Edit(host, model, batch=2)
-    module = host.pack_module("patches.unify_optimiser")
+    module = host.pack_module("patches.unify.optimiser")
     balance = edit.balance(beta1=0.3, k1=2.0, beta2=0.7, k2=1.0)
     settings = module.UnifySettings(edit.inversion, edit.tokens, balance)
     seen: list[torch.Tensor] = []
@@ -285,7 +285,7 @@ def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCapt
     number.
     """
     edit = Edit(host, model)
-    loss = host.pack_module("patches.attention_maps").LossGradient
+    loss = host.pack_module("patches.attention.recorder").LossGradient
     by_latent = loss.by_latent
     broken = {0}
 

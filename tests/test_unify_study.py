@@ -16,7 +16,7 @@ from host import Host
 def study(host: Host) -> Any:
     """The study's modules."""
     names = ("bridge_study", "unify_study", "unify_methods", "tiny_benchmark")
-    return SimpleNamespace(**{name: host.pack_module(f"evaluation.{name}") for name in names})
+    return SimpleNamespace(**{name: host.pack_module(f"lab.studies.{name}") for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_shipped_settings_edit(host: Host, study: Any, cases: Any) -> None:
     tiny, drawn = cases
     row = study.unify_study.tables()["methods"][0]
     made = study.tiny_benchmark.run(tiny, drawn, row.method)
-    read = host.pack_module("models.tiny_studio.judge").load().read(made)
+    read = host.pack_module("lab.tiny_studio.attribute_classifier").load().read(made)
     asked = [
         all(seen.get(name) == value for name, value in pair.changed.items())
         for seen, pair in zip(read, drawn.pairs, strict=True)

@@ -90,7 +90,7 @@ def test_plot(host: Host) -> None:
     """Protects: a picture an image, with a rising and a falling curve where the values rise and fall, gaps
     where there is no value, and a cross at a skipped step.
     """
-    module = host.pack_module("patches.unify_trace")
+    module = host.pack_module("patches.unify.trace")
     up, down = torch.linspace(0.1, 1, 10), torch.linspace(1, 0.1, 10)
     values = torch.stack([up, down, 2 * up, 3 * down], dim=1)[:, :, None].repeat(1, 1, 2)
     moved = torch.ones(10, 2, dtype=torch.bool)

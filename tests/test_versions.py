@@ -68,7 +68,7 @@ NEWER_TORCH = {
 
 def shipped() -> list[Path]:
     """The files that a user's Python runs; what made the Tiny Studio ran on the pinned torch."""
-    folders = ("nodes", "patches", "models", "training", "evaluation")
+    folders = ("nodes", "patches", "models", "training", "metrics", "pictures", "lab")
     files = [ROOT / "__init__.py", *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
     return [file for file in files if file.name != "training_tools.py"]
 

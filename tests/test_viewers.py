@@ -23,7 +23,7 @@ def model() -> Any:
 @pytest.fixture
 def view(host: Host) -> Any:
     """The module."""
-    return host.pack_module("patches.heat_maps")
+    return host.pack_module("patches.attention.maps")
 
 
 def attention(model: Any, name: str, run: Any) -> tuple[Any, torch.Tensor]:
@@ -208,7 +208,7 @@ def test_compare(host: Host) -> None:
     """Protects: every picture stands in its column and row, scaled as a whole, under a label; a single one is
     repeated.
     """
-    draw = host.pack_module("evaluation.contact_sheet").draw_sheet
+    draw = host.pack_module("pictures.contact_sheet").draw_sheet
     generator = torch.Generator().manual_seed(0)
     single = torch.rand(1, 64, 64, 3, generator=generator)
     batch = torch.rand(2, 64, 64, 3, generator=generator)

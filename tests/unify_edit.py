@@ -103,7 +103,7 @@ def projections(host: Host, probabilities: torch.Tensor) -> Any:
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     q = probabilities.clamp(min=1e-30).log() * keys**0.5
     k = torch.eye(keys).expand(rows, keys, keys).repeat(1, 1, heads)
-    made = host.pack_module("patches.attention_maps").Projections
+    made = host.pack_module("patches.attention.recorder").Projections
     return made(q.transpose(1, 2).flatten(2), k, heads)
 
 

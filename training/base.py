@@ -13,7 +13,7 @@ import torch
 
 from ..models.sites import find_sites
 from ..models.tiny_studio import studio
-from ..patches.gradient import weights_streamed
+from ..patches.host.autograd import weights_streamed
 from .cache import file_fingerprint
 from .objective import check_trainable
 

@@ -1,6 +1,6 @@
 """What training takes of memory, so that the host can make room for it.
 
-Counted is what autograd keeps of a forward that feeds a bridge, as `evaluation.bench_training` finds it on
+Counted is what autograd keeps of a forward that feeds a bridge, as `lab.bench.training` finds it on
 the real modules: of a ResBlock three times its inputs and outputs; of a transformer 32 times its tokens (two
 norms and projections around it, queries, keys, values, attention and gated feed-forward, and the bridge's
 share) and its text's keys and values, and of a checkpointed one its input and what the bridge reads of the
@@ -20,7 +20,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock,
 
 from ..models.bridge import AttentionBridge
 from ..models.sites import find_sites
-from ..patches.unify_memory import TEXT_TOKENS, copied_bytes
+from ..patches.unify.memory import TEXT_TOKENS, copied_bytes
 from .settings import PRECISIONS, TrainSettings
 
 _RESBLOCK, _TRANSFORMER, _BANK, _BACK, _TEXT = 3, 32, 2, 16, 2 * TEXT_TOKENS

@@ -16,8 +16,8 @@ import comfy.model_sampling
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
-from ..patches.bridge_core import Bank, Feeding
-from ..patches.checkpointing import checkpointed
+from ..patches.bridge.core import Bank, Feeding
+from ..patches.host.checkpointing import checkpointed
 
 DROPOUTS = ("paper", "release", "none")
 DROPPED_IMAGES = ("off", "white")

@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..models.bridge import AttentionBridge
-from ..patches.bridge_core import Bank
+from ..patches.bridge.core import Bank
 from .cache import EncodedPairs
 from .objective import draw, losses
 from .pairs import batches

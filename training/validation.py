@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..models.bridge import AttentionBridge, manage
-from ..patches.bridge import apply_bridge
-from ..patches.bridge_run import BridgeSetup
-from ..patches.guidance import DualGuidance, DualGuider
+from ..patches.bridge.apply import apply_bridge
+from ..patches.bridge.guidance import DualGuidance, DualGuider
+from ..patches.bridge.run import BridgeSetup
 from .base import Base, to_device
 from .cache import EncodedPairs
 from .config import ValidationConfig

@@ -1,0 +1,185 @@
+"""What a bridge and dual guidance cost, on SD1.5's full-width UNet with random weights.
+
+Steps are single model predictions inside a real sampling, timed by the sampler function, so that a run's
+preparation is not in them. Attention and memory: measuring.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+
+from ...models.bridge import BridgeSettings, new_bridge, widths_of
+from ...models.sites import find_sites
+from ...patches.bridge.apply import apply_bridge
+from ...patches.bridge.guidance import DualGuidance, DualGuider
+from ...patches.bridge.run import BridgeSetup
+from .measuring import choose_attention, dtype, now, peak_memory
+from .random_sd15 import random_sd15
+
+STEPS = 20
+AIMS = {
+    "dual_step_ratio_32": 1.12,
+    "dual_step_ratio_64": 1.20,
+    "reference_pass_forwards": 1.15,
+    "peak_memory_ratio_64": 1.25,
+    "peak_memory_ratio_50_to_5_steps": 1.0,
+    "strength0_ratio": 1.02,
+}
+Conditioning = list[list[Any]]
+
+
+class Clock:
+    """Times of one kind of sampling: `before` the sampler function, and of each `step` in it, in seconds."""
+
+    def __init__(self) -> None:
+        self.before: list[float] = []
+        self.step: list[float] = []
+        self._begin = 0.0
+
+    def started(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        """SAMPLER_SAMPLE, outside of every other: preparation begins."""
+        self._begin = now()
+        return executor(*args, **kwargs)
+
+    def sampler(self, steps: int) -> Any:
+        """A SAMPLER that takes `steps` predictions at the first noise level."""
+
+        def run(
+            model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
+        ) -> torch.Tensor:
+            self.before.append(now() - self._begin)
+            for _ in range(steps):
+                begin = now()
+                model(x, sigmas[0] * x.new_ones([len(x)]), **extra_args)
+                self.step.append(now() - begin)
+            return x
+
+        return comfy.samplers.KSAMPLER(run)
+
+
+def conditioning(seed: int, width: int = 768) -> Conditioning:
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, 77, width, generator=generator), {}]]
+
+
+def sample(guider: Any, side: int, sampler: Any, steps: int = STEPS) -> None:
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+
+
+def bridged(model: Any, side: int, strength: float = 1.0) -> Any:
+    """`model` with a bridge of rank 64 whose matrices are not zero."""
+    sites = find_sites(model.model.diffusion_model, "bench")
+    bridge = new_bridge(BridgeSettings(type(model.model.model_config).__name__, widths_of(sites)))
+    with torch.no_grad():
+        for weight in bridge.model.parameters():
+            weight.uniform_(-1, 1).mul_(0.1 * weight.shape[1] ** -0.5)
+    reference = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(2))
+    return apply_bridge(model, BridgeSetup(bridge, reference, conditioning(3), strength))
+
+
+def dual(model: Any) -> DualGuider:
+    guider = DualGuider(model, DualGuidance(1.5, 7.5))
+    guider.set_conds(conditioning(4), conditioning(5))
+    return guider
+
+
+def stock_dual(model: Any) -> Guider_DualCFG:
+    """The stock guider on the same three rows."""
+    guider = Guider_DualCFG(model)
+    guider.set_conds(conditioning(4), conditioning(5), conditioning(5))
+    guider.set_cfg(7.5, 1.5)
+    return guider
+
+
+def plain_cfg(model: Any) -> comfy.samplers.CFGGuider:
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning(4), conditioning(5))
+    guider.set_cfg(7.5)
+    return guider
+
+
+def single(model: Any) -> Guider_Basic:
+    guider = Guider_Basic(model)
+    guider.set_conds(conditioning(4))
+    return guider
+
+
+def timed(guiders: dict[str, Any], side: int, rounds: int) -> dict[str, Clock]:
+    """Every guider's clock after `rounds` samplings of one step each, in alternating order, and one before
+    them that does not count.
+    """
+    clocks = {name: Clock() for name in guiders}
+    order = list(guiders)
+    for turn in range(rounds + 1):
+        for name in order if turn % 2 else reversed(order):
+            clock = Clock() if turn == 0 else clocks[name]
+            guider = guiders[name]
+            wrappers = guider.model_patcher.wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})
+            others = {key: value for key, value in wrappers.items() if key != "bench"}
+            wrappers.clear()
+            # First, outside of the bridge's own, so that reading the reference is in `before`.
+            wrappers.update({"bench": [clock.started], **others})
+            sample(guider, side, clock.sampler(1))
+    return clocks
+
+
+def count_rows(model: Any, guider: Any, side: int) -> int:
+    """The UNet's rows in a run of STEPS steps, the reference pass among them."""
+    rows = 0
+
+    def note(unet: UNetModel, args: tuple) -> None:
+        nonlocal rows
+        rows += len(args[0])
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(note)
+    try:
+        sample(guider, side, comfy.samplers.sampler_object("euler"))
+    finally:
+        handle.remove()
+    return rows
+
+
+def measure(rounds: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    euler = comfy.samplers.sampler_object("euler")
+    heads = ("stock step", "dual step", "one row", "reading", "read each step")
+    print(f"{'latent':<8}" + "".join(f"{head:>16}" for head in heads))
+    with torch.inference_mode():
+        model = random_sd15(dtype=dtype())
+        choose_attention(model)
+        passes = []
+        for side in (32, 64):
+            guiders = {"stock": stock_dual(model), "dual": dual(bridged(model, side)), "row": single(model)}
+            clocks = timed(guiders, side, rounds)
+            stock, step, row = (statistics.median(clocks[name].step) for name in ("stock", "dual", "row"))
+            reading = statistics.median(clocks["dual"].before)
+            passes.append(reading / row)
+            figures[f"dual_step_ratio_{side}"] = step / stock
+            seconds = "".join(f"{value:>15.2f}s" for value in (stock, step, row, reading))
+            print(f"{side}x{side:<5}{seconds}{(step + reading) / stock:>15.2f}x", flush=True)
+        figures["reference_pass_forwards"] = max(passes)
+        peaks = [
+            peak_memory(partial(sample, guiders[name], 64, Clock().sampler(1))) for name in ("stock", "dual")
+        ]
+        figures["peak_memory_ratio_64"] = peaks[1] / peaks[0]
+        small = dual(bridged(model, 8))
+        few, many = (peak_memory(partial(sample, small, 8, euler, steps)) for steps in (5, 50))
+        figures["peak_memory_ratio_50_to_5_steps"] = many / few
+        figures["unet_rows_per_run"] = count_rows(model, small, 8)
+        pair = {"stock": plain_cfg(model), "off": plain_cfg(bridged(model, 32, strength=0.0))}
+        clocks = timed(pair, 32, 2 * rounds + 1)
+        stock, off = (statistics.median(clocks[name].step) for name in pair)
+        figures["strength0_ratio"] = off / stock
+    return figures

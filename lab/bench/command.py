@@ -1,0 +1,49 @@
+"""`python dev.py bench bridge|unify`: speed and memory against the stock host, as ratios in one process; on a
+card where there is one, in float16, and the figures then name it.
+
+`bench training` counts what training a bridge needs; it has arguments of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import bridge as bench_bridge
+from . import training as bench_training
+from . import unify as bench_unify
+from .measuring import on_card
+
+WHAT = {"bridge": bench_bridge, "unify": bench_unify}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["training"]:
+        del sys.argv[1]
+        bench_training.main()
+        return
+    parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement, in alternating order")
+    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
+    parser.add_argument(
+        "--attend-and-excite", action="store_true", help="unify: time diffusers' pipeline, too, if installed"
+    )
+    args = parser.parse_args()
+    bench = WHAT[args.what]
+    extra = {"compare": True} if args.attend_and_excite else {}
+    where = on_card()
+    figures = bench.measure(args.rounds, **extra)
+    print(f"\n{'figure':<36}{'measured':>10}{'aim':>10}")
+    for name, value in figures.items():
+        aim = bench.AIMS.get(name)
+        print(f"{name:<36}{value:>10.3f}{'' if aim is None else f'{aim:.2f}':>10}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures | where, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What training a bridge for SD1.5 costs: `python dev.py run lab.bench.training`.
+
+Memory is counted, not measured: the objective runs on tensors without content, and every storage that
+autograd keeps for the gradients is added up, so the figures are the same on every machine. Attention is
+torch's flash kernel, which keeps no probabilities. Not in them: what CUDA and torch's allocator take for
+themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ...models.bridge import AttentionBridge, BridgeSettings, widths_of
+from ...models.operations import disable_weight_init
+from ...models.sites import find_sites
+from ...patches.bridge.core import Bank
+from ...training.objective import Batch, Draws, Objective, losses
+from ...training.settings import PRECISIONS
+from .measuring import device, now, on_card
+from .random_sd15 import UNET
+
+RESOLUTIONS = (256, 512, 768)
+BATCHES = (1, 4, 8, 32)
+STEPS = 100_000
+TOKENS, TEXT_WIDTH = 77, 768
+GB = 1e9
+
+
+def parts(dtype: torch.dtype, device: torch.device | None = None) -> tuple[Any, AttentionBridge]:
+    """What the objective needs of SD1.5, with frozen weights as they come, and its bridge at rank 64."""
+    unet = UNetModel(**UNET, dtype=dtype, device=device, operations=disable_weight_init)
+    unet.requires_grad_(False)
+    settings = BridgeSettings("SD15", widths_of(find_sites(unet, "training")))
+    bridge = AttentionBridge(settings, torch.float32, device)
+    model = SimpleNamespace(
+        diffusion_model=unet,
+        model_sampling=SimpleNamespace(sigmas=torch.linspace(0.03, 14.6, 1000, device=device)),
+        get_dtype_inference=lambda: dtype,
+    )
+    return model, bridge
+
+
+def row_loss(
+    model: Any, bridge: AttentionBridge, rows: int, resolution: int, precision: str, checkpointing: bool
+) -> torch.Tensor:
+    """The loss of `rows` pairs without content, as training computes it."""
+    device = next(bridge.parameters()).device
+    latents = rows, 4, resolution // 8, resolution // 8
+    text = torch.zeros(rows, TOKENS, TEXT_WIDTH, device=device)
+    picture = torch.zeros(latents, device=device)
+    batch = Batch(picture, picture, text, text, text[:1], picture[:1])
+    never = torch.zeros(rows, dtype=torch.bool, device=device)
+    times = torch.full((rows,), 500, device=device)
+    draws = Draws(times, torch.zeros(latents, device=device), never, never, never)
+    # With it no branch asks for a row's content.
+    objective = Objective(dropout="none", dropped_image="white")
+    dtype = PRECISIONS[precision]
+    with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        bank = Bank(bridge, model.diffusion_model)
+        return losses(model, bank, batch, draws, objective, checkpointing).mean()
+
+
+@cache
+def kept(rows: int, resolution: int, precision: str, checkpointing: bool) -> tuple[int, int, Counter]:
+    """Bytes that autograd keeps; the most of them in one layer; and the bytes of what is always there."""
+    with FakeTensorMode():
+        model, bridge = parts(PRECISIONS[precision] or torch.float32)
+        weights = [*model.diffusion_model.parameters(), *bridge.parameters()]
+        fixed = {StorageWeakRef(weight.untyped_storage()) for weight in weights}
+        learned = sum(p.nbytes for p in bridge.parameters())
+        always = Counter(
+            unet=sum(p.nbytes for p in model.diffusion_model.parameters()),
+            bridge=learned,
+            gradient=learned,
+            adamw=2 * learned,
+            average=learned,
+            parameters=sum(p.numel() for p in bridge.parameters()),
+        )
+        layers: Counter = Counter()
+        seen: dict[StorageWeakRef, torch.Tensor] = {}
+        now = [""]
+        for name, layer in model.diffusion_model.named_modules():
+            if isinstance(layer, (ResBlock, SpatialTransformer)):
+                layer.register_forward_pre_hook(lambda *_, name=name: now.__setitem__(0, name))
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = StorageWeakRef(tensor.untyped_storage())
+            if storage not in fixed and storage not in seen:
+                seen[storage] = tensor  # alive, so that no storage is used twice
+                layers[now[0]] += tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            row_loss(model, bridge, rows, resolution, precision, checkpointing)
+    return sum(layers.values()), max(layers.values()), always
+
+
+def memory(precision: str) -> dict[str, float]:
+    """Figures in GB: what is always there, what each row adds, and the sum by batch."""
+    *_, always = kept(1, RESOLUTIONS[0], precision, False)
+    figures: dict[str, float] = {"parameters": always["parameters"]}
+    names = ("unet", "bridge", "gradient", "adamw", "average")
+    figures |= {f"{name}_gb": always[name] / GB for name in names}
+    # What does not grow with the rows: the bridge's weights as autocast needs them.
+    one, two = (kept(rows, RESOLUTIONS[0], precision, True)[0] for rows in (1, 2))
+    rest = 2 * one - two
+    for resolution in RESOLUTIONS:
+        row, layer, _ = kept(1, resolution, precision, False)
+        less, *_ = kept(1, resolution, precision, True)
+        # Checkpointed, one layer's activations are there again while its gradient is computed.
+        for label, each, again in ((f"{resolution}", row, 0), (f"{resolution}_checkpointed", less, layer)):
+            figures[f"row_gb_{label}"] = (each - rest) / GB
+            for batch in BATCHES:
+                total = sum(always[name] for name in names) + rest + batch * (each - rest + again)
+                figures[f"total_gb_{label}_batch_{batch}"] = total / GB
+    return figures
+
+
+def step_seconds(batch: int, resolution: int, precision: str, checkpointing: bool, steps: int = 3) -> float:
+    """The median time of a step here, with random weights."""
+    model, bridge = parts(PRECISIONS[precision] or torch.float32, device())
+    for weight in [*model.diffusion_model.parameters(), *bridge.parameters()]:
+        torch.nn.init.normal_(weight, std=0.02)
+    optimiser = torch.optim.AdamW(bridge.parameters(), lr=1e-5)
+    times = []
+    for _ in range(steps):
+        begin = now()
+        row_loss(model, bridge, batch, resolution, precision, checkpointing).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        times.append(now() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def table(figures: dict[str, float], precision: str) -> str:
+    """The figures for people."""
+    fixed = ", ".join(
+        f"{name} {figures[f'{name}_gb']:.2f}" for name in ("unet", "bridge", "gradient", "adamw", "average")
+    )
+    lines = [
+        f"{figures['parameters']:,.0f} learned parameters; {precision}; GB: {fixed}",
+        f"{'pixels':>8}{'checkpointing':>15}{'a row':>9}" + "".join(f"{f'batch {b}':>10}" for b in BATCHES),
+    ]
+    for resolution in RESOLUTIONS:
+        for name, suffix in (("no", ""), ("yes", "_checkpointed")):
+            label = f"{resolution}{suffix}"
+            totals = "".join(f"{figures[f'total_gb_{label}_batch_{b}']:>10.1f}" for b in BATCHES)
+            lines.append(f"{resolution:>8}{name:>15}{figures[f'row_gb_{label}']:>9.2f}{totals}")
+    if "step_seconds" in figures:
+        lines.append(
+            f"{STEPS:,} steps of {figures['step_seconds']:.2f} s: {figures['hours_100k_steps']:,.1f} hours"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="dev.py bench training", description=__doc__)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument("--step-seconds", type=float, help="of a step on your machine")
+    when.add_argument("--measure", action="store_true", help="measure a step here")
+    parser.add_argument("--batch", type=int, default=1, help="of the measured step")
+    parser.add_argument("--resolution", type=int, default=256, help="of the measured step")
+    parser.add_argument("--checkpointing", action="store_true", help="in the measured step")
+    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
+    args = parser.parse_args()
+    figures = memory(args.precision)
+    seconds = args.step_seconds
+    if args.measure:
+        seconds = step_seconds(args.batch, args.resolution, args.precision, args.checkpointing)
+    if seconds:
+        figures |= {"step_seconds": seconds, "hours_100k_steps": seconds * STEPS / 3600}
+    if args.measure:
+        figures |= on_card()
+    print(table(figures, args.precision))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What a step that UnifyEdit optimises costs, on SD1.5's full-width UNet with random weights.
+
+A step is everything between two previews of a real sampling: for UnifyEdit the source branch, one gradient
+step on both losses at the sites up to 16x16, and the guided prediction; for the stock run that prediction
+alone. Attention and memory: measuring.py. Memory is measured first, the least first, because a process does
+not give back all it once took. SDXL's memory at 1024x1024 is the estimate that the host is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import comfy.samplers
+import torch
+
+from ...models.sites import find_sites
+from ...patches.attention.choice import structure_sites, word_sites
+from ...patches.attention.recorder import AttentionRecorder, LossGradient
+from ...patches.host.autograd import differentiable_options, gradients
+from ...patches.inversion import Inversion, ModelIdentity
+from ...patches.unify.balance import Balance
+from ...patches.unify.sampler import UnifySampler
+from ...patches.unify.settings import UnifySettings
+from ...patches.unify.source import active_entry, record
+from ...patches.unify.tokens import EditTokens, EditWord
+from .attend_and_excite import attend_and_excite
+from .bridge import conditioning, plain_cfg, sample
+from .measuring import choose_attention, dtype, now, peak_memory
+from .random_sd15 import random_sd15
+from .sdxl_memory import gradient_gib
+
+NODE = "bench"
+SIDE = 16
+STEPS = 2  # of a timed run: the first holds the preparation and does not count
+FEW, MANY = 5, 25
+TOKENS = EditTokens((EditWord("word", (2,), (2,)),), edit_length=4, source_length=4, alignment=())
+AIMS = {
+    "step_ratio_32": 2.0,
+    "step_ratio_64": 2.0,
+    "peak_memory_ratio_64": 1.8,
+    "peak_memory_ratio_64_checkpointed": 1.4,
+    "sdxl_1024_gradient_gib": 6.0,
+    "sdxl_1024_gradient_gib_checkpointed": 4.0,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One kind of sampling: a guider and a SAMPLER for each number of steps."""
+
+    guider: Any
+    sampler: Callable[[int], Any]
+
+    def seconds(self, side: int) -> list[float]:
+        """The time of each step but the first."""
+        marks: list[float] = []
+        sampling = self.guider.model_patcher.get_model_object("model_sampling")
+        noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
+        self.guider.sample(
+            noise,
+            torch.zeros_like(noise),
+            self.sampler(STEPS),
+            comfy.samplers.calculate_sigmas(sampling, "normal", STEPS),
+            callback=lambda *_: marks.append(now()),
+            disable_pbar=True,
+            seed=1,
+        )
+        return [after - before for before, after in itertools.pairwise(marks)]
+
+
+def inversion(model: Any, side: int, steps: int) -> Inversion:
+    """A random straight path: what a step costs does not depend on where it leads."""
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    clean, noise = torch.randn(2, 1, 4, side, side, generator=torch.Generator().manual_seed(2))
+    path = clean + sigmas.view(-1, 1, 1, 1, 1) * noise
+    return Inversion(path, sigmas, conditioning(3), ModelIdentity.of(model))
+
+
+def unify(model: Any, side: int, checkpoint: bool = False) -> Run:
+    """UnifyEdit with both losses at every step."""
+
+    def sampler(steps: int) -> UnifySampler:
+        settings = UnifySettings(
+            inversion(model, side, steps),
+            TOKENS,
+            Balance(combination="norm"),
+            structure_side=SIDE,
+            word_side=SIDE,
+            checkpoint=checkpoint,
+        )
+        return UnifySampler(settings)
+
+    return Run(plain_cfg(model), sampler)
+
+
+def stock(model: Any) -> Run:
+    return Run(plain_cfg(model), lambda steps: comfy.samplers.sampler_object("euler"))
+
+
+def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
+    """The target branch's forward and backward alone, its UNet ended after the last site or not."""
+
+    def step(
+        model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
+    ) -> torch.Tensor:
+        guider, (height, width) = model.inner_model, x.shape[-2:]
+        sites = find_sites(guider.inner_model.diffusion_model, NODE)
+        entry = active_entry(guider.conds["positive"], float(sigmas[0]))
+        begin = now()
+        with gradients():
+            leaf = x.clone().requires_grad_()
+            recorder = AttentionRecorder(
+                structure_sites(NODE, sites, height, width, SIDE),
+                word_sites(NODE, sites, height, width, SIDE),
+                stop=stop,
+            )
+            options = differentiable_options(extra_args["model_options"])
+            record(NODE, guider.inner_model, recorder, entry, leaf, sigmas[0] * x.new_ones([1]), options)
+            ends = [
+                site.q for site in (*recorder.self_attention.values(), *recorder.cross_attention.values())
+            ]
+            LossGradient(leaf.new_zeros(1), [(q, torch.ones_like(q)) for q in ends]).by_latent(leaf)
+        seconds.append(now() - begin)
+        return x
+
+    return Run(plain_cfg(model), lambda steps: comfy.samplers.KSAMPLER(step))
+
+
+def timed(runs: dict[str, Run], side: int, rounds: int) -> dict[str, float]:
+    """Each run's median step over `rounds` samplings in alternating order, and one before them that does not
+    count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for turn in range(rounds + 1):
+        for name in order if turn % 2 else reversed(order):
+            steps = runs[name].seconds(side)
+            times[name] += steps if turn else []
+    return {name: statistics.median(steps) for name, steps in times.items()}
+
+
+def peak(run: Run, side: int, steps: int) -> int:
+    """Bytes."""
+    return peak_memory(partial(sample, run.guider, side, run.sampler(steps), steps))
+
+
+def measure(rounds: int, compare: bool = False) -> dict[str, float]:
+    figures = {
+        "sdxl_1024_gradient_gib": gradient_gib(checkpoint=False),
+        "sdxl_1024_gradient_gib_checkpointed": gradient_gib(checkpoint=True),
+    }
+    with torch.inference_mode():
+        model = random_sd15(dtype=dtype())
+        choose_attention(model)
+        few, many = (peak(unify(model, 8), 8, steps) for steps in (FEW, MANY))
+        figures["memory_growth_mb_25_to_5_steps"] = (many - few) / 1e6
+        figures["trajectory_mb_50_steps_64"] = inversion(model, 64, 50).trajectory.nbytes / 1e6
+        least, checkpointed, most = (
+            peak(run, 64, 2) for run in (stock(model), unify(model, 64, checkpoint=True), unify(model, 64))
+        )
+        for name, size in (("stock", least), ("checkpointed", checkpointed), ("optimised", most)):
+            print(f"peak memory at 64x64, {name}: {size / 1e9:.2f} GB", flush=True)
+        figures["peak_memory_ratio_64"] = most / least
+        figures["peak_memory_ratio_64_checkpointed"] = checkpointed / least
+        heads = ("stock step", "optimised step", "checkpointed", "gradient", "without stop")
+        print(f"{'latent':<8}" + "".join(f"{head:>16}" for head in heads))
+        for side in (32, 64):
+            median = timed(
+                {
+                    "stock": stock(model),
+                    "unify": unify(model, side),
+                    "checkpointed": unify(model, side, checkpoint=True),
+                },
+                side,
+                rounds,
+            )
+            stopped: list[float] = []
+            whole: list[float] = []
+            pair = [gradient_only(model, True, stopped), gradient_only(model, False, whole)]
+            for turn in range(rounds + 1):
+                for run in pair if turn % 2 else reversed(pair):
+                    run.seconds(side)
+            for name, seconds in (("stopped", stopped), ("whole", whole)):
+                median[name] = statistics.median(seconds[1:])
+            print(f"{side}x{side:<5}" + "".join(f"{value:>15.2f}s" for value in median.values()), flush=True)
+            figures[f"step_ratio_{side}"] = median["unify"] / median["stock"]
+            figures[f"step_ratio_{side}_checkpointed"] = median["checkpointed"] / median["stock"]
+            figures[f"early_stop_share_{side}"] = median["stopped"] / median["whole"]
+            if compare:
+                other = attend_and_excite(side, rounds)
+                figures[f"attend_and_excite_step_ratio_{side}"] = other["seconds"] / median["stock"]
+    if compare:
+        figures["attend_and_excite_peak_memory_ratio_64"] = other["peak"] / least
+    return figures

@@ -1,0 +1,1 @@
+"""Studies on the Tiny Studio's held-out edits."""

@@ -1,0 +1,143 @@
+"""A small classifier that reads a scene's attributes off a picture. Trained on drawings only; used by
+tests and benchmarks, never by the product.
+
+It is shown every combination of attributes, also those that the model never sees: a reader that had not met
+them would take them for their neighbours, and judge the model for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from ...models.tiny_studio import scenes
+from .training_tools import learning_rate, resume, save, say
+
+FILE = Path(__file__).with_name("attribute_classifier.safetensors")
+KINDS = tuple(scenes.ATTRIBUTES)
+HEADS = [("kind", "kind", KINDS)] + [
+    (kind, name, options)
+    for kind, attributes in scenes.ATTRIBUTES.items()
+    for name, options in attributes.items()
+]
+
+
+class Judge(torch.nn.Module):
+    """Pictures [B, 3, 64, 64] in 0..1 -> logits of every head, joined along the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[torch.nn.Module] = []
+        for before, after in ((3, 32), (32, 64), (64, 96)):
+            layers += [
+                torch.nn.Conv2d(before, after, 3, stride=2, padding=1),
+                torch.nn.GroupNorm(8, after),
+                torch.nn.SiLU(),
+            ]
+        layers += [
+            torch.nn.Conv2d(96, 32, 1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(2048, 256),
+            torch.nn.SiLU(),
+        ]
+        self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(256, sum(len(o) for *_, o in HEADS)))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.layers(pictures * 2 - 1)
+
+    @torch.no_grad()
+    def read(self, pictures: np.ndarray | torch.Tensor) -> list[dict[str, str]]:
+        """Pictures [B, 128, 128, 3], values 0..1 -> for each its kind and the attributes of that kind, by
+        name.
+        """
+        batch = _small(torch.as_tensor(np.asarray(pictures, np.float32)))
+        found = []
+        parts = self(batch).split([len(options) for *_, options in HEADS], dim=-1)
+        best = [part.argmax(-1).tolist() for part in parts]
+        for row in range(len(batch)):
+            kind = KINDS[best[0][row]]
+            read = {
+                name: options[index[row]]
+                for (of, name, options), index in zip(HEADS, best, strict=True)
+                if of == kind
+            }
+            found.append({"kind": kind, **read})
+        return found
+
+
+def load(path: Path = FILE) -> Judge:
+    judge = Judge()
+    judge.load_state_dict(safetensors.torch.load_file(path))
+    return judge.eval()
+
+
+def _targets(pool: list[scenes.Scene]) -> torch.Tensor:
+    """[scenes, heads] option indices; -100 (ignored) where the attribute belongs to the other kind."""
+    rows = []
+    for scene in pool:
+        row = [KINDS.index(scene.kind)]
+        row += [o.index(scene.values[n]) if k == scene.kind else -100 for k, n, o in HEADS[1:]]
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def _small(pictures: torch.Tensor) -> torch.Tensor:
+    """[B, 128, 128, 3] -> [B, 3, 64, 64]: half the size is enough to read everything."""
+    return F.avg_pool2d(rearrange(pictures, "b h w c -> b c h w"), 2)
+
+
+def _worn(pictures: torch.Tensor) -> torch.Tensor:
+    """Drawings as a decoder might give them back: blurred, noisy, slightly off in brightness and colour."""
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    pictures = torch.lerp(pictures, blurred, 0.4 * torch.rand(len(pictures), 1, 1, 1))
+    shift = 0.04 * torch.randn(len(pictures), 3, 1, 1)
+    coarse = F.interpolate(torch.randn(len(pictures), 3, 8, 8), size=pictures.shape[-2:], mode="bilinear")
+    return (
+        pictures
+        + shift
+        + 0.04 * torch.rand(len(pictures), 1, 1, 1) * coarse
+        + 0.02 * torch.randn_like(pictures)
+    ).clamp(0, 1)
+
+
+def train(
+    work: Path, pictures: np.ndarray, pool: list[scenes.Scene], steps: int = 5200, batch: int = 48
+) -> None:
+    torch.manual_seed(3)
+    rng = np.random.default_rng(31)
+    held = [scenes.sample_scene(rng, held=True) for _ in range(1 + len(pool) // 8)]
+    drawn = np.stack([np.round(scene.draw() * 255).astype(np.uint8) for scene in held])
+    judge, path = Judge(), work / "judge.pt"
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
+    step = 0
+    if state := resume(path):
+        judge.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        step = state["step"]
+    targets = _targets([*pool, *held])
+    rng = np.random.default_rng(3000 + step)
+    while step < steps:
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * learning_rate(step, steps)
+        picked = np.sort(rng.integers(len(targets), size=batch))
+        first = picked[picked < len(pool)]
+        shown = np.concatenate([pictures[first], drawn[picked[len(first) :] - len(pool)]])
+        image = _small(torch.from_numpy(shown).float() / 255)
+        parts = judge(_worn(image)).split([len(options) for *_, options in HEADS], dim=-1)
+        losses = [
+            F.cross_entropy(part, targets[picked, head], reduction="sum") for head, part in enumerate(parts)
+        ]
+        loss = torch.stack(losses).sum() / batch
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        step += 1
+        if step % 100 == 0:
+            say(f"judge {step}/{steps} loss {loss.item():.4f}")
+        if step % 500 == 0 or step == steps:
+            save(path, {"model": judge.state_dict(), "optimiser": optimiser.state_dict(), "step": step})

@@ -1,0 +1,149 @@
+"""Learn the Tiny Studio's bridges on its drawn world: `python dev.py run lab.tiny_studio.train_bridge`.
+
+One is the bridge that ships. The others are what the bridge study compares, all with the same budget, pairs
+and seeds. Each goes on from its checkpoint and is packed when it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ...models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, widths_of
+from ...models.bridge_file import save_bridge
+from ...models.sites import find_sites
+from ...models.tiny_studio import scenes, studio
+from ...training.cache import EncodedPairs, encode_pairs
+from ...training.objective import Objective
+from ...training.pairs import EditPair
+from ...training.settings import TrainSettings
+from ...training.trainer import Trainer
+from . import train_diffusion
+from .training_tools import say
+
+WORK = Path(__file__).resolve().parents[2] / ".studio" / "bridges"
+COMPARED = Path(__file__).resolve().parents[1] / "studies" / "bridges"
+PAIRS_A_TYPE = 800
+RANK = 32
+SAVE_EVERY = 60  # seconds
+SETTINGS = TrainSettings(
+    batch=16,
+    optimiser="muon",
+    precision="bf16",
+    ema=0.99,
+    objective=Objective(offset_noise=train_diffusion.OFFSET_NOISE, min_snr=0.2),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A bridge and its training. zero_start: whether a linear F starts at zero. instruction: whether the
+    edit's text says the change only. rate: the learning rate. decay: the steps over which it falls.
+    """
+
+    direction: str = "reference_queries"
+    fusion: str = "linear"
+    zero_start: bool = True
+    instruction: bool = False
+    reference_time: str = "zero"
+    steps: int = 500
+    rate: float = 6e-3
+    decay: int = 0
+
+
+SHIPPED = "shipped"
+VARIANTS = {
+    SHIPPED: Variant(steps=4400, rate=5e-3, decay=2200),
+    **{f"{d}_{f}": Variant(d, f) for d in DIRECTIONS for f in FUSIONS},
+    "random_start": Variant(zero_start=False),
+    "same_time": Variant(reference_time="same"),
+    "instruction": Variant(instruction=True),
+}
+
+
+def drawn_pairs(instruction: bool = False) -> Iterator[EditPair]:
+    """The training pairs, of all edit types and wordings: no combination in them is held out."""
+    for seed in range(PAIRS_A_TYPE):
+        wording = scenes.WORDINGS[seed % len(scenes.WORDINGS)]
+        for edit_type in scenes.EDIT_TYPES:
+            pair = scenes.sample_edit(edit_type, seed, wording)
+            text = scenes.instruction(pair) if instruction else pair.edit_text
+            source, edit = (torch.from_numpy(scene.draw()) for scene in (pair.source, pair.target))
+            yield EditPair(f"{edit_type}-{seed}", source, edit, pair.source_text, text)
+
+
+def encoded_pairs(work: Path, instruction: bool = False) -> EncodedPairs:
+    """The training pairs as latents and text embeddings, encoded where they are not yet."""
+    total = PAIRS_A_TYPE * len(scenes.EDIT_TYPES)
+
+    def report(done: int) -> None:
+        if done % 600 == 0:
+            say(f"encoded {done}/{total} pairs")
+
+    encoders = studio.load_vae(), studio.load_clip()
+    return encode_pairs(drawn_pairs(instruction), *encoders, work / "pairs", report)
+
+
+def new_bridge(variant: Variant, widths: dict, seed: int) -> AttentionBridge:
+    settings = BridgeSettings(
+        studio.TinySD15.__name__, widths, RANK, float(RANK), variant.direction, variant.fusion
+    )
+    bridge = AttentionBridge(settings, torch.float32).reset(seed)
+    if not variant.zero_start:
+        torch.manual_seed(seed)
+        for key in widths:
+            torch.nn.Linear.reset_parameters(bridge.site(key).fuse)
+    return bridge
+
+
+def train(name: str, work: Path) -> None:
+    """Learn one variant, from its checkpoint on if there is one, and pack its averaged weights."""
+    variant = VARIANTS[name]
+    pairs = encoded_pairs(work, variant.instruction)
+    model = studio.load_model(disable_dynamic=True).model
+    objective = replace(SETTINGS.objective, reference_time=variant.reference_time)
+    settings = replace(SETTINGS, learning_rate=variant.rate, decay=variant.decay, objective=objective)
+    bridge = new_bridge(variant, widths_of(find_sites(model.diffusion_model, "training")), settings.seed)
+    trainer = Trainer(model, bridge, pairs, settings, "cpu")
+    path = work / f"{name}.pt"
+    if path.exists():
+        trainer.load(path)
+    begin = saved = time.monotonic()
+    first = trainer.step
+    while trainer.step < variant.steps:
+        trainer.run_step()
+        if trainer.step % 50 == 0:
+            rate = (trainer.step - first) / (time.monotonic() - begin)
+            recent = trainer.losses[-200:]
+            say(
+                f"{name} {trainer.step}/{variant.steps} loss {sum(recent) / len(recent):.4f}, "
+                f"{rate:.2f} steps/s, {(variant.steps - trainer.step) / rate / 60:.0f} min left"
+            )
+        if time.monotonic() - saved > SAVE_EVERY or trainer.step == variant.steps:
+            trainer.save(path)
+            saved = time.monotonic()
+    with trainer.averaged():
+        packed = AttentionBridge(bridge.settings, torch.float16)
+        packed.load_state_dict(bridge.state_dict())
+    save_bridge(packed, studio.BRIDGE if name == SHIPPED else COMPARED / f"{name}.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lab.tiny_studio.train_bridge", description=__doc__)
+    parser.add_argument("--work", type=Path, default=WORK, help="checkpoints and encoded pairs")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for name in args.variants:
+        train(name, args.work)
+
+
+if __name__ == "__main__":
+    main()

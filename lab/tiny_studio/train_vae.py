@@ -1,0 +1,100 @@
+"""Learn the Tiny Studio's VAE on crops of drawn scenes, and refine it when the UNet has learned its latents.
+
+Muon on the convolutions and a fixed noise on the latents instead of a learned one: on two cores they
+reach in 200 steps what AdamW with a KL term needs 600 for (measured).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...models.tiny_studio import drawing, networks
+from .training_tools import Average, Optimiser, learning_rate, resume, save, say
+
+CROP, BATCH = 64, 8
+LATENT_NOISE = 0.1
+ANCHOR = 0.3  # of the distance of refined latents from those that the UNet knows
+COLOUR_WEIGHT = (
+    4.0  # of each cell's mean colour: group normalisation drops it, and edges hide that in the plain loss
+)
+MUON_RATE, ADAM_RATE = 6e-3, 2e-3
+
+
+def crops(pictures: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """Random crops [BATCH, 3, CROP, CROP] in -1..1, placed on the latent grid."""
+    batch = np.empty((BATCH, CROP, CROP, 3), np.float32)
+    for row in range(BATCH):
+        y, x = rng.integers(0, (drawing.SIZE - CROP) // 8 + 1, 2) * 8
+        batch[row] = pictures[rng.integers(len(pictures)), y : y + CROP, x : x + CROP]
+    return torch.from_numpy(batch).permute(0, 3, 1, 2) / 127.5 - 1.0
+
+
+def _latent(vae: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    return vae.quant_conv(vae.encoder(image)).chunk(2, dim=1)[0].float()
+
+
+def train(work: Path, pictures: np.ndarray, steps: int, refine: bool = False) -> None:
+    """Learn both halves, or refine a finished pair, whose latents then stay close to what they were."""
+    torch.manual_seed(0)
+    vae = networks.new_vae()
+    path = work / ("refine.pt" if refine else "vae.pt")
+    optimiser = Optimiser([vae], MUON_RATE, ADAM_RATE)
+    average = Average(vae, 0.998)
+    step = 0
+    if state := resume(path):
+        step = state["step"]
+        vae.load_state_dict(state["model"])
+        average.values = state["average"]
+        optimiser.load_state_dict(state["optimisers"])
+    elif refine:
+        average.values = resume(work / "vae.pt")["average"]
+        vae.load_state_dict(average.values)
+    known = None
+    if refine:
+        known = networks.new_vae().requires_grad_(False)
+        known.load_state_dict(resume(work / "vae.pt")["average"])
+    rng = np.random.default_rng(1000 + step)
+    begin = saved = time.time()
+    first = step
+    errors: list[float] = []
+
+    def checkpoint() -> None:
+        states = {"model": vae.state_dict(), "average": average.values, "optimisers": optimiser.state_dict()}
+        save(path, {**states, "step": step})
+
+    while step < steps:
+        image = crops(pictures, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = _latent(vae, image)
+            out = vae.decoder(vae.post_quant_conv(mean + LATENT_NOISE * torch.randn_like(mean))).float()
+        mse = F.mse_loss(out, image)
+        colour = F.mse_loss(F.avg_pool2d(out, 8), F.avg_pool2d(image, 8))
+        loss = F.l1_loss(out, image) + 4.0 * mse + COLOUR_WEIGHT * colour
+        if known is None:
+            loss = loss + 1e-4 * mean.square().mean()
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss + ANCHOR * F.mse_loss(mean, _latent(known, image))
+        vae.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step(learning_rate(step, steps) * (0.4 if refine else 1.0))
+        step += 1
+        average.update(vae, step)
+        errors.append(mse.item())
+        if step % 100 == 0:
+            psnr = 10 * math.log10(4 / np.mean(errors[-100:]))
+            left = (steps - step) * (time.time() - begin) / (step - first) / 60
+            say(
+                f"{path.stem} {step}/{steps} psnr {psnr:.2f} dB, latent std {mean.std().item():.2f}, "
+                f"{left:.0f} min left"
+            )
+        if time.time() - saved > 120:
+            checkpoint()
+            saved = time.time()
+    checkpoint()

@@ -1,0 +1,1 @@
+"""Image metrics and the networks that they look through."""

@@ -1,0 +1,141 @@
+"""How near an edited picture is to another one: to its source, or to the true edit where there is one.
+
+Pictures are IMAGE tensors, [images, height, width, 3], 0 to 1; every figure is one number an image. The
+EMU-Edit test set has no true edits, so there edits are compared with their source (arXiv 2508.20505).
+Value ranges follow MagicBrush's public `image_eval.py` (arXiv 2306.10012) and PnPInversion's
+`matrics_calculator.py` (arXiv 2310.01506).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from einops import rearrange
+from kornia.geometry.transform import resize
+from kornia.metrics import ssim
+
+from ..patches.attention.masks import check_mask
+
+NODE = "DescEditMetrics"
+PSNR_CEILING = 100.0
+_SSIM_WINDOW = 11
+_VAE_STEP = 8
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def figures(
+    edited: torch.Tensor,
+    reference: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    networks: Mapping[str, Network] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every figure of `edited` against `reference`, [images] each, in float32 on the CPU.
+
+    edited: [images, height, width, 3]. reference: the same, or [1, ...] for all. mask: [images or 1, height,
+    width], 0 to 1, of the reference's size or proportions; with it come `<figure>_inside` and
+    `<figure>_outside`, nan where that region is empty.
+
+    `l1`, `l2`: mean absolute and mean squared difference of the values. `psnr`: -10 log10(l2) in dB, at most
+    100. `ssim`: mean of the map of Wang et al. (2004) with a Gaussian window of 11 pixels and sigma 1.5, each
+    channel for itself, which is torchmetrics' value. Inside a mask, l1, l2 and psnr are means over the
+    region's own values; PnPInversion divides by the whole image's number of pixels instead, which gives
+    -10 log10(the region's share) dB more. For ssim both pictures are multiplied by the mask and the map is
+    averaged over the region.
+
+    networks: further figures by name, functions of two pictures [images, height, width, 3] that give
+    [images]. Inside a mask, both pictures are multiplied by it, as PnPInversion does.
+
+    An edited picture of another size is resized to the reference's, as MagicBrush does; but a reference that
+    is larger by the few pixels that the host's VAE crops is cropped alike. Raises ValueError for numbers of
+    images, sizes or masks that do not belong together.
+    """
+    edited, reference = _fit(edited[..., :3].float(), reference[..., :3].float())
+    whole = torch.ones_like(edited[..., 0])
+    found = _region_figures(edited, reference, whole, networks or {}, "")
+    if mask is not None:
+        inside = _fit_mask(mask.to(edited), *edited.shape[:3])
+        for region, name in ((inside, "_inside"), (1 - inside, "_outside")):
+            found |= _region_figures(edited, reference, region, networks or {}, name)
+    return {name: values.detach().float().cpu() for name, values in found.items()}
+
+
+def _region_figures(
+    edited: torch.Tensor,
+    reference: torch.Tensor,
+    region: torch.Tensor,
+    networks: Mapping[str, Network],
+    suffix: str,
+) -> dict[str, torch.Tensor]:
+    """region: [images, height, width], 0 to 1."""
+    difference = edited - reference
+    l2 = _mean(difference**2, region)
+    edited, reference = (picture * region[..., None] for picture in (edited, reference))
+    found = {
+        "l1": _mean(difference.abs(), region),
+        "l2": l2,
+        "psnr": (-10 * l2.log10()).clamp(max=PSNR_CEILING),
+        "ssim": _mean(_ssim_map(edited, reference), region),
+    }
+    for name, network in networks.items():
+        values = network(edited, reference).to(l2)
+        found[name] = torch.where(region.flatten(1).amax(dim=1) > 0, values, torch.nan)
+    return {name + suffix: values for name, values in found.items()}
+
+
+def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[images] of the values [images, height, width, 3] with weights [images, height, width]; nan without
+    any.
+    """
+    return (values.mean(dim=-1) * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
+
+
+def _ssim_map(edited: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    first, second = (rearrange(picture, "b h w c -> b c h w") for picture in (edited, reference))
+    return rearrange(ssim(first, second, _SSIM_WINDOW), "b c h w -> b h w c")
+
+
+def _fit(edited: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(reference) not in (1, len(edited)):
+        raise ValueError(
+            f"{NODE}: {len(edited)} edited images cannot be compared with {len(reference)}: give one to "
+            "compare with, or one for each"
+        )
+    height, width = edited.shape[1:3]
+    wanted_height, wanted_width = reference.shape[1:3]
+    if _is_cropped(reference, height, width):
+        reference = _crop(reference, height, width)
+    elif abs(height * wanted_width - width * wanted_height) <= 0.01 * width * wanted_height:
+        edited = rearrange(edited, "b h w c -> b c h w")
+        size = (wanted_height, wanted_width)
+        edited = torch.nn.functional.interpolate(edited, size, mode="bicubic", antialias=True).clamp(0, 1)
+        edited = rearrange(edited, "b c h w -> b h w c")
+    else:
+        raise ValueError(
+            f"{NODE}: the edited image is {width}x{height} but the one to compare with is "
+            f"{wanted_width}x{wanted_height}: crop or pad them to the same proportions"
+        )
+    if min(edited.shape[1:3]) < _SSIM_WINDOW:
+        raise ValueError(
+            f"{NODE}: images of {width}x{height} are too small: they need {_SSIM_WINDOW} pixels a side"
+        )
+    return edited, reference.expand_as(edited)
+
+
+def _fit_mask(mask: torch.Tensor, images: int, height: int, width: int) -> torch.Tensor:
+    check_mask(NODE, mask, images, height, width)
+    if _is_cropped(mask, height, width):
+        mask = _crop(mask, height, width)
+    mask = resize(rearrange(mask, "b h w -> b 1 h w"), (height, width), interpolation="area")
+    return rearrange(mask, "b 1 h w -> b h w").clamp(0, 1).expand(images, -1, -1)
+
+
+def _is_cropped(whole: torch.Tensor, height: int, width: int) -> bool:
+    """Whether height and width are `whole`'s, less the few pixels that the host's VAE crops."""
+    return 0 <= whole.shape[1] - height < _VAE_STEP and 0 <= whole.shape[2] - width < _VAE_STEP
+
+
+def _crop(whole: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The middle, as the host's VAE crops it."""
+    top, left = (whole.shape[1] - height) // 2, (whole.shape[2] - width) // 2
+    return whole[:, top : top + height, left : left + width]

@@ -1,0 +1,1 @@
+"""The attention of the host's networks: its layers, slots and recorder."""

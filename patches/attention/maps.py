@@ -1,0 +1,191 @@
+"""What a UNet attends to at one point of the sampling, as maps to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from einops import rearrange, reduce
+from kornia.color import ColorMap
+from kornia.geometry.transform import resize
+
+from ...models.sites import Site, SiteKey, find_sites
+from ..host.inputs import read_samples
+from ..host.progress import progress
+from ..inversion import Inversion
+from ..unify.source import active_entry, record
+from ..unify.tokens import EditTokens
+from .checks import check_order
+from .choice import word_sites
+from .recorder import AttentionRecorder, Projections
+
+NODE = "DescEditAttentionMaps"
+_COMPONENTS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """words: for each word a map, [images, rows, columns]: the mean over heads, sites and the word's tokens
+    of the probability with which a place looks at a token. structure: [images, rows, columns, 3], 0 to 1: the
+    three leading components of self-attention.
+    """
+
+    words: dict[str, torch.Tensor]
+    structure: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where to look: at a clean latent with this seed's noise added, or at an inversion's path.
+
+    samples: [images, channels, height, width] as a VAE gives it. Exactly one of samples and inversion is
+    given. percent: 0 is pure noise, 1 the clean image; of an inversion the nearest step is taken.
+    """
+
+    percent: float
+    samples: torch.Tensor | None = None
+    inversion: Inversion | None = None
+    seed: int = 0
+
+
+def look(
+    model: Any, conditioning: list[Any], tokens: EditTokens, place: Place, word_side: int, structure_side: int
+) -> View:
+    """Run the model once and read its attention.
+
+    model: a ModelPatcher. conditioning: of the description in which the tokens were found; of several
+    entries the first for the whole image at this noise level counts. word_side, structure_side: tokens a
+    side; the nearest grid that the model has is taken. Raises ValueError for inputs that do not belong
+    together.
+    """
+    sites = find_sites(model.model.diffusion_model, NODE)
+    if (place.samples is None) == (place.inversion is None):
+        raise ValueError(f"{NODE}: connect either latent or inversion, and not both")
+    if place.inversion is None:
+        step, (noise, samples, sigma) = 0, _noised(model, place)
+    else:
+        step, sigma = _nearest(model, place.inversion, place.percent)
+        samples = noise = torch.zeros(place.inversion.trajectory.shape[1:])
+    height, width = samples.shape[-2:]
+    cross = word_sites(NODE, sites, height, width, word_side)
+    structure = word_sites(NODE, sites, height, width, structure_side)
+    recorder = AttentionRecorder(structure, cross, stop=True)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": conditioning})
+    sampler = comfy.samplers.KSAMPLER(
+        _look_once, {"recorder": recorder, "inversion": place.inversion, "step": step}
+    )
+    guider.sample(noise, samples, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=place.seed)
+    return View(
+        _word_maps(recorder.cross_attention, tokens, cross, height, width),
+        _components(_mean(recorder.self_attention), structure[0].grid(height, width)),
+    )
+
+
+def _noised(model: Any, place: Place) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Noise, clean latent and noise level."""
+    sampling = model.get_model_object("model_sampling")
+    samples = read_samples(NODE, "latent", place.samples, model)
+    sigma = min(sampling.percent_to_sigma(place.percent), float(sampling.sigma_max))
+    return comfy.sample.prepare_noise(samples, place.seed), samples, sigma
+
+
+def _nearest(model: Any, inversion: Inversion, percent: float) -> tuple[int, float]:
+    """The path's step nearest to `percent`, and its noise level."""
+    inversion.check(NODE, model, inversion.trajectory.shape[1:], inversion.sigmas)
+    along = progress(model.get_model_object("model_sampling"), inversion.sigmas[:-1])
+    step = int((along - percent).abs().argmin())
+    return step, float(inversion.sigmas[step])
+
+
+def _look_once(
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
+    disable: bool | None = None,
+    *,
+    recorder: AttentionRecorder,
+    inversion: Inversion | None,
+    step: int,
+) -> torch.Tensor:
+    """A sampler function that runs the model once, for the recorder's sake."""
+    guider, options = model.inner_model, (extra_args or {})["model_options"]
+    if inversion is not None:
+        x = inversion.latent(step, x)
+    entry = active_entry(guider.conds["positive"], float(sigmas[0]))
+    if entry is None:
+        raise ValueError(
+            f"{NODE}: conditioning has no entry for the whole image at this percent: wire the description "
+            "without an area, a mask or a range of steps"
+        )
+    options = {name: value for name, value in options.items() if name != "multigpu_clones"}
+    record(
+        NODE, guider.inner_model, recorder, entry, x, sigmas[0] * x.new_ones([len(x)]), options, own_grid=True
+    )
+    check_order(NODE, recorder.moved)
+    return x
+
+
+def _mean(sites: Mapping[SiteKey, Projections]) -> torch.Tensor:
+    """Probabilities, [images, places, keys], over heads and sites of one grid."""
+    return sum(site.mean() for site in sites.values()) / len(sites)
+
+
+def _word_maps(
+    attention: Mapping[SiteKey, Projections],
+    tokens: EditTokens,
+    sites: Sequence[Site],
+    height: int,
+    width: int,
+) -> dict[str, torch.Tensor]:
+    if not tokens.words or not all(word.tokens for word in tokens.words):
+        raise ValueError(f"{NODE}: edit_tokens has no words: find the words of the edit first")
+    mean = _mean(attention)
+    last, context = max(max(word.tokens) for word in tokens.words), mean.shape[-1]
+    if last >= context:
+        raise ValueError(
+            f"{NODE}: edit_tokens has token {last} but conditioning has {context} tokens: encode the "
+            "description that the tokens were found in"
+        )
+    rows, columns = sites[0].grid(height, width)
+    # A word that stands twice has a map for each place.
+    texts = [word.text for word in tokens.words]
+    return {
+        f"{word.text} ({word.tokens[0]})" if texts.count(word.text) > 1 else word.text: rearrange(
+            mean[..., list(word.tokens)].mean(dim=-1), "b (h w) -> b h w", h=rows, w=columns
+        )
+        for word in tokens.words
+    }
+
+
+def _components(attention: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The leading principal components of each place's row of self-attention, each scaled to 0..1 and its
+    strongest place bright, [images, rows, columns, 3] (Tumanyan et al., arXiv 2211.12572, show features so).
+    """
+    centred = attention - attention.mean(dim=1, keepdim=True)
+    left, strength, _ = torch.linalg.svd(centred, full_matrices=False)
+    scores = left[..., :_COMPONENTS] * strength[:, None, :_COMPONENTS]
+    strongest = scores.gather(1, scores.abs().argmax(dim=1, keepdim=True))
+    scores = scores * strongest.sign()
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    scores = (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
+    return rearrange(scores, "b (h w) c -> b h w c", h=grid[0], w=grid[1]).cpu()
+
+
+def paint(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Maps over images: each map from its lowest value, dark blue, to its highest, yellow.
+
+    maps: [images, rows, columns]. images: [images or 1, height, width, 3], 0 to 1. Returns the images' size.
+    """
+    low, high = (reduce(maps, "b h w -> b 1 1", kind) for kind in ("min", "max"))
+    scaled = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+    scaled = resize(rearrange(scaled, "b h w -> b 1 h w"), tuple(images.shape[1:3]), interpolation="bilinear")
+    colours = ColorMap("plasma", 256, device=maps.device, dtype=maps.dtype).colors
+    heat = colours.T[(rearrange(scaled, "b 1 h w -> b h w").clamp(0, 1) * 255).round().long()]
+    return 0.4 * images[..., :3].to(heat) + 0.6 * heat

@@ -1,0 +1,49 @@
+"""Masks drawn on the image, as the latent and the UNet's sites see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from kornia.geometry.transform import resize
+
+from ...models.sites import Site, SiteKey
+
+
+def check_mask(node: str, mask: torch.Tensor, rows: int, height: int, width: int) -> None:
+    """Raise ValueError, naming `node`, unless `mask` fits `rows` images of `height` x `width` pixels.
+
+    Another size is resized if its proportions are the image's, to within a hundredth or the 8 pixels that a
+    VAE crops.
+    """
+    images, mask_height, mask_width = mask.shape
+    if images not in (1, rows):
+        raise ValueError(
+            f"{node}: mask has {images} images but {rows} are edited: give one mask, or one for each"
+        )
+    close = abs(mask_width * height - mask_height * width) <= 0.01 * mask_height * width
+    cropped = 0 <= mask_width - width < 8 and 0 <= mask_height - height < 8
+    if not (close or cropped):
+        raise ValueError(
+            f"{node}: mask is {mask_width}x{mask_height} but the image is {width}x{height}: "
+            "draw it on the image, or resize it to the image's size"
+        )
+
+
+def site_masks(
+    mask: torch.Tensor | None, sites: Sequence[Site], height: int, width: int, device: torch.device
+) -> dict[SiteKey, torch.Tensor]:
+    """The edit mask on every site's grid, by area: a place's value is the part of it that the mask covers.
+
+    mask: [rows or 1, any height, any width], 0 to 1, or None for the whole image. height, width: the
+    latent's. Returns [rows or 1, places] per site, on `device`.
+    """
+    mask = torch.ones(1, height, width) if mask is None else mask
+    mask = rearrange(mask.to(device), "b h w -> b 1 h w")
+    return {
+        site.key: rearrange(
+            resize(mask, site.grid(height, width), interpolation="area"), "b 1 h w -> b (h w)"
+        )
+        for site in sites
+    }

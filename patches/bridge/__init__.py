@@ -1,0 +1,1 @@
+"""The attention bridge at work in a model, and dual guidance."""

@@ -1,0 +1,138 @@
+"""The predictions of dual guidance in one batch, each row to other packs what it is in a stock run.
+
+The host numbers the rows of a call by their place in a list of conditionings, and packs read that number: 0
+is the edit description, 1 the unconditional one. A row without the reference is a third place in that list,
+so its number is put right before anyone reads it, in the two doors that the host opens first: `get_control`
+of a conditioning's ControlNet and `model_function_wrapper`. What only a bridge needs to know, that the row
+does not see the reference, travels beside it by the row's own uuid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from uuid import UUID, uuid5
+
+import comfy.samplers
+import torch
+
+from ..host.options import NAME, read_options
+from .run import BLIND
+
+_NAMESPACE = UUID("6f0c7c8e-5d0b-4e0e-9a2b-2d6c1f3b7a55")
+Entries = list[dict[str, Any]]
+
+
+class Row(NamedTuple):
+    """One prediction: with or without the reference, with the edit description or the unconditional one."""
+
+    image: bool
+    text: bool
+
+
+EDIT, UNCONDITIONAL = Row(True, True), Row(True, False)
+
+
+def predict_rows(
+    model: Any,
+    rows: list[Row],
+    texts: dict[bool, Entries],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    options: dict[str, Any],
+) -> dict[Row, torch.Tensor]:
+    """The denoised prediction of each of `rows`, in one batch if memory allows.
+
+    model: the host's BaseModel. rows: at most one of them without the reference. texts: the run's processed
+    conditioning, by `Row.text`. x: [images, ...]. sigma: [images]. options: the call's model options, not
+    touched.
+
+    A `sampler_calc_cond_batch_function` of another node gets pairs of both descriptions, as in a stock run: a
+    row without the reference is a second call, in the place of its partner.
+    """
+    pair = [texts[row.text] if row in rows else None for row in (EDIT, UNCONDITIONAL)]
+    places = {EDIT: 0, UNCONDITIONAL: 1}
+    own = options.get("sampler_calc_cond_batch_function")
+
+    def run(conds: list[Entries | None], options: dict[str, Any]) -> list[torch.Tensor]:
+        if own is None:
+            return comfy.samplers.calc_cond_batch(model, conds, x, sigma, options)
+        return own({"conds": conds, "input": x, "sigma": sigma, "model": model, "model_options": options})
+
+    blind = next((row for row in rows if not row.image), None)
+    if blind is None:
+        found = run(pair, options)
+    else:
+        place = 0 if blind.text else 1
+        entries = [{**entry, "uuid": uuid5(_NAMESPACE, str(entry["uuid"]))} for entry in texts[blind.text]]
+        marks = _Marks(frozenset(entry["uuid"] for entry in entries), place)
+        options = marks.attach(options)
+        if own is not None:
+            partner = [texts[True], texts[False]]
+            partner[place] = entries
+            found = [*run(pair, options), run(marks.controlled(partner), options)[place]]
+        else:
+            found = run(marks.controlled([*pair, entries]), options)
+        places[blind] = 2
+    return {row: found[places[row]] for row in rows}
+
+
+@dataclass(frozen=True, eq=False)
+class _Marks:
+    """What the rows without the reference are called: `index` in place of the host's own number for the
+    entries with these `uuids`.
+    """
+
+    uuids: frozenset[UUID]
+    index: int
+
+    def attach(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A copy of model options whose calls carry these marks."""
+        previous = options.get("model_function_wrapper")
+
+        def call(apply_model: Callable, args: dict[str, Any]) -> torch.Tensor:
+            conditions = args["c"]
+            self.restate(conditions[NAME])
+            if previous is None:
+                return apply_model(args["input"], args["timestep"], **conditions)
+            return previous(apply_model, {**args, "cond_or_uncond": conditions[NAME]["cond_or_uncond"][:]})
+
+        return {**options, "model_function_wrapper": call, NAME: {**options.get(NAME, {}), BLIND: self.uuids}}
+
+    def restate(self, options: dict[str, Any]) -> None:
+        """Put the numbers right in one call's own `transformer_options`, where the host has just written
+        them.
+        """
+        numbered = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        options["cond_or_uncond"] = [self.index if uuid in self.uuids else own for own, uuid in numbered]
+
+    def controlled(self, conds: list[Entries | None]) -> list[Entries | None]:
+        """The same conditionings, whose ControlNets read the numbers as they are put right; rows that share
+        a ControlNet share its stand-in, so that the host still batches them.
+        """
+        known: dict[int, _Control] = {}
+
+        def stand_in(entry: dict[str, Any]) -> dict[str, Any]:
+            if (control := entry.get("control")) is None:
+                return entry
+            return {**entry, "control": known.setdefault(id(control), _Control(control, self))}
+
+        return [entries and [stand_in(entry) for entry in entries] for entries in conds]
+
+
+class _Control:
+    """A ControlNet in the conditionings of one call. All but what it is asked first is its own."""
+
+    def __init__(self, control: Any, marks: _Marks) -> None:
+        vars(self).update(_control=control, _marks=marks)
+
+    def get_control(self, *args: Any, **kwargs: Any) -> Any:
+        self._marks.restate(read_options(args, kwargs))
+        return self._control.get_control(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._control, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._control, name, value)

@@ -1,0 +1,1 @@
+"""Doors of the host that several methods use."""

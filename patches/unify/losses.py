@@ -1,0 +1,109 @@
+"""UnifyEdit's two losses on attention maps (arXiv 2504.05594), as this pack defines them.
+
+The paper's own settings are not published in full; where they are open, the choice made here is said.
+
+Both are sums over attentions, and are taken with their derivatives by queries and keys one attention, and one
+piece of it, at a time: no more than a piece's probabilities are ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from einops import einsum, rearrange, reduce
+
+from ...models.sites import SiteKey
+from ..attention.recorder import LossGradient, Piece, Projections
+from .words import Words
+
+FORMS = ("token_ratio", "spatial_ratio", "area_ratio")
+
+
+# One site's and one piece's probabilities to their part of a loss, [rows].
+_Part = Callable[[SiteKey, Piece, torch.Tensor], torch.Tensor]
+
+
+def structure_loss(
+    source: Mapping[SiteKey, Projections],
+    target: Mapping[SiteKey, Projections],
+    regions: Mapping[SiteKey, torch.Tensor] | None = None,
+) -> LossGradient:
+    """Self-attention preservation: L_SAP = sum (A_self - A*_self)^2, or, in a region M,
+    L_R-SAP = sum (M^ A_self - M^ A*_self)^2 with M^ = M M^T.
+
+    Summed over queries and keys, which weighs every resolution alike, and averaged over heads and sites.
+    source, target: the same sites, each with as many queries as keys. regions: M at each site, [rows or 1,
+    places], 0 to 1; None for everywhere. Values are at least 0.
+    """
+
+    def part(key: SiteKey, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
+        change = probabilities - source[key].probabilities(piece)
+        if regions is not None:
+            region = regions[key]
+            change = change * rearrange(region[:, piece.queries], "b i -> b 1 i 1")
+            change = change * rearrange(region, "b j -> b 1 1 j")
+        return reduce(change.square(), "b h i j -> b", "sum") / (target[key].heads * len(target))
+
+    return _derive(target, part)
+
+
+def alignment_loss(
+    target: Mapping[SiteKey, Projections],
+    words: Words,
+    masks: Mapping[SiteKey, torch.Tensor],
+    form: str = FORMS[0],
+) -> LossGradient:
+    """Cross-attention alignment, averaged over heads, sites and words.
+
+    With A a word's attention (the sum over its tokens) and M the mask as weight of each place:
+
+    token_ratio    (1 - R)^2, R = mean over M of A / (attention that the description's own tokens get): the
+                   token ratio of MAG-Edit (arXiv 2312.11396), with the start mark and the padding left out,
+                   which take most of the attention and say nothing about the edit. 0 to 1. It needs no
+                   outside: without a mask it is the loss for an edit of the whole image.
+    spatial_ratio  3 - 4 R, R = sum over M of A / sum over all places of A: the spatial ratio of MAG-Edit.
+                   -1 to 3.
+    area_ratio     -R^2, R = mean over M of A / mean over 1 - M of A: UnifyEdit's ratio in the form that a
+                   summary of the paper gives; without a lower bound.
+
+    target: queries are places, keys the tokens of the text. masks: [rows or 1, places] at each site, 0 to 1,
+    not all zero, and not all one where the form compares inside and outside.
+    """
+
+    def part(key: SiteKey, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
+        attention = einsum(probabilities, words.tokens, "b h p t, b w t -> b h w p")
+        mask = rearrange(masks[key], "b p -> b 1 1 p")
+        if form == "token_ratio":
+            described = einsum(probabilities, words.description, "b h p t, b t -> b h p")
+            share = attention / rearrange(described, "b h p -> b h 1 p")
+            loss = (1 - _mean(share, mask)).square()
+        elif form == "spatial_ratio":
+            loss = 3 - 4 * (attention * mask).sum(dim=-1) / attention.sum(dim=-1)
+        else:
+            loss = -(_mean(attention, mask) / _mean(attention, 1 - mask)).square()
+        return einsum(loss, words.weights, "b h w, b w -> b") / (target[key].heads * len(target))
+
+    return _derive(target, part, whole_heads=True)
+
+
+def _derive(target: Mapping[SiteKey, Projections], part: _Part, whole_heads: bool = False) -> LossGradient:
+    """The sum of all parts, and its derivatives by those queries and keys that have a gradient."""
+    values, parts = [], []
+    for key, site in target.items():
+        ends = [tensor for tensor in (site.q, site.k) if tensor.requires_grad]
+        q, k = (tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in (site.q, site.k))
+        leaves = [leaf for leaf in (q, k) if leaf.requires_grad]
+        slopes: Sequence[torch.Tensor] = ()
+        for piece in site.pieces(whole_heads):
+            value = part(key, piece, Projections(q, k, site.heads).probabilities(piece))
+            values.append(value.detach())
+            if leaves:
+                more = torch.autograd.grad(value.sum(), leaves)
+                slopes = [one + other for one, other in zip(slopes, more, strict=True)] if slopes else more
+        parts += zip(ends, slopes, strict=True)
+    return LossGradient(torch.stack(values).sum(dim=0), parts)
+
+
+def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (values * weights).sum(dim=-1) / weights.sum(dim=-1)

@@ -1,0 +1,172 @@
+"""UnifyEdit's source branch: the inverted image's latents, run with the source description."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+
+from ...models.sites import Site
+from ..attention.checks import TAKE_OUT
+from ..attention.recorder import AttentionRecorder, Expected
+from ..inversion import Inversion
+
+
+class SourceBranch:
+    """The source branch of one sampling.
+
+    guider: the host's, in a run. x: the latent that is sampled, [rows, ...]. options: the model options of
+    every call. memory: bytes that the run needs beside what the host has made room for. Raises ValueError,
+    naming `node`, if the inversion is virtual and its description is silent at a step.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        guider: Any,
+        inversion: Inversion,
+        x: torch.Tensor,
+        options: dict[str, Any],
+        extra_args: dict[str, Any],
+        memory: float,
+    ) -> None:
+        self._node, self._guider, self._inversion, self._options = node, guider, inversion, options
+        self._keep = extra_args.get("denoise_mask")
+        self._levels = inversion.sigmas.tolist()
+        self.entries, self._models = self._process(x, extra_args, memory)
+        if inversion.virtual and any(self.entry(step) is None for step in range(inversion.steps)):
+            raise ValueError(
+                f"{node}: the inversion's source description leaves out a part of the sampling, which a "
+                "virtual inversion cannot: take its time range away"
+            )
+
+    def entry(self, step: int) -> dict[str, Any] | None:
+        """The description's entry for the whole image that is active at `step`."""
+        return active_entry(self.entries, self._levels[step])
+
+    def read(
+        self, step: int, x: torch.Tensor, sigma: torch.Tensor, sites: Sequence[Site]
+    ) -> tuple[AttentionRecorder | None, torch.Tensor | float]:
+        """The self-attention at `sites`, and what to add to the denoised prediction of the target.
+
+        Stored inversion: nothing to add, and no call at all if there are no sites. Virtual inversion: the
+        source's own prediction should be the clean image x_0; how far it is from that is taken off the
+        target's, D* + (x_0 - D_s), which is InfEdit's x_0 + (x*_t - x^s_t) - sigma (eps* - eps_s) (arXiv
+        2312.04965) in denoised space. A target that is predicted as the source comes out as x_0, exactly.
+        """
+        entry, virtual = self.entry(step), self._inversion.virtual
+        if entry is None or not (sites or virtual):
+            return None, 0.0
+        recorder = AttentionRecorder(sites, (), stop=not virtual)
+        (denoised,) = record(
+            self._node,
+            self._guider.inner_model,
+            recorder,
+            entry,
+            self._inversion.latent(step, x),
+            sigma,
+            self._options,
+        )
+        if not virtual:
+            return recorder, 0.0
+        error = self._inversion.latent(-1, x) - denoised
+        return recorder, error if self._keep is None else error * self._keep
+
+    def patchers(self) -> list[Any]:
+        """The ModelPatchers that a model call runs."""
+        return [self._guider.model_patcher, *self._guider.loaded_models, *self._models]
+
+    def _process(
+        self, x: torch.Tensor, extra_args: dict[str, Any], memory: float
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
+        """The description as the model takes it, and the extra models it loaded (ControlNets)."""
+        guider = self._guider
+        conds = {"positive": comfy.sampler_helpers.convert_cond(self._inversion.conditioning)}
+        comfy.samplers.preprocess_conds_hooks(conds)
+        comfy.samplers.filter_registered_hooks_on_conds(conds, self._options)
+        models, own = comfy.sampler_helpers.get_additional_models(conds, guider.model_patcher.model_dtype())
+        # As the host does before a sampling, which knew neither of the gradients nor of these models.
+        rows, *size = x.shape
+        most, least = (guider.inner_model.memory_required([count * rows, *size]) for count in (2, 1))
+        comfy.model_management.load_models_gpu(
+            [guider.model_patcher, *guider.loaded_models, *models],
+            memory_required=most + own + memory,
+            minimum_memory_required=least + own + memory,
+        )
+        conds = comfy.samplers.process_conds(
+            guider.inner_model,
+            x,
+            conds,
+            x.device,
+            self._inversion.latent(-1, x),
+            self._keep,
+            extra_args.get("seed"),
+            latent_shapes=[x.shape],
+        )
+        return conds["positive"], models
+
+    def close(self) -> None:
+        """Let go of what the source description loaded."""
+        comfy.sampler_helpers.cleanup_models({"positive": self.entries}, self._models)
+
+
+def record(
+    node: str,
+    model: Any,
+    recorder: AttentionRecorder,
+    entry: dict[str, Any],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    options: dict[str, Any],
+    own_grid: bool = False,
+) -> list[torch.Tensor]:
+    """One model call for one conditioning entry, recorded. model: the host's BaseModel. own_grid: as in
+    `Expected`. A compiled model runs as it was before, because what was compiled without the recorder does
+    without it.
+
+    Raises ValueError, naming `node`, if the UNet or a layer did not run, or if another node makes the call or
+    a layer something else than what it is by itself.
+    """
+    text = entry["model_conds"]["c_crossattn"].cond.shape[1]
+    expected = Expected(node, len(x), tuple(x.shape[-2:]), text, own_grid)
+    with _uncompiled():
+        denoised = comfy.samplers.calc_cond_batch(
+            model, [[entry]], x, sigma, recorder.attach(options, expected)
+        )
+    if recorder.missing and recorder.ran:
+        raise ValueError(
+            f"{node}: {', '.join(recorder.missing)} did not run: another node leaves the layer out or "
+            f"replaces it. {TAKE_OUT}"
+        )
+    if recorder.missing:
+        raise ValueError(
+            f"{node}: another node keeps the UNet from running at every step (EasyCache, or with a torch "
+            "before 2.6 TorchCompileModel): take it out of the model's chain"
+        )
+    return denoised
+
+
+def _uncompiled() -> AbstractContextManager:
+    """A region in which torch, from 2.6 on, runs what it has compiled as it is written."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
+
+
+def whole_image(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of a processed conditioning that are for no area and no mask."""
+    return [entry for entry in entries if "area" not in entry and "mask" not in entry]
+
+
+def active_entry(entries: Sequence[dict[str, Any]], sigma: float) -> dict[str, Any] | None:
+    """The first entry for the whole image whose range of noise levels holds `sigma`."""
+    for entry in whole_image(entries):
+        if entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf):
+            return entry
+    return None
