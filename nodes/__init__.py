@@ -3,18 +3,10 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import bridge, describe, guidance, inversion, metrics, tiny_studio, training, unify, viewers
+from .errors import named
 
-NODES = [
-    *bridge.NODES,
-    *guidance.NODES,
-    *training.NODES,
-    *inversion.NODES,
-    *unify.NODES,
-    *metrics.NODES,
-    *viewers.NODES,
-    *describe.NODES,
-    *tiny_studio.NODES,
-]
+_FAMILIES = (bridge, guidance, training, inversion, unify, metrics, viewers, describe, tiny_studio)
+NODES = [named(node) for family in _FAMILIES for node in family.NODES]
 
 
 class DescriptiveEdit(ComfyExtension):

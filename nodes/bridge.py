@@ -15,6 +15,7 @@ from ..models.sites import find_sites
 from ..patches.bridge.apply import apply_bridge
 from ..patches.bridge.run import BridgeSetup
 from ..patches.host.inputs import samples_of
+from .errors import naming
 from .saving import SUFFIX, checked_name, next_path
 
 CATEGORY = "descriptive edit/bridge"
@@ -80,7 +81,7 @@ class DescEditLoadBridge(io.ComfyNode):
         try:
             return io.NodeOutput(load_bridge(path))
         except ValueError as error:
-            raise ValueError(f"DescEditLoadBridge: bridge_name: {error}") from None
+            raise ValueError(f"bridge_name: {error}") from None
 
 
 class DescEditNewBridge(io.ComfyNode):
@@ -147,15 +148,11 @@ class DescEditNewBridge(io.ComfyNode):
     def execute(
         cls, model: Any, rank: int, alpha: float, direction: str, fusion: str, reference_self_bridge: bool
     ) -> io.NodeOutput:
-        node = "DescEditNewBridge"
-        sites = find_sites(model.model.diffusion_model, node)
+        sites = find_sites(model.model.diffusion_model)
         base = type(model.model.model_config).__name__
-        try:
-            settings = BridgeSettings(
-                base, widths_of(sites), rank, alpha, direction, fusion, reference_self_bridge
-            )
-        except ValueError as error:
-            raise ValueError(f"{node}: {error}") from None
+        settings = BridgeSettings(
+            base, widths_of(sites), rank, alpha, direction, fusion, reference_self_bridge
+        )
         return io.NodeOutput(new_bridge(settings))
 
 
@@ -188,7 +185,7 @@ class DescEditSaveBridge(io.ComfyNode):
 
     @classmethod
     def execute(cls, bridge: Any, name: str) -> io.NodeOutput:
-        return io.NodeOutput(keep_bridge(bridge.model, checked_name("DescEditSaveBridge", name)))
+        return io.NodeOutput(keep_bridge(bridge.model, checked_name(name)))
 
 
 class DescEditApplyBridge(io.ComfyNode):
@@ -282,7 +279,7 @@ class DescEditApplyBridge(io.ComfyNode):
     ) -> io.NodeOutput:
         setup = BridgeSetup(
             bridge,
-            samples_of("DescEditApplyBridge", "reference", reference),
+            samples_of("reference", reference),
             source,
             strength,
             start_percent,
@@ -290,7 +287,7 @@ class DescEditApplyBridge(io.ComfyNode):
             mask,
             joined=references == JOIN[1],
         )
-        return io.NodeOutput(apply_bridge(model, setup))
+        return io.NodeOutput(apply_bridge(model, setup, naming(cls)))
 
 
 NODES = [DescEditLoadBridge, DescEditNewBridge, DescEditSaveBridge, DescEditApplyBridge]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 CATEGORY = "descriptive edit/text"
-NODE = "DescEditDescribePrompt"
 # The begin and end marks are two of them; of CLIP's tokens, ordinary English needs about 1.3 a word.
 MARKS, WORDS_PER_TOKEN = 2, 0.75
 
@@ -38,7 +37,7 @@ def describe_prompt(instruction: str, source: str = "", max_tokens: int = 77) ->
     """
     instruction, source = " ".join(instruction.split()), " ".join(source.split())
     if not instruction:
-        raise ValueError(f"{NODE}: instruction is empty: type what shall be changed, such as make it winter")
+        raise ValueError("instruction is empty: type what shall be changed, such as make it winter")
     known = KEEP.format(source=source) if source else LOOK
     words = int((max_tokens - MARKS) * WORDS_PER_TOKEN)
     return PROMPT.format(known=known, instruction=instruction, words=words)
@@ -50,7 +49,7 @@ class DescEditDescribePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id=NODE,
+            node_id="DescEditDescribePrompt",
             display_name="Instruction to Description (prompt)",
             category=CATEGORY,
             description=(

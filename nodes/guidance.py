@@ -17,6 +17,7 @@ from ..patches.bridge.guidance import (
     scale_table,
 )
 from ..pictures.plots import draw_curves
+from .errors import naming
 
 CATEGORY = "descriptive edit/guidance"
 ALIASES = ["2508.20505", "dual guidance", "DualCFG", "image guidance", "text guidance"]
@@ -56,11 +57,8 @@ def _inputs() -> list[Any]:
     ]
 
 
-def _guidance(node: str, image: float, text: float, formula: str, schedule: Any) -> DualGuidance:
-    try:
-        return DualGuidance(image, text, formula, schedule)
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from None
+def _guidance(image: float, text: float, formula: str, schedule: Any) -> DualGuidance:
+    return DualGuidance(image, text, formula, schedule)
 
 
 class DescEditDualGuider(io.ComfyNode):
@@ -101,8 +99,8 @@ class DescEditDualGuider(io.ComfyNode):
         formula: str,
         schedule: GuidanceSchedule | None = None,
     ) -> io.NodeOutput:
-        guidance = _guidance("DescEditDualGuider", image_guidance, text_guidance, formula, schedule)
-        guider = DualGuider(model, guidance)
+        guidance = _guidance(image_guidance, text_guidance, formula, schedule)
+        guider = DualGuider(model, guidance, naming(cls))
         guider.set_conds(edit, unconditional)
         return io.NodeOutput(guider)
 
@@ -137,9 +135,8 @@ class DescEditDualGuidance(io.ComfyNode):
         formula: str,
         schedule: GuidanceSchedule | None = None,
     ) -> io.NodeOutput:
-        node = "DescEditDualGuidance"
-        guidance = _guidance(node, image_guidance, text_guidance, formula, schedule)
-        return io.NodeOutput(apply_guidance(model, guidance, node))
+        guidance = _guidance(image_guidance, text_guidance, formula, schedule)
+        return io.NodeOutput(apply_guidance(model, guidance, naming(cls)))
 
 
 class DescEditGuidanceSchedule(io.ComfyNode):
@@ -188,8 +185,7 @@ class DescEditGuidanceSchedule(io.ComfyNode):
         ):
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError(
-                    f"DescEditGuidanceSchedule: {name}_low is {low} and {name}_high {high}, but both must be "
-                    "finite numbers"
+                    f"{name}_low is {low} and {name}_high {high}, but both must be finite numbers"
                 )
             tables.append(scale_table(low, high, CurveInput.from_raw(curve).interp_array))
         schedule = GuidanceSchedule(*tables)

@@ -110,7 +110,7 @@ class DescEditInvert(io.ComfyNode):
         mode: str = MODES[0],
         virtual_seed: int = 0,
     ) -> io.NodeOutput:
-        samples = samples_of("DescEditInvert", "latent", latent)
+        samples = samples_of("latent", latent)
         if mode == "virtual":
             inversion = invert_virtually(model, samples, source, sigmas, virtual_seed)
         else:

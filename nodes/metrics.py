@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..metrics.backbones import ClipSimilarity, ClipText, DinoSimilarity, StructureDistance
-from ..metrics.image import NODE, Network, figures
+from ..metrics.image import Network, figures
 from ..metrics.lpips import NETS, Lpips
 from ..patches.host.inputs import read_images, read_mask
 
@@ -25,7 +25,7 @@ class DescEditMetrics(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id=NODE,
+            node_id="DescEditMetrics",
             display_name="Measure Edit",
             category=CATEGORY,
             description=(
@@ -121,10 +121,10 @@ class DescEditMetrics(io.ComfyNode):
         structure: bool = False,
     ) -> io.NodeOutput:
         if clip is not None and clip_vision is None:
-            raise ValueError(f"{NODE}: clip is connected but clip_vision is not: CLIP-T needs both")
-        edited, source = read_images(NODE, "edited", edited), read_images(NODE, "source", source)
-        target = None if target is None else read_images(NODE, "target", target)
-        mask = None if mask is None else read_mask(NODE, "mask", mask)
+            raise ValueError("clip is connected but clip_vision is not: CLIP-T needs both")
+        edited, source = read_images("edited", edited), read_images("source", source)
+        target = None if target is None else read_images("target", target)
+        mask = None if mask is None else read_mask("mask", mask)
         networks: dict[str, Network] = {}
         if lpips != OFF:
             networks["lpips"] = Lpips(lpips)

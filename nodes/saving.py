@@ -15,7 +15,7 @@ _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 
 
-def checked_name(node: str, name: str) -> str:
+def checked_name(name: str) -> str:
     """A file's name without its ending. Raises ValueError, naming `node`, for one that has a folder in it or
     that some system cannot write.
     """
@@ -38,7 +38,7 @@ def checked_name(node: str, name: str) -> str:
         problem = "has characters that cannot be shown"
     if problem:
         raise ValueError(
-            f"{node}: name is {name!r}, which {problem}: give a plain file name that every system can write, "
+            f"name is {name!r}, which {problem}: give a plain file name that every system can write, "
             "such as soft-portraits"
         )
     return stem

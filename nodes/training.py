@@ -82,12 +82,9 @@ class DescEditEditPairs(io.ComfyNode):
 
         path = _inside_input(folder)
         cache = Path(folder_paths.get_temp_directory()) / "edit_pairs"
-        try:
-            reading = read_folder(path, resolution, 64)
-            bar = comfy.utils.ProgressBar(reading.total)
-            pairs = encode_pairs(reading, vae, clip, cache, bar.update_absolute)
-        except ValueError as error:
-            raise ValueError(f"DescEditEditPairs: {error}") from None
+        reading = read_folder(path, resolution, 64)
+        bar = comfy.utils.ProgressBar(reading.total)
+        pairs = encode_pairs(reading, vae, clip, cache, bar.update_absolute)
         return io.NodeOutput(pairs)
 
 
@@ -95,9 +92,7 @@ def _inside_input(folder: str) -> Path:
     base = Path(folder_paths.get_input_directory()).resolve()
     path = (base / folder).resolve()
     if not path.is_relative_to(base) or not path.is_dir():
-        raise ValueError(
-            f"DescEditEditPairs: folder is {folder!r} but must be a folder inside ComfyUI's input folder"
-        )
+        raise ValueError(f"folder is {folder!r} but must be a folder inside ComfyUI's input folder")
     return path
 
 
@@ -217,26 +212,22 @@ class DescEditTrainBridge(io.ComfyNode):
         name: str,
         checkpointing: bool = False,
     ) -> io.NodeOutput:
-        node = "DescEditTrainBridge"
         from ..training.memory import training_bytes
         from ..training.trainer import Trainer
 
-        stem = checked_name(node, name)
-        check_base(node, model, bridge)
-        check_trainable(model, node)
-        try:
-            objective = Objective(dropout, dropped_image=dropped_image)
-            settings = TrainSettings(
-                batch,
-                accumulate,
-                learning_rate=learning_rate,
-                precision=precision,
-                seed=seed,
-                objective=objective,
-                checkpointing=checkpointing,
-            )
-        except ValueError as error:
-            raise ValueError(f"{node}: {error}") from None
+        stem = checked_name(name)
+        check_base(model, bridge)
+        check_trainable(model)
+        objective = Objective(dropout, dropped_image=dropped_image)
+        settings = TrainSettings(
+            batch,
+            accumulate,
+            learning_rate=learning_rate,
+            precision=precision,
+            seed=seed,
+            objective=objective,
+            checkpointing=checkpointing,
+        )
         device = model.load_device
         streamed = _load(model, partial(training_bytes, model.model, bridge.model, settings, pairs.sizes))
         bar = comfy.utils.ProgressBar(steps)
@@ -250,11 +241,11 @@ class DescEditTrainBridge(io.ComfyNode):
                     bar.update_absolute(trainer.step, steps, _preview(trainer))
             except (Exception, comfy.model_management.InterruptProcessingException) as error:
                 kept = _keep(trainer, stem)
-                logging.warning("%s: stopped after step %d: %s", node, trainer.step, kept)
+                logging.warning("training stopped after step %d: %s", trainer.step, kept)
                 if not comfy.model_management.is_oom(error):
                     raise
                 raise comfy.model_management.OOM_EXCEPTION(
-                    f"{node}: no memory left in step {trainer.step + 1}, {kept}. Lower batch and raise "
+                    f"no memory left in step {trainer.step + 1}, {kept}. Lower batch and raise "
                     "accumulate, switch checkpointing on, or encode the pairs at a lower resolution"
                 ) from None
             learned.to(comfy.model_management.unet_offload_device())

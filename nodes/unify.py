@@ -18,6 +18,7 @@ from ..patches.unify.sampler import UnifySampler
 from ..patches.unify.settings import METHODS, REGIONS, UnifySettings
 from ..patches.unify.tokens import EditTokens
 from ..patches.unify.trace import read_trace
+from .errors import naming
 from .inversion import ALIASES, CATEGORY, EditTokensType, InversionType
 
 BalanceType = io.Custom("BALANCE")
@@ -142,10 +143,7 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
             drawn = tuple(
                 tuple(CurveInput.from_raw(curve[item.id]).interp_array(along).tolist()) for item in _DRAWN
             )
-        try:
-            balance = Balance(combination, beta1, k1, beta2, k2, curve["curve"], drawn)
-        except ValueError as error:
-            raise ValueError(f"DescEditAdaptiveScheduler: {error}") from None
+        balance = Balance(combination, beta1, k1, beta2, k2, curve["curve"], drawn)
         return _balance(balance)
 
 
@@ -338,30 +336,27 @@ class DescEditUnifySampler(io.ComfyNode):
         structure_sites: str = "",
         word_sites: str = "",
     ) -> io.NodeOutput:
-        mask = None if mask is None else read_mask("DescEditUnifySampler", "mask", mask)
-        try:
-            settings = UnifySettings(
-                inversion,
-                edit_tokens,
-                balance,
-                mask,
-                structure_side,
-                word_side,
-                structure_sites,
-                word_sites,
-                alignment,
-                keep,
-                method,
-                inner_iterations,
-                start_percent,
-                end_percent,
-                mask_update,
-                auto_mask,
-                checkpointing,
-            )
-        except ValueError as error:
-            raise ValueError(f"DescEditUnifySampler: {error}") from None
-        sampler = UnifySampler(settings)
+        mask = None if mask is None else read_mask("mask", mask)
+        settings = UnifySettings(
+            inversion,
+            edit_tokens,
+            balance,
+            mask,
+            structure_side,
+            word_side,
+            structure_sites,
+            word_sites,
+            alignment,
+            keep,
+            method,
+            inner_iterations,
+            start_percent,
+            end_percent,
+            mask_update,
+            auto_mask,
+            checkpointing,
+        )
+        sampler = UnifySampler(settings, naming(cls))
         return io.NodeOutput(sampler, sampler.noise)
 
 
@@ -395,7 +390,7 @@ class DescEditTrace(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict[str, Any]) -> io.NodeOutput:
-        trace = read_trace("DescEditTrace", latent)
+        trace = read_trace(latent)
         return io.NodeOutput(trace.draw(), trace.describe())
 
 

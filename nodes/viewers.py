@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 from einops import rearrange
 
-from ..patches.attention.maps import NODE, Place, look, paint
+from ..patches.attention.maps import Place, look, paint
 from ..patches.host.inputs import read_images, samples_of
 from ..patches.inversion import Inversion
 from ..patches.unify.tokens import EditTokens
@@ -24,7 +24,7 @@ class DescEditAttentionMaps(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id=NODE,
+            node_id="DescEditAttentionMaps",
             display_name="Attention Maps",
             category=CATEGORY,
             description=(
@@ -130,15 +130,13 @@ class DescEditAttentionMaps(io.ComfyNode):
         inversion: Inversion | None = None,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        image = None if image is None else read_images(NODE, "image", image)
-        samples = None if latent is None else samples_of(NODE, "latent", latent)
+        image = None if image is None else read_images("image", image)
+        samples = None if latent is None else samples_of("latent", latent)
         place = Place(percent, samples, inversion, seed)
         view = look(model, conditioning, edit_tokens, place, word_side, structure_side)
         rows = len(view.structure)
         if image is not None and len(image) not in (1, rows):
-            raise ValueError(
-                f"{NODE}: image has {len(image)} images but {rows} are looked at: give one, or {rows}"
-            )
+            raise ValueError(f"image has {len(image)} images but {rows} are looked at: give one, or {rows}")
         shown = [] if image is None else [("image", image)]
         for word, maps in view.words.items():
             below = maps.new_zeros(1, *_size(maps, side), 3) if image is None else image
@@ -197,20 +195,15 @@ class DescEditCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: dict[str, torch.Tensor], labels: str = "", side: int = 320) -> io.NodeOutput:
-        shown = [
-            read_images("DescEditCompare", name, image) for name, image in images.items() if image is not None
-        ]
+        shown = [read_images(name, image) for name, image in images.items() if image is not None]
         titles = labels.strip("\n").split("\n") if labels.strip() else []
         if len(titles) > len(shown):
             raise ValueError(
-                f"DescEditCompare: labels has {len(titles)} lines but {len(shown)} images are connected: "
+                f"labels has {len(titles)} lines but {len(shown)} images are connected: "
                 "give one line for each"
             )
         titles += [""] * (len(shown) - len(titles))
-        try:
-            return io.NodeOutput(draw_sheet(list(zip(titles, shown, strict=True)), side))
-        except ValueError as error:
-            raise ValueError(f"DescEditCompare: {error}") from None
+        return io.NodeOutput(draw_sheet(list(zip(titles, shown, strict=True)), side))
 
 
 NODES = [DescEditAttentionMaps, DescEditCompare]

@@ -17,7 +17,6 @@ from .host.inputs import read_samples
 from .host.network_runs import NetworkRuns, refuse_cached_steps
 from .host.out_of_memory import memory_advice
 
-NODE = "DescEditInvert"
 MODES = ("ddim", "virtual")
 
 
@@ -41,37 +40,37 @@ class Inversion:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def check(self, node: str, model: Any, shape: torch.Size, sigmas: torch.Tensor) -> None:
-        """Raise ValueError, naming `node`, unless a sampling with this model, latent shape and sigmas can
+    def check(self, model: Any, shape: torch.Size, sigmas: torch.Tensor) -> None:
+        """Raise ValueError, unless a sampling with this model, latent shape and sigmas can
         follow the path.
         """
         difference = self.model.difference(ModelIdentity.of(model))
         if difference is not None:
             raise ValueError(
-                f"{node}: the inversion was made with another model: the guider has {difference}. "
-                f"Wire the same MODEL to {NODE} and to the guider"
+                f"the inversion was made with another model: the guider has {difference}. "
+                f"Wire the same MODEL to the inversion and to the guider"
             )
         images, *size = self.trajectory.shape[1:]
         if size != list(shape[1:]):
             raise ValueError(
-                f"{node}: the inversion is of a latent of {_size(size)} but latent_image is "
-                f"{_size(shape[1:])}: wire the noise latent of {NODE}, or the latent that was inverted, to "
+                f"the inversion is of a latent of {_size(size)} but latent_image is "
+                f"{_size(shape[1:])}: wire the inversion's noise, or the latent that was inverted, to "
                 "latent_image"
             )
         if images not in (1, shape[0]):
             raise ValueError(
-                f"{node}: the inversion holds {images} images but latent_image has {shape[0]}: "
+                f"the inversion holds {images} images but latent_image has {shape[0]}: "
                 "invert one image, or as many as are edited"
             )
         if len(sigmas) != len(self.sigmas):
             raise ValueError(
-                f"{node}: the inversion has {self.steps} steps but the sampler was given {len(sigmas) - 1}: "
-                f"wire the same SIGMAS to {NODE} and to the sampler"
+                f"the inversion has {self.steps} steps but the sampler was given {len(sigmas) - 1}: "
+                f"wire the same SIGMAS to the inversion and to the sampler"
             )
         if not torch.allclose(sigmas.cpu().float(), self.sigmas, rtol=1e-4, atol=1e-6):
             raise ValueError(
-                f"{node}: the inversion was made with other noise levels (scheduler or denoise): "
-                f"wire the same SIGMAS to {NODE} and to the sampler"
+                "the inversion was made with other noise levels (scheduler or denoise): "
+                "wire the same SIGMAS to the inversion and to the sampler"
             )
 
     def latent(self, index: int, like: torch.Tensor) -> torch.Tensor:
@@ -98,12 +97,12 @@ def invert(
     falling to 0. Raises ValueError for an empty latent, a latent of another model family, sigmas that do not
     fall to 0, a node that keeps the network from running at a step, and a path that is not finite.
     """
-    refuse_cached_steps(NODE, model)
+    refuse_cached_steps(model)
     samples, sigmas = _checked(model, samples, sigmas)
     path: list[torch.Tensor] = []
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
-    with memory_advice(NODE, "invert a smaller image, or fewer at a time"):
+    with memory_advice("invert a smaller image, or fewer at a time"):
         guider.sample(
             torch.zeros_like(samples),
             samples,
@@ -135,7 +134,7 @@ def invert_virtually(
     samples, sigmas = _checked(model, samples, sigmas)
     if any("area" in values or "mask" in values for _, values in conditioning):
         raise ValueError(
-            f"{NODE}: source has entries with an area or a mask, which a virtual inversion cannot follow: "
+            "source has entries with an area or a mask, which a virtual inversion cannot follow: "
             "wire one description of the whole image, or use the mode ddim"
         )
     noise = torch.randn([1, *samples.shape[1:]], generator=torch.Generator().manual_seed(seed))
@@ -146,14 +145,14 @@ def invert_virtually(
 
 def _checked(model: Any, samples: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The latent, and `sigmas` on the CPU; raises ValueError for what cannot be inverted."""
-    find_sites(model.model.diffusion_model, NODE)
-    samples = read_samples(NODE, "latent", samples, model)
+    find_sites(model.model.diffusion_model)
+    samples = read_samples("latent", samples, model)
     if torch.count_nonzero(samples) == 0:
-        raise ValueError(f"{NODE}: latent is empty: encode the image to edit with VAEEncode")
+        raise ValueError("latent is empty: encode the image to edit with VAEEncode")
     sigmas = sigmas.detach().cpu().float()
     if len(sigmas) < 2 or sigmas[-1] != 0 or not bool((sigmas[:-1] > sigmas[1:]).all()):
         raise ValueError(
-            f"{NODE}: sigmas must fall step by step to 0 but are "
+            f"sigmas must fall step by step to 0 but are "
             f"{[round(value, 3) for value in sigmas.tolist()]}: use a scheduler's SIGMAS, or the low part of "
             "split ones"
         )
@@ -173,7 +172,7 @@ def _sample_upwards(
 ) -> torch.Tensor:
     extra_args = extra_args or {}
     guider = model.inner_model
-    runs = NetworkRuns(NODE)
+    runs = NetworkRuns()
     options = runs.attach(extra_args.get("model_options", {}))
     rising = sigmas.flip(0)
     rows = x.new_ones([x.shape[0]])
@@ -203,7 +202,7 @@ def _check_finite(trajectory: torch.Tensor) -> None:
         steps = len(trajectory) - 1
         first = steps - int((~finite).nonzero().max())
         raise ValueError(
-            f"{NODE}: the path is not finite from step {first} of {steps} on (counted from the image): the "
+            f"the path is not finite from step {first} of {steps} on (counted from the image): the "
             "network's prediction is no number there. Nodes that change the network do that (attention "
             "patches, model function wrappers, a ControlNet or LoRA at a high strength), and so does fp16 "
             "where a model overflows: take such a node out of the model's chain, or load the model in bf16 "

@@ -182,7 +182,7 @@ def test_without_source_the_negative_is_read(host: Host, model: Any, bridge: Any
     bare = apply_bridge(host, model, bridge, REFERENCE, source=None)
     assert torch.equal(sample(host, bare, negative=negative), sample(host, wired, negative=negative))
     (guider,) = host.execute("BasicGuider", model=bare, conditioning=negative)
-    with pytest.raises(ValueError, match=r"DescEditApplyBridge: source is not connected"):
+    with pytest.raises(ValueError, match=r"Apply Attention Bridge: source is not connected"):
         bridge_edit.guided(host, guider)
 
 

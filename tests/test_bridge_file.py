@@ -101,7 +101,7 @@ def test_sd15_counts(host: Host) -> None:
     bridges, sites = host.pack_module("models.bridge"), host.pack_module("models.sites")
     with torch.device("meta"):
         unet = full_width_unet()
-        found = sites.find_sites(unet, "Test")
+        found = sites.find_sites(unet)
         settings = bridges.BridgeSettings("SD15", bridges.widths_of(found))
         bridge = bridges.AttentionBridge(settings)
     assert [(site.key[0], site.key[1], site.width) for site in found] == SD15_SITES
@@ -183,7 +183,7 @@ def test_half_a_release(host: Host, folder: Path, half: str) -> None:
     write_release(folder / "release", "lora_A", "lora_B")
     other = {"model.safetensors", "xy_lora/pytorch_lora_weights.safetensors"} - {half}
     (folder / "release" / other.pop()).unlink()
-    with pytest.raises(ValueError, match=r"DescEditLoadBridge: .* is one half of a DescriptiveEdit release"):
+    with pytest.raises(ValueError, match=r"Load Attention Bridge: .* is one half of a DescriptiveEdit"):
         load(host, f"release/{half}")
 
 
@@ -240,7 +240,7 @@ def test_the_other_half_is_the_releases_own(host: Host, folder: Path) -> None:
     (folder / "release" / "loras").mkdir()
     (folder / "release" / LORA).rename(folder / "release" / "loras" / "lora.safetensors")
     for name in (MODEL, "loras/lora.safetensors"):
-        with pytest.raises(ValueError, match="is one half of a DescriptiveEdit release"):
+        with pytest.raises(ValueError, match="is one half of a DescriptiveEdit"):
             load(host, f"release/{name}")
     write_whole(folder / "whole")
     lora = safetensors.torch.load_file(folder / "whole" / LORA)
@@ -319,7 +319,7 @@ def test_broken_files(host: Host, model: Any, folder: Path, broken: str, message
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors, metadata = _edit(broken)(tensors, metadata)
     safetensors.torch.save_file(tensors, folder / "bad.safetensors", metadata=metadata)
-    with pytest.raises(ValueError, match=r"DescEditLoadBridge: bridge_name: bad.safetensors .*" + message):
+    with pytest.raises(ValueError, match=r"Load Attention Bridge: bridge_name: bad.safetensors .*" + message):
         load(host, "bad.safetensors")
 
 
@@ -366,9 +366,9 @@ def test_names_that_are_no_file_names(host: Host, model: Any, folder: Path, name
     both nodes that write, before anything is learned or made.
     """
     bridge = random_bridge(host, model)
-    with pytest.raises(ValueError, match=r"DescEditSaveBridge: name is"):
+    with pytest.raises(ValueError, match=r"Save Attention Bridge: name is"):
         host.execute("DescEditSaveBridge", bridge=bridge, name=name)
-    with pytest.raises(ValueError, match=r"DescEditTrainBridge: name is"):
+    with pytest.raises(ValueError, match=r"Train Attention Bridge: name is"):
         host.execute("DescEditTrainBridge", model=model, bridge=bridge, pairs=None, steps=1, name=name)
     assert list(folder.rglob("*")) == []
 

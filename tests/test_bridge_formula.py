@@ -28,7 +28,7 @@ class Blocks:
 
     def __init__(self, host: Host, model: Any) -> None:
         unet = model.model.diffusion_model
-        self.sites = host.pack_module("models.sites").find_sites(unet, "Test")
+        self.sites = host.pack_module("models.sites").find_sites(unet)
         self.normed: dict[str, list[torch.Tensor]] = {site.name: [] for site in self.sites}
         self.output: dict[str, list[torch.Tensor]] = {site.name: [] for site in self.sites}
         self._handles = []
@@ -249,7 +249,7 @@ def attention_lora(host: Host, model: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(11)
     found = {}
     unet = model.model.diffusion_model
-    for site in host.pack_module("models.sites").find_sites(unet, "Test"):
+    for site in host.pack_module("models.sites").find_sites(unet):
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
             key = f"diffusion_model.{site.path}.attn1.{name}"
             found[f"{key}.lora_down.weight"] = (

@@ -41,7 +41,7 @@ def bridge(host: Host, model: Any) -> Any:
 def test_at_the_node(host: Host, model: Any, bridge: Any, inputs: dict, message: str) -> None:
     """Protects: what is wrong by itself is refused when the node runs."""
     reference = inputs.pop("reference", REFERENCE)
-    with pytest.raises(ValueError, match=f"DescEditApplyBridge: {message}"):
+    with pytest.raises(ValueError, match=f"Apply Attention Bridge: {message}"):
         apply_bridge(host, model, bridge, reference, **inputs)
 
 
@@ -92,9 +92,9 @@ def test_a_model_that_is_no_unet(host: Host, bridge: Any) -> None:
 
         model = type("M", (), {"diffusion_model": torch.nn.Linear(1, 1)})
 
-    with pytest.raises(ValueError, match=r"DescEditApplyBridge: needs a UNet.*got Linear"):
+    with pytest.raises(ValueError, match=r"Apply Attention Bridge: needs a UNet.*got Linear"):
         apply_bridge(host, Model(), bridge, REFERENCE)
-    with pytest.raises(ValueError, match=r"DescEditNewBridge: needs a UNet.*got Linear"):
+    with pytest.raises(ValueError, match=r"New Attention Bridge: needs a UNet.*got Linear"):
         host.execute("DescEditNewBridge", model=Model())
 
 
@@ -126,7 +126,7 @@ def test_at_the_run(
     images, height, width = latent
     with (
         bridge_edit.counted(model) as calls,
-        pytest.raises(ValueError, match=f"DescEditApplyBridge: {message}"),
+        pytest.raises(ValueError, match=f"Apply Attention Bridge: {message}"),
     ):
         sample(host, patched, latent=torch.zeros(images, 4, height, width))
     assert calls.rows == []
@@ -177,7 +177,7 @@ def test_training_a_model_with_a_bridge(host: Host) -> None:
     latent = {"samples": small_models.latent(3)}
     inputs = {"latents": latent, "positive": text, "steps": 1, "rank": 1, "existing_lora": "[None]"}
     patched = bridge_edit.apply_bridge(host, studio, tiny_bridge, small_models.latent(4), source=text)
-    with pytest.raises(ValueError, match=r"DescEditApplyBridge: another node trains this MODEL \(Train LoRA"):
+    with pytest.raises(ValueError, match=r"Apply Attention Bridge: another node trains this MODEL"):
         host.execute("TrainLoraNode", model=patched, **inputs)
     assert host.execute("TrainLoraNode", model=studio, **inputs)
 
@@ -195,5 +195,5 @@ def test_a_model_call_outside_of_a_sampling(host: Host, model: Any, bridge: Any)
 )
 def test_new_bridge(host: Host, model: Any, inputs: dict, message: str) -> None:
     """Protects: settings that no bridge has are refused."""
-    with pytest.raises(ValueError, match=f"DescEditNewBridge: .*{message}"):
+    with pytest.raises(ValueError, match=f"New Attention Bridge: .*{message}"):
         host.execute("DescEditNewBridge", model=model, **inputs)

@@ -98,7 +98,7 @@ def test_changed_layers(host: Host, model: Any, name: str, checkpointing: bool) 
     place of losses without a meaning or a raw error.
     """
     change, message = change_of(host, name)
-    with pytest.raises(ValueError, match=rf"DescEditUnifySampler: .*{message}.*Take that node out"):
+    with pytest.raises(ValueError, match=rf"UnifyEdit Sampler: .*{message}.*Take that node out"):
         edited(host, model, change, checkpointing=checkpointing)
 
 
@@ -106,22 +106,20 @@ def test_changed_layers(host: Host, model: Any, name: str, checkpointing: bool) 
 def test_changed_layers_in_maps(host: Host, model: Any, name: str) -> None:
     """Protects: the same in Attention Maps."""
     change, message = change_of(host, name)
-    with pytest.raises(ValueError, match=rf"DescEditAttentionMaps: .*{message}.*Take that node out"):
+    with pytest.raises(ValueError, match=rf"Attention Maps: .*{message}.*Take that node out"):
         looked(host, change(model))
 
 
 def test_windows_of_a_batch(host: Host, model: Any) -> None:
     """Protects: the host's context windows over a batch are named."""
-    with pytest.raises(
-        ValueError, match=r"DescEditUnifySampler: .* 1 latents of 16x16 instead of 2.*windows"
-    ):
+    with pytest.raises(ValueError, match=r"UnifyEdit Sampler: .* 1 latents of 16x16 instead of 2.*windows"):
         edited(host, model, lambda model: other_nodes.windows(host, model, 1), batch=2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_gradient(host: Host, model: Any, checkpointing: bool) -> None:
     """Protects: a node that computes without gradients is named; where none is needed it is no error."""
-    message = r"DescEditUnifySampler: the self-attention of layer .* has no gradient: .*TokenPerturbation"
+    message = r"UnifyEdit Sampler: the self-attention of layer .* has no gradient: .*TokenPerturbation"
     with pytest.raises(ValueError, match=message):
         edited(host, model, other_nodes.without_gradient, checkpointing=checkpointing)
     looked(host, other_nodes.without_gradient(model))
@@ -134,9 +132,9 @@ def test_a_smaller_grid(host: Host, model: Any) -> None:
     shrink = node(host, "PatchModelAddDownscale", block_number=3, end_percent=1.0)
     assert edited(host, model, shrink).isfinite().all()
     message = r"the self-attention of layer .* needs its grid of .*changed its grid to .*Deep Shrink"
-    with pytest.raises(ValueError, match=f"DescEditUnifySampler: {message}"):
+    with pytest.raises(ValueError, match=f"UnifyEdit Sampler: {message}"):
         edited(host, model, shrink, mask=box_mask(), keep="outside")
-    with pytest.raises(ValueError, match=f"DescEditAttentionMaps: {message}"):
+    with pytest.raises(ValueError, match=f"Attention Maps: {message}"):
         looked(host, shrink(model), structure_side=4)
 
 
@@ -195,9 +193,7 @@ def test_an_adapter_that_writes_into_what_it_has_used(host: Host, model: Any) ->
         patched.set_model_attn2_replace(replace, "input", 1)
         return patched
 
-    with pytest.raises(
-        ValueError, match=r"DescEditUnifySampler: a node writes in place into .*Take that node"
-    ):
+    with pytest.raises(ValueError, match=r"UnifyEdit Sampler: a node writes in place into .*Take that node"):
         edited(host, model, change)
 
 

@@ -52,7 +52,7 @@ def test_prompt_fits_the_context(host: Host, tokens: int, words: int) -> None:
 
 def test_empty_instruction(host: Host) -> None:
     """Protects: an empty instruction is refused by name, not sent to a language model."""
-    with pytest.raises(ValueError, match=r"DescEditDescribePrompt: instruction is empty: type what"):
+    with pytest.raises(ValueError, match=r"Instruction to Description .prompt.: instruction is empty"):
         prompt(host, instruction=" \n")
 
 

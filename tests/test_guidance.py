@@ -362,9 +362,9 @@ def test_bad_scales(host: Host, model: Any, node: str, inputs: dict, message: st
 def test_guidance_twice_and_wrong_guiders(host: Host, model: Any) -> None:
     """Protects: two dual guidances are refused, and guiders without one positive and one negative."""
     once = patch(host, model, 1.5, 3.0)
-    with pytest.raises(ValueError, match=r"DescEditDualGuidance: this MODEL has dual guidance already"):
+    with pytest.raises(ValueError, match=r"Dual Guidance .for KSampler.: this MODEL has dual guidance"):
         patch(host, once, 1.5, 3.0)
-    with pytest.raises(ValueError, match=r"DescEditDualGuidance: needs a sampler with one positive"):
+    with pytest.raises(ValueError, match=r"Dual Guidance .for KSampler.: needs a sampler with one positive"):
         guided(host, dual(host, once, 1.5, 3.0))
     (basic,) = host.execute("BasicGuider", model=once, conditioning=small_models.conditioning(EDIT))
     with pytest.raises(ValueError, match=r"the guider is Guider_Basic"):
@@ -373,7 +373,7 @@ def test_guidance_twice_and_wrong_guiders(host: Host, model: Any) -> None:
 
 def test_schedule_refuses_infinite_scales(host: Host) -> None:
     """Protects: a schedule's bounds are finite."""
-    with pytest.raises(ValueError, match=r"DescEditGuidanceSchedule: text_low is"):
+    with pytest.raises(ValueError, match=r"Guidance Schedule: text_low is"):
         host.execute(
             "DescEditGuidanceSchedule",
             text_low=float("nan"),

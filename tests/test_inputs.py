@@ -251,7 +251,7 @@ def test_trace_takes_no_other_latent(graphs: Graphs) -> None:
     """Protects: a latent without a trace is refused, whatever its form."""
     run = latent_runs(graphs)["DescEditTrace", "latent"]
     for change in BAD_LATENTS.values():
-        assert "DescEditTrace: latent has no trace" in refusal(run, change(graphs.latent["samples"]))
+        assert "Trace (UnifyEdit): latent has no trace" in refusal(run, change(graphs.latent["samples"]))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_noise_masks(host: Host, graphs: Graphs, mask: torch.Tensor, message: st
     edit = copy.copy(graphs.edit)
     (edit.noise,) = host.execute("SetLatentNoiseMask", samples=edit.noise, mask=mask)
     said = refusal(lambda _: edit.run(), None)
-    assert f"DescEditUnifySampler: the noise mask in latent_image {message}" in said
+    assert f"UnifyEdit Sampler: the noise mask in latent_image {message}" in said
 
 
 def test_a_video_for_the_sampler(host: Host, graphs: Graphs) -> None:
@@ -275,5 +275,5 @@ def test_a_video_for_the_sampler(host: Host, graphs: Graphs) -> None:
     edit = copy.copy(graphs.edit)
     edit.noise = {"samples": edit.noise["samples"][:, :, None].repeat(1, 1, 3, 1, 1)}
     said = refusal(lambda _: edit.run(), None)
-    assert "DescEditUnifySampler: the inversion is of a latent of 16x16 (4 channels)" in said
+    assert "UnifyEdit Sampler: the inversion is of a latent of 16x16 (4 channels)" in said
     assert "shape [4, 3, 16, 16] an image" in said

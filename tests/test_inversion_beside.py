@@ -130,7 +130,7 @@ def test_a_path_that_is_not_finite_is_refused(host: Host, model: Any) -> None:
         return executor(*args, **kwargs) * (float("inf") if len(calls) > 2 else 1.0)
 
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "overflow", overflow)
-    with pytest.raises(ValueError, match=r"DescEditInvert: the path is not finite from step 2 of 3 on"):
+    with pytest.raises(ValueError, match=r"Invert Image .DDIM.: the path is not finite from step 2 of 3 on"):
         invert(host, patched)
 
 
@@ -138,11 +138,11 @@ def test_a_path_that_is_not_finite_is_refused(host: Host, model: Any) -> None:
 def test_the_hosts_caches_are_refused(host: Host, model: Any, node: str) -> None:
     """Protects: Invert and UnifyEdit Sampler name the host's node that skips steps, before they run."""
     (cached,) = host.execute(node, model=model)
-    with pytest.raises(ValueError, match=f"DescEditInvert: the MODEL has {node}"):
+    with pytest.raises(ValueError, match=f"Invert Image .DDIM.: the MODEL has {node}"):
         invert(host, cached)
     edit = Edit(host, model)
     edit.model = cached
-    with pytest.raises(ValueError, match=f"DescEditUnifySampler: the MODEL has {node}"):
+    with pytest.raises(ValueError, match=f"UnifyEdit Sampler: the MODEL has {node}"):
         edit.run()
 
 
@@ -172,7 +172,7 @@ def skipping(model: Any, kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["function", WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL])
 def test_other_caches_are_found_in_an_inversion(host: Host, model: Any, kind: str) -> None:
     """Protects: a node that keeps the network from running at a step is found, at whatever door it does."""
-    with pytest.raises(ValueError, match=r"DescEditInvert: the network did not run at a step"):
+    with pytest.raises(ValueError, match=r"Invert Image .DDIM.: the network did not run at a step"):
         invert(host, skipping(model, kind))
 
 
@@ -186,7 +186,7 @@ def test_other_caches_are_found_in_an_edit(host: Host, model: Any, kind: str) ->
     edit = Edit(host, model)
     edit.model = skipping(model, kind)
     edit.sampler_inputs["balance"] = edit.balance(beta1=0.0, beta2=0.0)
-    with pytest.raises(ValueError, match=r"DescEditUnifySampler: the network did not run at a step"):
+    with pytest.raises(ValueError, match=r"UnifyEdit Sampler: the network did not run at a step"):
         edit.run()
 
 
@@ -245,7 +245,7 @@ def test_two_devices(host: Host, model: Any) -> None:
     edit.model = two
     torch.testing.assert_close(edit.run(), expected, rtol=0, atol=1e-4 * float(expected.std()))
     bridged = apply_bridge(host, two, random_bridge(host, model), small_models.latent(9))
-    with pytest.raises(ValueError, match=r"DescEditApplyBridge: the sampling is spread over several GPUs"):
+    with pytest.raises(ValueError, match=r"Apply Attention Bridge: the sampling is spread over several GPUs"):
         sample(host, bridged)
 
 

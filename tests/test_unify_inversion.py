@@ -118,5 +118,5 @@ def test_batch_is_two_singles(host: Host, model: Any) -> None:
 )
 def test_bad_input(host: Host, model: Any, samples: torch.Tensor, sigmas: list[float], message: str) -> None:
     """Protects: each bad input is refused before the model runs, with the node's name and what to do."""
-    with pytest.raises(Exception, match=f"DescEditInvert: {message}"):
+    with pytest.raises(Exception, match=f"Invert Image .DDIM.: {message}"):
         invert(host, model, samples, torch.tensor(sigmas))

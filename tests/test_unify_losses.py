@@ -286,7 +286,7 @@ def test_useless_gradients(balance: Any) -> None:
 def test_bad_factors(host: Host, name: str, value: float) -> None:
     """Protects: negative and non-finite factors are refused with the node's and the factor's name."""
     with pytest.raises(
-        Exception, match=f"DescEditAdaptiveScheduler: {name} is .* but must be 0 or a positive"
+        Exception, match=f"Adaptive Scheduler .UnifyEdit.: {name} is .* but must be 0 or a positive"
     ):
         host.execute("DescEditAdaptiveScheduler", **{name: value})
 

@@ -54,9 +54,7 @@ def call(
 
 def recorder(attention: Any, model: Any, stop: bool = False, levels: tuple[int, ...] = (0, 1, 2)) -> Any:
     """A recorder of every site at the given levels."""
-    sites = [
-        site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level in levels
-    ]
+    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level in levels]
     return attention.AttentionRecorder(sites, sites, stop=stop)
 
 
@@ -76,7 +74,7 @@ def test_sites(attention: Any, model: Any) -> None:
         torch.randn(1, 4, 18, 10, device=device()),
         {"transformer_options": {"patches": {"attn1_patch": [note]}}},
     )
-    sites = attention.find_sites(model.model.diffusion_model, "Test")
+    sites = attention.find_sites(model.model.diffusion_model)
     assert [(site.key, site.grid(18, 10)) for site in sites] == seen
     assert {site.grid(16, 16) for site in sites} == {(16, 16), (8, 8), (4, 4)}
 
@@ -84,7 +82,7 @@ def test_sites(attention: Any, model: Any) -> None:
 def test_other_networks_are_refused(attention: Any) -> None:
     """Protects: a network that is no UNet is named in the error."""
     with pytest.raises(ValueError, match=r"Test: needs a UNet.*got Linear"):
-        attention.find_sites(torch.nn.Linear(1, 1), "Test")
+        attention.find_sites(torch.nn.Linear(1, 1))
 
 
 def test_probabilities(attention: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +100,7 @@ def test_probabilities(attention: Any, model: Any, monkeypatch: pytest.MonkeyPat
     made = recorder(attention, model)
     call(model, torch.randn(2, 4, 16, 16, device=device()), made.attach({"transformer_options": {}}))
     for kind, maps in (("attn1", made.self_attention), ("attn2", made.cross_attention)):
-        sites = attention.find_sites(unet, "Test")
+        sites = attention.find_sites(unet)
         assert set(maps) == {site.key for site in sites}
         for site, q, k in zip(sites, inputs[kind][0::2], inputs[kind][1::2], strict=True):
             q, k = (tensor.double().unflatten(-1, (4, -1)).transpose(1, 2) for tensor in (q, k))
@@ -208,7 +206,7 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
     assert next(model.model.diffusion_model.parameters()).is_inference()
     gradients = host.pack_module("patches.host.autograd").gradients
     losses = host.pack_module("patches.unify.losses")
-    sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
+    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level > 0]
     masks = host.pack_module("patches.attention.masks").site_masks(None, sites, 16, 16, device())
     tokens = torch.zeros(1, 1, small_models.TEXT_TOKENS)
     tokens[..., 2:4] = 1
@@ -254,7 +252,7 @@ def test_gradient_of_whole_maps(
         host.pack_module("patches.host.autograd").gradients,
         host.pack_module("patches.unify.losses"),
     )
-    sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
+    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level > 0]
     shape = {site.key: (2, math.prod(site.grid(16, 16))) for site in sites}
     generator = torch.Generator().manual_seed(3)
     regions = {key: torch.rand(size, generator=generator).to(device()) for key, size in shape.items()}
@@ -328,7 +326,7 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
     gradients = host.pack_module("patches.host.autograd").gradients
     loss_gradient = host.pack_module("patches.attention.recorder").LossGradient
     x = SIGMA * noise(1, 4, 16, 16)
-    sites = [site for site in attention.find_sites(model.model.diffusion_model, "Test") if site.level > 0]
+    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level > 0]
     found, ran = [], []
     hooks = [
         block.register_forward_hook(lambda *_, name=name: ran.append(name))

@@ -69,7 +69,7 @@ def test_estimate(host: Host, pack: Any, family: str) -> None:
     """
     model, size = narrow(pack, family), 24
     unet = model.model.diffusion_model
-    sites = [site for site in pack.find_sites(unet, "Test") if site.grid(size, size) == (6, 6)]
+    sites = [site for site in pack.find_sites(unet) if site.grid(size, size) == (6, 6)]
     for checkpointing, steps in ((False, 1), (True, 2)):
         edit = Edit(host, model, steps=steps, size=(size, size), mode="virtual")
         edit.sampler_inputs.update(checkpointing=checkpointing, structure_side=6, word_side=6)
@@ -112,11 +112,11 @@ def test_sdxl_has_a_coarsest_grid(pack: Any, side: int) -> None:
     """Protects: a side below SDXL's coarsest grid chooses that grid: 32x32 tokens at 1024x1024, ten blocks in
     each of six transformers.
     """
-    sites = pack.find_sites(pack.sdxl.unet(), "Test")
-    chosen = pack.choose.structure_sites("Test", sites, 128, 128, side)
+    sites = pack.find_sites(pack.sdxl.unet())
+    chosen = pack.choose.structure_sites(sites, 128, 128, side)
     assert len(chosen) == 60
     assert {site.grid(128, 128) for site in chosen} == {(32, 32)}
-    assert chosen == pack.choose.word_sites("Test", sites, 128, 128, 16)
+    assert chosen == pack.choose.word_sites(sites, 128, 128, 16)
 
 
 @pytest.fixture(scope="module")

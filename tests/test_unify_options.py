@@ -77,7 +77,7 @@ def test_range_of_steps(host: Host, model: Any) -> None:
     edit.run()
     assert edit.trace().places == (1, 2)
     edit.sampler_inputs.update(start_percent=percents[0] + 0.01, end_percent=percents[1] - 0.01)
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: no step is optimised: start_percent 0\."):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: no step is optimised: start_percent 0\."):
         edit.run()
 
 
@@ -124,9 +124,7 @@ def test_named_sites(host: Host, model: Any) -> None:
     assert torch.equal(edit.run(), by_side)
     for name in ("structure_sites", "word_sites"):
         edit.sampler_inputs.update({"structure_sites": "", "word_sites": "", name: "output.99"})
-        with pytest.raises(
-            Exception, match=f"DescEditUnifySampler: {name} has 'output.99', but .* input.1.0"
-        ):
+        with pytest.raises(Exception, match=f"UnifyEdit Sampler: {name} has 'output.99', but .* input.1.0"):
             edit.run()
 
 
@@ -313,7 +311,5 @@ def test_rows_of_their_own(host: Host, model: Any) -> None:
         assert float((together - alone).norm() / alone.norm()) < 1e-4
     made = Edit(host, model)
     settings = sampler.UnifySettings(made.inversion, tuple(tokens), made.balance())
-    with pytest.raises(
-        Exception, match="DescEditUnifySampler: edit_tokens are for 2 images but 1 are edited"
-    ):
+    with pytest.raises(Exception, match="UnifyEdit Sampler: edit_tokens are for 2 images but 1 are edited"):
         made.run(sampler.UnifySampler(settings))

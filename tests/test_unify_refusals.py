@@ -21,13 +21,13 @@ def test_other_model(host: Host, model: Any) -> None:
     """Protects: an inversion made with another checkpoint, or with other LoRAs, is refused."""
     edit = Edit(host, model)
     edit.model = small_models.small_unet(seed=9)
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: .*another model.*other weights.*same MODEL"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: .*another model.*other weights.*same MODEL"):
         edit.run()
     edit.model = model.clone()
     weight = "diffusion_model.middle_block.1.proj_in.weight"
     shape = model.model.state_dict()[weight].shape
     edit.model.add_patches({weight: (torch.zeros(shape),)})
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: .*another model.*other LoRAs"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: .*another model.*other LoRAs"):
         edit.run()
     edit.model = model.clone()
     edit.run()
@@ -40,18 +40,18 @@ def test_other_size_batch_and_steps(host: Host, model: Any) -> None:
     edit = Edit(host, model)
     noise = edit.noise
     edit.noise = {"samples": torch.ones(1, 4, 24, 16)}
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: the inversion is of a latent of 16x16"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: the inversion is of a latent of 16x16"):
         edit.run()
     pair = Edit(host, model, batch=2)
     pair.noise = {"samples": torch.ones(3, 4, 16, 16)}
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: the inversion holds 2 images but .* has 3"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: the inversion holds 2 images but .* has 3"):
         pair.run()
     edit.noise, sigmas = noise, edit.sigmas
     edit.sigmas = torch.cat([sigmas[:1] + 0.1, sigmas])
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: .* has 3 steps but the sampler was given 4"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: .* has 3 steps but the sampler was given 4"):
         edit.run()
     edit.sigmas = sigmas * 0.9
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: .* other noise levels"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: .* other noise levels"):
         edit.run()
 
 
@@ -83,7 +83,7 @@ def test_bad_input(host: Host, model: Any, inputs: dict[str, Any], message: str)
     """Protects: each bad input is refused with the node's name, what was found and what to do."""
     edit = Edit(host, model, steps=1)
     edit.sampler_inputs.update(inputs)
-    with pytest.raises(Exception, match=f"DescEditUnifySampler: {message}"):
+    with pytest.raises(Exception, match=f"UnifyEdit Sampler: {message}"):
         edit.run()
 
 
@@ -94,7 +94,7 @@ def test_masks_of_a_batch(host: Host, model: Any) -> None:
         edit.sampler_inputs.update(
             mask=torch.cat([box_mask(), wrong(1, SIZE, SIZE)]), alignment="spatial_ratio"
         )
-        with pytest.raises(Exception, match=f"DescEditUnifySampler: {message}"):
+        with pytest.raises(Exception, match=f"UnifyEdit Sampler: {message}"):
             edit.run()
 
 
@@ -111,7 +111,7 @@ def test_a_mask_nobody_needs_an_outside_of(host: Host, model: Any) -> None:
 def test_bad_balance(host: Host, inputs: dict[str, float]) -> None:
     """Protects: factors that are negative or not finite are refused by name."""
     (name,) = inputs
-    with pytest.raises(Exception, match=f"DescEditAdaptiveScheduler: {name} is .* must be 0 or a positive"):
+    with pytest.raises(Exception, match=f"Adaptive Scheduler .UnifyEdit.: {name} is .* must be 0 or a"):
         host.execute("DescEditAdaptiveScheduler", **inputs)
 
 
@@ -122,16 +122,14 @@ def test_virtual_inversion_of_a_part(host: Host, model: Any) -> None:
     text, values = small_models.conditioning(1)[0]
     inputs = {"model": model, "latent": {"samples": small_models.latent(3)}, "mode": "virtual"}
     sigmas = Edit(host, model, steps=2, mode="virtual").sigmas
-    with pytest.raises(Exception, match="DescEditInvert: source has entries with an area"):
+    with pytest.raises(Exception, match=r"Invert Image .DDIM.: source has entries with an area"):
         host.execute(
             "DescEditInvert", source=[[text, {**values, "area": (8, 8, 0, 0)}]], sigmas=sigmas, **inputs
         )
     edit = Edit(host, model, steps=2, mode="virtual")
     part = [[text, {**values, "start_percent": 0.0, "end_percent": 0.2}]]
     edit.inversion, edit.noise = host.execute("DescEditInvert", source=part, sigmas=sigmas, **inputs)
-    with pytest.raises(
-        Exception, match="DescEditUnifySampler: the inversion's source description leaves out"
-    ):
+    with pytest.raises(Exception, match="UnifyEdit Sampler: the inversion's source description leaves out"):
         edit.run()
 
 
@@ -140,7 +138,7 @@ def test_description_that_is_never_there(host: Host, model: Any) -> None:
     edit = Edit(host, model)
     text, values = edit.positive[0]
     edit.positive = [[text, {**values, "start_percent": 0.98, "end_percent": 0.99}]]
-    with pytest.raises(Exception, match="DescEditUnifySampler: no step was optimised: the guider's positive"):
+    with pytest.raises(Exception, match="UnifyEdit Sampler: no step was optimised: the guider's positive"):
         edit.run()
 
 
@@ -148,7 +146,7 @@ def test_tokens_of_another_text(host: Host, model: Any) -> None:
     """Protects: token positions that the conditioning does not have are an error that names the node."""
     edit = Edit(host, model, steps=1)
     edit.positive = small_models.conditioning(2, tokens=2)
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: edit_tokens has token 2 but .* has 2 tokens"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: edit_tokens has token 2 but .* has 2 tokens"):
         edit.run()
 
 
@@ -161,7 +159,7 @@ def test_unet_that_does_not_run(host: Host, model: Any) -> None:
     edit = Edit(host, model, steps=1)
     edit.model = model.clone()
     edit.model.add_wrapper_with_key("diffusion_model", "test", skip)
-    with pytest.raises(Exception, match=r"DescEditUnifySampler: another node keeps the UNet from running"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: another node keeps the UNet from running"):
         edit.run()
 
 
@@ -256,7 +254,7 @@ def test_through_the_executor(host: Host, model: Any) -> None:
         return {**made, "sigmas": scheduler(STEPS), "other": scheduler(steps)}
 
     executor = host.executor()
-    with pytest.raises(NodeError, match=r"DescEditUnifySampler: .* has 3 steps but") as caught:
+    with pytest.raises(NodeError, match=r"UnifyEdit Sampler: .* has 3 steps but") as caught:
         host.run_graph(prompt(STEPS + 1), executor)
     assert caught.value.node_type == "SamplerCustomAdvanced"
     outputs = host.run_graph(prompt(STEPS), executor)

@@ -62,7 +62,7 @@ def test_each_loss_falls(host: Host, model: Any, beta1: float, beta2: float) -> 
 def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]:
     """Both losses of a finished latent at the smallest noise level, measured with a plain model call."""
     maps, losses = host.pack_module("patches.attention.recorder"), host.pack_module("patches.unify.losses")
-    sites = host.pack_module("models.sites").find_sites(edit.model.model.diffusion_model, "Test")
+    sites = host.pack_module("models.sites").find_sites(edit.model.model.diffusion_model)
     words = [site for site in sites if site.level == 0]
     found = {}
     for name, samples, condition in (
@@ -248,7 +248,7 @@ def test_regional_conditioning(host: Host, model: Any) -> None:
     assert bool(torch.isfinite(edit.run()).all())
     edit.positive = [area]
     with pytest.raises(
-        Exception, match=r"DescEditUnifySampler: the guider's positive .* no entry for the whole"
+        Exception, match=r"UnifyEdit Sampler: the guider's positive .* no entry for the whole"
     ):
         edit.run()
 
@@ -304,7 +304,5 @@ def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCapt
         assert text.startswith("image 1: 3 steps, 2 gradient steps, 1 skipped")
         broken |= {1, 2}
         seen.clear()
-        with pytest.raises(
-            Exception, match="DescEditUnifySampler: no step had a usable gradient for image 1"
-        ):
+        with pytest.raises(Exception, match="UnifyEdit Sampler: no step had a usable gradient for image 1"):
             edit.run()

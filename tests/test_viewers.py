@@ -171,7 +171,7 @@ def test_a_word_that_stands_twice(host: Host, model: Any) -> None:
     assert sheet.shape[2] == 2 * (64 + 6) + 6
     assert not torch.equal(sheet[:, -70:, 6:70], sheet[:, -70:, 76:140])
     nothing = type(tokens)((), 3, 3, ())
-    with pytest.raises(Exception, match="DescEditAttentionMaps: edit_tokens has no words"):
+    with pytest.raises(Exception, match="Attention Maps: edit_tokens has no words"):
         host.execute("DescEditAttentionMaps", edit_tokens=nothing, **inputs)
 
 
@@ -190,7 +190,7 @@ def test_maps_refuse(host: Host, model: Any) -> None:
     inputs = {"model": model, "conditioning": edit.positive, "edit_tokens": edit.tokens}
 
     def refused(message: str, **changes: Any) -> None:
-        with pytest.raises(Exception, match=f"DescEditAttentionMaps: {message}"):
+        with pytest.raises(Exception, match=f"Attention Maps: {message}"):
             host.execute("DescEditAttentionMaps", **{**inputs, **changes})
 
     refused("connect either latent or inversion")
@@ -244,9 +244,9 @@ def test_compare_in_a_graph(host: Host) -> None:
     assert sheet.shape[2] == 2 * 70 + 6
     assert sheet[0, -20, 20].tolist() == [0.0, 0.0, 1.0]
     graph["sheet"]["inputs"]["labels"] = "one\ntwo\nthree"
-    with pytest.raises(NodeError, match=r"DescEditCompare: labels has 3 lines but 2 images"):
+    with pytest.raises(NodeError, match=r"Compare Images: labels has 3 lines but 2 images"):
         host.run_graph(graph)
     graph["sheet"]["inputs"]["labels"] = "one"
     graph["a"]["inputs"]["batch_size"] = 3
-    with pytest.raises(NodeError, match=r"DescEditCompare: one input has 3 images but input 2 has 2"):
+    with pytest.raises(NodeError, match=r"Compare Images: one input has 3 images but input 2 has 2"):
         host.run_graph(graph)

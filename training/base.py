@@ -64,8 +64,8 @@ class Base:
             model, *_ = self._load(output_model=True, model_options={"dtype": dtype})
         if model is None:
             raise ValueError(f"{self.file.name} has no UNet: take a whole checkpoint")
-        find_sites(model.model.diffusion_model, self.file.name)
-        check_trainable(model, self.file.name)
+        find_sites(model.model.diffusion_model)
+        check_trainable(model)
         model.model.requires_grad_(False)
         to_device(model)
         return model

@@ -49,7 +49,7 @@ def training_bytes(
     cast = itemsize if itemsize < 4 else 0
     needed = settings.batch * numbers * itemsize + parameters * (4 * copies + cast)
     if streamed or dtype != model.get_dtype():
-        needed += copied_bytes(unet, find_sites(unet, "training"), itemsize, settings.checkpointing)
+        needed += copied_bytes(unet, find_sites(unet), itemsize, settings.checkpointing)
     return needed
 
 

@@ -90,8 +90,8 @@ class Draws:
     no_edit: torch.Tensor
 
 
-def check_trainable(model: Any, who: str) -> None:
-    """Raise ValueError, naming `who`, for a ModelPatcher that the objective does not know: one whose UNet
+def check_trainable(model: Any) -> None:
+    """Raise ValueError for a ModelPatcher that the objective does not know: one whose UNet
     takes more than a latent and a text, or that predicts neither noise nor v at the UNet's own timesteps.
     """
     unet, family = model.model.diffusion_model, type(model.model.model_config).__name__
@@ -99,13 +99,12 @@ def check_trainable(model: Any, who: str) -> None:
     if unet.in_channels != channels:
         kind = _MORE_CHANNELS.get(unet.in_channels - channels, "a model for another purpose")
         raise ValueError(
-            f"{who}: this {family} takes {unet.in_channels} channels where a latent has {channels}: it is "
+            f"this {family} takes {unet.in_channels} channels where a latent has {channels}: it is "
             f"{kind}, which cannot be trained; use the plain base model"
         )
     if unet.num_classes is not None:
         raise ValueError(
-            f"{who}: {family} is a model with pooled text (SDXL), which cannot be trained yet: use SD1.x or "
-            "SD2.x"
+            f"{family} is a model with pooled text (SDXL), which cannot be trained yet: use SD1.x or SD2.x"
         )
     sampling, known = model.get_model_object("model_sampling"), comfy.model_sampling
     predicts = type(sampling).calculate_denoised
@@ -117,7 +116,7 @@ def check_trainable(model: Any, who: str) -> None:
     ):
         kinds = ", ".join(base.__name__ for base in type(sampling).__bases__)
         raise ValueError(
-            f"{who}: the sampling of this MODEL ({kinds}) cannot be trained: it must predict noise (eps) or "
+            f"the sampling of this MODEL ({kinds}) cannot be trained: it must predict noise (eps) or "
             "v at the base model's own timesteps. Take out the node that changed it"
         )
 

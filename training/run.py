@@ -64,7 +64,7 @@ class Run:
         self.model = self.base.unet(dtype)
         unet = self.model.model.diffusion_model
         family = type(self.model.model.model_config).__name__
-        settings = config.bridge.settings(family, widths_of(find_sites(unet, "training")))
+        settings = config.bridge.settings(family, widths_of(find_sites(unet)))
         bridge = AttentionBridge(settings, torch.float32).reset(config.train.seed).to(device)
         self.trainer = Trainer(
             self.model.model,

@@ -80,7 +80,7 @@ def sample(guider: Any, side: int, sampler: Any, steps: int = STEPS) -> None:
 
 def bridged(model: Any, side: int, strength: float = 1.0) -> Any:
     """`model` with a bridge of rank 64 whose matrices are not zero."""
-    sites = find_sites(model.model.diffusion_model, "bench")
+    sites = find_sites(model.model.diffusion_model)
     bridge = new_bridge(BridgeSettings(type(model.model.model_config).__name__, widths_of(sites)))
     with torch.no_grad():
         for weight in bridge.model.parameters():

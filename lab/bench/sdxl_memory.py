@@ -13,7 +13,6 @@ from ...patches.attention.choice import structure_sites, word_sites
 from ...patches.unify.memory import backward_bytes
 from ...patches.unify.settings import UnifySettings
 
-NODE = "bench"
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -46,8 +45,8 @@ def gradient_gib(checkpoint: bool, side: int = 128) -> float:
     precision. side: the latent's, 128 for 1024x1024.
     """
     network = unet()
-    sites = find_sites(network, NODE)
-    structure = structure_sites(NODE, sites, side, side, UnifySettings.structure_side)
-    words = word_sites(NODE, sites, side, side, UnifySettings.word_side)
+    sites = find_sites(network)
+    structure = structure_sites(sites, side, side, UnifySettings.structure_side)
+    words = word_sites(sites, side, side, UnifySettings.word_side)
     size = torch.float16.itemsize
     return backward_bytes(network, structure, words, (1, 4, side, side), size, checkpoint) / 2**30

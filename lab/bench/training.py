@@ -43,7 +43,7 @@ def parts(dtype: torch.dtype, device: torch.device | None = None) -> tuple[Any, 
     """What the objective needs of SD1.5, with frozen weights as they come, and its bridge at rank 64."""
     unet = UNetModel(**UNET, dtype=dtype, device=device, operations=disable_weight_init)
     unet.requires_grad_(False)
-    settings = BridgeSettings("SD15", widths_of(find_sites(unet, "training")))
+    settings = BridgeSettings("SD15", widths_of(find_sites(unet)))
     bridge = AttentionBridge(settings, torch.float32, device)
     model = SimpleNamespace(
         diffusion_model=unet,

@@ -34,7 +34,6 @@ from .measuring import choose_attention, dtype, now, peak_memory
 from .random_sd15 import random_sd15
 from .sdxl_memory import gradient_gib
 
-NODE = "bench"
 SIDE = 16
 STEPS = 2  # of a timed run: the first holds the preparation and does not count
 FEW, MANY = 5, 25
@@ -109,18 +108,18 @@ def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
         model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
     ) -> torch.Tensor:
         guider, (height, width) = model.inner_model, x.shape[-2:]
-        sites = find_sites(guider.inner_model.diffusion_model, NODE)
+        sites = find_sites(guider.inner_model.diffusion_model)
         entry = active_entry(guider.conds["positive"], float(sigmas[0]))
         begin = now()
         with gradients():
             leaf = x.clone().requires_grad_()
             recorder = AttentionRecorder(
-                structure_sites(NODE, sites, height, width, SIDE),
-                word_sites(NODE, sites, height, width, SIDE),
+                structure_sites(sites, height, width, SIDE),
+                word_sites(sites, height, width, SIDE),
                 stop=stop,
             )
             options = differentiable_options(extra_args["model_options"])
-            record(NODE, guider.inner_model, recorder, entry, leaf, sigmas[0] * x.new_ones([1]), options)
+            record(guider.inner_model, recorder, entry, leaf, sigmas[0] * x.new_ones([1]), options)
             ends = [
                 site.q for site in (*recorder.self_attention.values(), *recorder.cross_attention.values())
             ]

@@ -213,7 +213,7 @@ def structure_distance(tiny: Studio, cases: Cases, pictures: torch.Tensor) -> to
     """[cases], times 1000: the mean squared difference of all self-attention probabilities between sources
     and pictures, each read clean (timestep 0) with no text: how far layout and shapes have moved.
     """
-    model, sites = tiny.model.model, find_sites(tiny.model.model.diffusion_model, "study")
+    model, sites = tiny.model.model, find_sites(tiny.model.model.diffusion_model)
     # Called without a sampler, so nothing else brings the model and what it is given to its device.
     comfy.model_management.load_model_gpu(tiny.model)
     device, found = tiny.model.load_device, []

@@ -108,7 +108,7 @@ def train(name: str, work: Path) -> None:
     model = studio.load_model(disable_dynamic=True).model
     objective = replace(SETTINGS.objective, reference_time=variant.reference_time)
     settings = replace(SETTINGS, learning_rate=variant.rate, decay=variant.decay, objective=objective)
-    bridge = new_bridge(variant, widths_of(find_sites(model.diffusion_model, "training")), settings.seed)
+    bridge = new_bridge(variant, widths_of(find_sites(model.diffusion_model)), settings.seed)
     trainer = Trainer(model, bridge, pairs, settings, "cpu")
     path = work / f"{name}.pt"
     if path.exists():

@@ -31,19 +31,17 @@ def layer_name(kind: str, name: str) -> str:
     return f"the {_KINDS[kind]} of layer {name}"
 
 
-def check_rows(node: str, layer: str, found: int, expected: int) -> None:
-    """Raise ValueError, naming `node` and `layer`, unless the layer has the rows of its model call."""
+def check_rows(layer: str, found: int, expected: int) -> None:
+    """Raise ValueError, naming the layer, unless the layer has the rows of its model call."""
     if found != expected:
         raise ValueError(
-            f"{node}: {layer} has {found} rows, but the model was called with {expected}: a node cuts the "
+            f"{layer} has {found} rows, but the model was called with {expected}: a node cuts the "
             f"picture or its text into parts there (HyperTile, AttentionCouple). {TAKE_OUT}"
         )
 
 
-def check_grid(
-    node: str, layer: str, found: int, expected: tuple[int, int], extra: dict[str, Any], why: str
-) -> None:
-    """Raise ValueError, naming `node` and `layer`, unless the layer has a token for each place of its grid.
+def check_grid(layer: str, found: int, expected: tuple[int, int], extra: dict[str, Any], why: str) -> None:
+    """Raise ValueError, naming the layer, unless the layer has a token for each place of its grid.
 
     found: tokens. expected: rows and columns of the layer's grid in this model call. extra: the call's
     `extra_options`. why: who needs them, for people.
@@ -57,62 +55,61 @@ def check_grid(
     else:
         cause = "a node merges tokens there (ToMe), or cuts them into windows"
     raise ValueError(
-        f"{node}: {layer} has {found} tokens where {why} needs its grid of {columns}x{rows}: {cause}. "
-        f"{TAKE_OUT}"
+        f"{layer} has {found} tokens where {why} needs its grid of {columns}x{rows}: {cause}. {TAKE_OUT}"
     )
 
 
-def check_keys(node: str, layer: str, found: int, expected: int) -> None:
-    """Raise ValueError, naming `node` and `layer`, unless a self-attention has as many keys as queries."""
+def check_keys(layer: str, found: int, expected: int) -> None:
+    """Raise ValueError, naming the layer, unless a self-attention has as many keys as queries."""
     if found != expected:
         raise ValueError(
-            f"{node}: {layer} has {found} keys for {expected} tokens: a node gives it tokens of other "
+            f"{layer} has {found} keys for {expected} tokens: a node gives it tokens of other "
             f"pictures (Reference of Advanced-ControlNet, StyleAligned), or merges its own. {TAKE_OUT}"
         )
 
 
-def check_text(node: str, layer: str, found: int, expected: int) -> None:
-    """Raise ValueError, naming `node` and `layer`, unless a cross-attention has the keys of its description.
+def check_text(layer: str, found: int, expected: int) -> None:
+    """Raise ValueError, naming the layer, unless a cross-attention has the keys of its description.
 
     found: keys. expected: tokens of the conditioning; a conditioning of NegPip holds keys and values in turn,
     so that half of them are keys.
     """
     if found not in (expected, expected / 2):
         raise ValueError(
-            f"{node}: {layer} has {found} keys, but the description has {expected} tokens: a node adds text "
+            f"{layer} has {found} keys, but the description has {expected} tokens: a node adds text "
             f"or images to it, or takes some away, so that the words cannot be found. {TAKE_OUT}"
         )
 
 
-def check_gradient(node: str, layer: str, *tensors: torch.Tensor) -> None:
-    """Raise ValueError, naming `node` and `layer`, unless these depend on the latent for autograd."""
+def check_gradient(layer: str, *tensors: torch.Tensor) -> None:
+    """Raise ValueError, naming the layer, unless these depend on the latent for autograd."""
     if not all(tensor.requires_grad for tensor in tensors):
         raise ValueError(
-            f"{node}: {layer} has no gradient: a node computes what leads to it without one "
+            f"{layer} has no gradient: a node computes what leads to it without one "
             f"(TokenPerturbationGuidance). {TAKE_OUT}"
         )
 
 
-def check_order(node: str, moved: Collection[tuple[str, torch.Tensor]]) -> None:
-    """Raise ValueError, naming `node`, if tokens were moved. moved: of `TokenOrder`. Waits for the device if
+def check_order(moved: Collection[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError, if tokens were moved. moved: of `TokenOrder`. Waits for the device if
     another node replaced any.
     """
     if name := first_moved(moved):
         raise ValueError(
-            f"{node}: {layer_name('attn1', name)} gets its tokens in another order: a node shuffles them, or "
+            f"{layer_name('attn1', name)} gets its tokens in another order: a node shuffles them, or "
             f"merges tokens (ToMe). {TAKE_OUT}"
         )
 
 
-def check_call(node: str, x: torch.Tensor, rows: int, size: Sequence[int]) -> None:
-    """Raise ValueError, naming `node`, unless a model call is of whole images.
+def check_call(x: torch.Tensor, rows: int, size: Sequence[int]) -> None:
+    """Raise ValueError, unless a model call is of whole images.
 
     x: what the UNet is called with. rows, size: of the latent, height and width.
     """
     if len(x) != rows or tuple(x.shape[-2:]) != tuple(size):
         height, width = size
         raise ValueError(
-            f"{node}: the model is called with {_latents(x)} instead of {rows} of {width}x{height}: a node "
+            f"the model is called with {_latents(x)} instead of {rows} of {width}x{height}: a node "
             f"cuts the latent into tiles or windows (TiledDiffusion, context windows). {TAKE_OUT}"
         )
 
@@ -121,25 +118,25 @@ def _latents(x: torch.Tensor) -> str:
     return f"{len(x)} latents of {x.shape[-1]}x{x.shape[-2]}"
 
 
-def refused_parts(node: str, x: torch.Tensor, rows: int, size: Sequence[int], reason: str) -> ValueError:
+def refused_parts(x: torch.Tensor, rows: int, size: Sequence[int], reason: str) -> ValueError:
     """The error for a model call on parts of what is sampled, which a bridge cannot follow for `reason`."""
     height, width = size
     return ValueError(
-        f"{node}: the model is called with {_latents(x)} where the sampling has {rows} of {width}x{height}: "
+        f"the model is called with {_latents(x)} where the sampling has {rows} of {width}x{height}: "
         "a node cuts the latent into tiles or windows (TiledDiffusion, context windows). With a bridge that "
         f"needs one reference or joined ones, no mask, and edit_queries, but {reason}."
     )
 
 
-def check_fired(node: str, kind: str, sites: Sequence[Site], fired: Collection[Any]) -> None:
-    """Raise ValueError, naming `node`, if some of the layers ran without ours: not for all or none of them.
+def check_fired(kind: str, sites: Sequence[Site], fired: Collection[Any]) -> None:
+    """Raise ValueError, if some of the layers ran without ours: not for all or none of them.
 
     fired: keys of those that ran with it.
     """
     missing = [site.name for site in sites if site.key not in fired]
     if fired and missing:
         raise ValueError(
-            f"{node}: {layer_name(kind, ', '.join(missing))} did not run with this node's patch: another "
+            f"{layer_name(kind, ', '.join(missing))} did not run with this node's patch: another "
             f"node leaves the layer out or replaces it. {TAKE_OUT}"
         )
 

@@ -9,27 +9,27 @@ from ...models.sites import Site
 
 
 def structure_sites(
-    node: str, sites: Sequence[Site], height: int, width: int, side: int, names: str = ""
+    sites: Sequence[Site], height: int, width: int, side: int, names: str = ""
 ) -> tuple[Site, ...]:
     """The sites with at most `side` x `side` tokens, for a latent of `height` x `width`, or those of the
-    coarsest grid if all have more; or the ones that `names` lists. Raises ValueError, naming `node`, for a
+    coarsest grid if all have more; or the ones that `names` lists. Raises ValueError, for a
     name that fits no site.
     """
     if names.strip():
-        return named_sites(node, "structure_sites", sites, names)
+        return named_sites("structure_sites", sites, names)
     tokens = {site: math.prod(site.grid(height, width)) for site in sites}
     most = max(side * side, min(tokens.values()))
     return tuple(site for site in sites if tokens[site] <= most)
 
 
 def word_sites(
-    node: str, sites: Sequence[Site], height: int, width: int, side: int, names: str = ""
+    sites: Sequence[Site], height: int, width: int, side: int, names: str = ""
 ) -> tuple[Site, ...]:
     """The sites of the resolution whose number of tokens is closest to `side` x `side`, by ratio; or the ones
-    that `names` lists. Raises ValueError, naming `node`, for a name that fits no site.
+    that `names` lists. Raises ValueError, for a name that fits no site.
     """
     if names.strip():
-        return named_sites(node, "word_sites", sites, names)
+        return named_sites("word_sites", sites, names)
 
     def distance(site: Site) -> float:
         return abs(math.log(math.prod(site.grid(height, width)) / (side * side)))
@@ -38,21 +38,21 @@ def word_sites(
     return tuple(site for site in sites if distance(site) == nearest)
 
 
-def named_sites(node: str, name: str, sites: Sequence[Site], names: str) -> tuple[Site, ...]:
+def named_sites(name: str, sites: Sequence[Site], names: str) -> tuple[Site, ...]:
     """The sites that `names` lists, separated by commas, each a site's name (`output.3.0`) or the beginning
-    of several (`output.3`, `middle`). Raises ValueError, naming `node` and the input `name`, for one that
+    of several (`output.3`, `middle`). Raises ValueError, naming the input, for one that
     fits no site.
     """
     wanted = [part.strip().lower() for part in names.split(",") if part.strip()]
     for part in wanted:
         if not any(_fits(site, part) for site in sites):
             raise ValueError(
-                f"{node}: {name} has {part!r}, but this model's sites are "
+                f"{name} has {part!r}, but this model's sites are "
                 f"{', '.join(site.name for site in sites)}: use these, or the beginning of one"
             )
     chosen = tuple(site for site in sites if any(_fits(site, part) for part in wanted))
     if not chosen:
-        raise ValueError(f"{node}: {name} {names!r} names no site: name one, or leave it empty")
+        raise ValueError(f"{name} {names!r} names no site: name one, or leave it empty")
     return chosen
 
 

@@ -23,7 +23,6 @@ from .checks import check_order
 from .choice import word_sites
 from .recorder import AttentionRecorder, Projections
 
-NODE = "DescEditAttentionMaps"
 _COMPONENTS = 3
 
 
@@ -62,17 +61,17 @@ def look(
     side; the nearest grid that the model has is taken. Raises ValueError for inputs that do not belong
     together.
     """
-    sites = find_sites(model.model.diffusion_model, NODE)
+    sites = find_sites(model.model.diffusion_model)
     if (place.samples is None) == (place.inversion is None):
-        raise ValueError(f"{NODE}: connect either latent or inversion, and not both")
+        raise ValueError("connect either latent or inversion, and not both")
     if place.inversion is None:
         step, (noise, samples, sigma) = 0, _noised(model, place)
     else:
         step, sigma = _nearest(model, place.inversion, place.percent)
         samples = noise = torch.zeros(place.inversion.trajectory.shape[1:])
     height, width = samples.shape[-2:]
-    cross = word_sites(NODE, sites, height, width, word_side)
-    structure = word_sites(NODE, sites, height, width, structure_side)
+    cross = word_sites(sites, height, width, word_side)
+    structure = word_sites(sites, height, width, structure_side)
     recorder = AttentionRecorder(structure, cross, stop=True)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
@@ -89,14 +88,14 @@ def look(
 def _noised(model: Any, place: Place) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Noise, clean latent and noise level."""
     sampling = model.get_model_object("model_sampling")
-    samples = read_samples(NODE, "latent", place.samples, model)
+    samples = read_samples("latent", place.samples, model)
     sigma = min(sampling.percent_to_sigma(place.percent), float(sampling.sigma_max))
     return comfy.sample.prepare_noise(samples, place.seed), samples, sigma
 
 
 def _nearest(model: Any, inversion: Inversion, percent: float) -> tuple[int, float]:
     """The path's step nearest to `percent`, and its noise level."""
-    inversion.check(NODE, model, inversion.trajectory.shape[1:], inversion.sigmas)
+    inversion.check(model, inversion.trajectory.shape[1:], inversion.sigmas)
     along = progress(model.get_model_object("model_sampling"), inversion.sigmas[:-1])
     step = int((along - percent).abs().argmin())
     return step, float(inversion.sigmas[step])
@@ -121,14 +120,12 @@ def _look_once(
     entry = active_entry(guider.conds["positive"], float(sigmas[0]))
     if entry is None:
         raise ValueError(
-            f"{NODE}: conditioning has no entry for the whole image at this percent: wire the description "
+            "conditioning has no entry for the whole image at this percent: wire the description "
             "without an area, a mask or a range of steps"
         )
     options = {name: value for name, value in options.items() if name != "multigpu_clones"}
-    record(
-        NODE, guider.inner_model, recorder, entry, x, sigmas[0] * x.new_ones([len(x)]), options, own_grid=True
-    )
-    check_order(NODE, recorder.moved)
+    record(guider.inner_model, recorder, entry, x, sigmas[0] * x.new_ones([len(x)]), options, own_grid=True)
+    check_order(recorder.moved)
     return x
 
 
@@ -145,12 +142,12 @@ def _word_maps(
     width: int,
 ) -> dict[str, torch.Tensor]:
     if not tokens.words or not all(word.tokens for word in tokens.words):
-        raise ValueError(f"{NODE}: edit_tokens has no words: find the words of the edit first")
+        raise ValueError("edit_tokens has no words: find the words of the edit first")
     mean = _mean(attention)
     last, context = max(max(word.tokens) for word in tokens.words), mean.shape[-1]
     if last >= context:
         raise ValueError(
-            f"{NODE}: edit_tokens has token {last} but conditioning has {context} tokens: encode the "
+            f"edit_tokens has token {last} but conditioning has {context} tokens: encode the "
             "description that the tokens were found in"
         )
     rows, columns = sites[0].grid(height, width)

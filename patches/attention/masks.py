@@ -11,22 +11,20 @@ from kornia.geometry.transform import resize
 from ...models.sites import Site, SiteKey
 
 
-def check_mask(node: str, mask: torch.Tensor, rows: int, height: int, width: int) -> None:
-    """Raise ValueError, naming `node`, unless `mask` fits `rows` images of `height` x `width` pixels.
+def check_mask(mask: torch.Tensor, rows: int, height: int, width: int) -> None:
+    """Raise ValueError, unless `mask` fits `rows` images of `height` x `width` pixels.
 
     Another size is resized if its proportions are the image's, to within a hundredth or the 8 pixels that a
     VAE crops.
     """
     images, mask_height, mask_width = mask.shape
     if images not in (1, rows):
-        raise ValueError(
-            f"{node}: mask has {images} images but {rows} are edited: give one mask, or one for each"
-        )
+        raise ValueError(f"mask has {images} images but {rows} are edited: give one mask, or one for each")
     close = abs(mask_width * height - mask_height * width) <= 0.01 * mask_height * width
     cropped = 0 <= mask_width - width < 8 and 0 <= mask_height - height < 8
     if not (close or cropped):
         raise ValueError(
-            f"{node}: mask is {mask_width}x{mask_height} but the image is {width}x{height}: "
+            f"mask is {mask_width}x{mask_height} but the image is {width}x{height}: "
             "draw it on the image, or resize it to the image's size"
         )
 

@@ -34,12 +34,11 @@ PIECE = 2**24  # probabilities at a time: 64 MiB
 class Expected:
     """What a recorded call must be like, so that what is recorded has a meaning.
 
-    node: who asks. rows, size: of the latent, its images and height and width. text: tokens of the
+    rows, size: of the latent, its images and height and width. text: tokens of the
     description. own_grid: whether self-attention must be on the grid that the network's layout gives it, and
     not on one that another node has shrunk.
     """
 
-    node: str
     rows: int
     size: tuple[int, int]
     text: int
@@ -203,7 +202,7 @@ class AttentionRecorder:
     def _wrap(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         options, x = dict(read_options(args, kwargs)), args[0]
         if (expected := self._expected) is not None:
-            check_call(expected.node, x, expected.rows, expected.size)
+            check_call(x, expected.rows, expected.size)
         self._differentiated = x.requires_grad
         replace = {name: dict(patches) for name, patches in options.get("patches_replace", {}).items()}
         for name, keys in self._wanted.items():
@@ -254,19 +253,19 @@ class AttentionRecorder:
         k: torch.Tensor,
         extra_options: dict[str, Any],
     ) -> None:
-        node, site, within = expected.node, self._wanted[name][key], name == "attn1"
+        site, within = self._wanted[name][key], name == "attn1"
         layer, grid = layer_name(name, site.name), site.grid(*expected.size)
-        check_rows(node, layer, len(q), expected.rows)
-        check_rows(node, layer, len(k), expected.rows)
+        check_rows(layer, len(q), expected.rows)
+        check_rows(layer, len(k), expected.rows)
         if within and not expected.own_grid:
             grid = tuple(extra_options.get("activations_shape", grid)[-2:])
-        check_grid(node, layer, q.shape[1], grid, extra_options, "this node")
+        check_grid(layer, q.shape[1], grid, extra_options, "this node")
         if within:
-            check_keys(node, layer, k.shape[1], q.shape[1])
+            check_keys(layer, k.shape[1], q.shape[1])
         else:
-            check_text(node, layer, k.shape[1], expected.text)
+            check_text(layer, k.shape[1], expected.text)
         if self._differentiated:
-            check_gradient(node, layer, *((q, k) if within else (q,)))
+            check_gradient(layer, *((q, k) if within else (q,)))
 
     def _end_block(self, hidden: torch.Tensor, *rest: Any) -> Any:
         """A block patch of the host, for either side: (h, options) or (h, skip, options)."""

@@ -26,7 +26,6 @@ from ...models.bridge import AttentionBridge
 from ...models.sites import SiteKey, find_sites
 from ..attention.checks import TAKE_OUT, check_grid, check_keys, check_rows, layer_name
 
-NODE = "DescEditApplyBridge"
 Matrix = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -50,7 +49,7 @@ class Bank:
 
     def __init__(self, bridge: AttentionBridge, unet: torch.nn.Module) -> None:
         self.bridge, self.settings = bridge, bridge.settings
-        self.sites = find_sites(unet, NODE)
+        self.sites = find_sites(unet)
         self.outputs = {site.key: unet.get_submodule(site.path).attn1.to_out for site in self.sites}
         self.kept: dict[SiteKey, Kept] = {}
 
@@ -87,8 +86,8 @@ class Bank:
             )
         missing = [site.name for site in self.sites if site.key not in self.kept]
         if missing:
-            raise RuntimeError(
-                f"{NODE}: the reference pass did not reach {layer_name('attn1', ', '.join(missing))}: "
+            raise ValueError(
+                f"the reference pass did not reach {layer_name('attn1', ', '.join(missing))}: "
                 f"another node leaves the layer out or replaces it. {TAKE_OUT}"
             )
 
@@ -239,14 +238,14 @@ class Feeding(_Patches):
         extra_options: dict[str, Any],
     ) -> torch.Tensor:
         layer = _layer(key)
-        check_rows(NODE, layer, len(q), self.total)
+        check_rows(layer, len(q), self.total)
         kept, site, h = self.bank.kept[key], self.bank.bridge.site(key), self.hidden[self.rows]
         if kept.query is None:
             query, key_, value = q[self.rows] + site.q(h), self.answer(kept.key), self.answer(kept.value)
         else:
             why = "a bridge with the direction reference_queries"
-            check_grid(NODE, layer, h.shape[1], self._grid(key), extra_options, why)
-            check_keys(NODE, layer, k.shape[1], h.shape[1])
+            check_grid(layer, h.shape[1], self._grid(key), extra_options, why)
+            check_keys(layer, k.shape[1], h.shape[1])
             query, key_, value = self.answer(kept.query), k[self.rows] + site.k(h), v[self.rows] + site.v(h)
         return _attention(query, key_, value, extra_options)
 
@@ -258,7 +257,7 @@ class Feeding(_Patches):
         fused = self.fused(key, out[self.rows])
         if self.masks is not None:
             mask = self.masks[key]
-            check_grid(NODE, _layer(key), fused.shape[1], self._grid(key), extra_options, "a mask")
+            check_grid(_layer(key), fused.shape[1], self._grid(key), extra_options, "a mask")
             fused = fused * mask.to(fused)
         if isinstance(self.rows, slice):
             out[self.rows].add_(fused, alpha=self.strength)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,31 +123,36 @@ def _merged(weights: dict[Row, Scale], bridged: bool) -> dict[Row, Scale]:
 class DualGuider(comfy.samplers.CFGGuider):
     """GUIDER with dual guidance; `set_conds(edit, unconditional)`."""
 
-    def __init__(self, model: Any, guidance: DualGuidance) -> None:
+    def __init__(
+        self, model: Any, guidance: DualGuidance, door: AbstractContextManager[Any] | None = None
+    ) -> None:
         super().__init__(model)
-        self.guidance = guidance
+        self.guidance, self._door = guidance, door or nullcontext()
 
     def predict_noise(
         self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
     ) -> torch.Tensor:
-        return predict(self, self.guidance, x, timestep, model_options or {})
+        with self._door:
+            return predict(self, self.guidance, x, timestep, model_options or {})
 
 
 @dataclass(frozen=True, eq=False)
 class _Predict:
     """PREDICT_NOISE: dual guidance in place of the guider's own prediction, inside of every other wrapper."""
 
-    node: str
     guidance: DualGuidance
+    door: AbstractContextManager[Any]
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         guider = executor.class_obj
-        self._check(guider, executor.original)
+        with self.door:
+            self._check(guider, executor.original)
 
         def innermost(
             x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
         ) -> torch.Tensor:
-            return predict(guider, self.guidance, x, timestep, model_options or {})
+            with self.door:
+                return predict(guider, self.guidance, x, timestep, model_options or {})
 
         rest = WrapperExecutor.new_class_executor(innermost, guider, executor.wrappers, executor.idx + 1)
         return rest.execute(*args, **kwargs)
@@ -154,28 +160,30 @@ class _Predict:
     def _check(self, guider: Any, own: Callable) -> None:
         if isinstance(guider, DualGuider) or set(guider.conds) != {"positive", "negative"}:
             raise ValueError(
-                f"{self.node}: needs a sampler with one positive and one negative conditioning (KSampler, "
+                f"needs a sampler with one positive and one negative conditioning (KSampler, "
                 f"CFGGuider), but the guider is {type(guider).__name__} with "
                 f"{', '.join(guider.conds) or 'none'}: take this node away, or use another guider"
             )
         if getattr(own, "__func__", own) is not comfy.samplers.CFGGuider.predict_noise:
             raise ValueError(
-                f"{self.node}: the guider {type(guider).__name__} predicts in a way of its own (as "
+                f"the guider {type(guider).__name__} predicts in a way of its own (as "
                 "DualModelGuider and guiders with a schedule do), which dual guidance would put aside: take "
                 "this node away, or use KSampler or CFGGuider"
             )
 
 
-def apply_guidance(model: Any, guidance: DualGuidance, node: str) -> Any:
+def apply_guidance(
+    model: Any, guidance: DualGuidance, door: AbstractContextManager[Any] | None = None
+) -> Any:
     """A clone of `model` (a ModelPatcher) that any sampler with a positive and a negative conditioning runs
-    with dual guidance; the sampler's own cfg is not used.
+    with dual guidance; the sampler's own cfg is not used. door: entered in every run.
 
-    Raises ValueError, naming `node`, if the model has dual guidance already.
+    Raises ValueError, if the model has dual guidance already.
     """
     if model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY):
-        raise ValueError(f"{node}: this MODEL has dual guidance already: remove one of the two nodes")
+        raise ValueError("this MODEL has dual guidance already: remove one of the two nodes")
     patched = model.clone()
-    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _Predict(node, guidance))
+    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _Predict(guidance, door or nullcontext()))
     return patched
 
 

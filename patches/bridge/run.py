@@ -19,7 +19,7 @@ from ...models.sites import SiteKey
 from ..attention.checks import COMPILED, check_fired, may_skip, refused_parts
 from ..attention.masks import check_mask, site_masks
 from ..attention.recorder import WRAPPER_KEY
-from .core import NODE, Bank, Feeding, Matrix
+from .core import Bank, Feeding, Matrix
 
 KEY = "descriptive_edit.bridge"
 # In transformer_options, by a guider: the uuids of the rows that do not see the reference.
@@ -55,7 +55,7 @@ class BridgeRun:
     """One sampling with a bridge. It lives in the run's own `transformer_options`.
 
     guider: the host's, inside its `inner_sample`. noise: [images, channels, height, width]. sigmas: the
-    run's. Raises ValueError, naming the node, if references, mask or grid do not fit the sampled latent.
+    run's. Raises ValueError, if references, mask or grid do not fit the sampled latent.
     """
 
     def __init__(self, setup: BridgeSetup, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
@@ -77,7 +77,7 @@ class BridgeRun:
     def _latent_mask(self, mask: torch.Tensor | None, scale: int) -> torch.Tensor | None:
         if mask is None:
             return None
-        check_mask(NODE, mask, self._images, self._height * scale, self._width * scale)
+        check_mask(mask, self._images, self._height * scale, self._width * scale)
         mask = rearrange(mask.to(self._device), "b h w -> b 1 h w")
         return rearrange(resize(mask, (self._height, self._width), interpolation="area"), "b 1 h w -> b h w")
 
@@ -85,13 +85,13 @@ class BridgeRun:
         references, _, height, width = self._setup.reference.shape
         if not self._setup.joined and references not in (1, self._images):
             raise ValueError(
-                f"{NODE}: reference has {references} images but {self._images} are sampled: give one, or one "
+                f"reference has {references} images but {self._images} are sampled: give one, or one "
                 "for each, or choose to join them"
             )
         size = self._height, self._width
         if self.bank.settings.direction == "reference_queries" and (height, width) != size:
             raise ValueError(
-                f"{NODE}: this bridge has the direction reference_queries, whose reference must have the "
+                f"this bridge has the direction reference_queries, whose reference must have the "
                 f"latent's size, {self._width}x{self._height}, but it has {width}x{height}: scale the source "
                 "image to the size that is sampled"
             )
@@ -138,7 +138,7 @@ class BridgeRun:
             if "area" not in entry and "mask" not in entry:
                 return entry
         raise ValueError(
-            f"{NODE}: source is not connected and the sampling has no negative conditioning for the whole "
+            "source is not connected and the sampling has no negative conditioning for the whole "
             "image to take its place: connect the source description"
         )
 
@@ -214,7 +214,7 @@ class BridgeRun:
         from_edit = self.bank.settings.direction == "edit_queries"
         if not from_edit and size != whole and any(areas):
             raise ValueError(
-                f"{NODE}: a bridge with the direction reference_queries needs the picture's own grid, "
+                f"a bridge with the direction reference_queries needs the picture's own grid, "
                 f"{whole[1]}x{whole[0]}, but a conditioning has an area of {size[1]}x{size[0]}: take the "
                 "area away, or use a bridge with edit_queries"
             )
@@ -229,7 +229,7 @@ class BridgeRun:
             if self._mask is not None and (len(self._mask) > 1 or any(areas)):
                 reasons += ["it has a mask for each image or area"]
         if reasons:
-            raise refused_parts(NODE, x, len(areas) * self._images, whole, " and ".join(reasons))
+            raise refused_parts(x, len(areas) * self._images, whole, " and ".join(reasons))
 
     def check_fired(self, feeding: Feeding, options: dict[str, Any]) -> None:
         """After a model call: raises ValueError if a layer that was to be fed was not, unless another node's
@@ -240,15 +240,15 @@ class BridgeRun:
         self._due, self._fed = True, self._fed or bool(feeding.fired)
         recorded = WRAPPER_KEY in options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
         if not recorded:
-            check_fired(NODE, "attn1", self.bank.sites, feeding.fired)
+            check_fired("attn1", self.bank.sites, feeding.fired)
         if not feeding.fired and not may_skip(options, KEY):
-            raise ValueError(f"{NODE}: no layer was fed. {COMPILED}")
+            raise ValueError(f"no layer was fed. {COMPILED}")
 
     def finish(self) -> None:
         """After the last step: raises ValueError if no call was fed although some were to be."""
         if self._due and not self._fed:
             raise ValueError(
-                f"{NODE}: no layer was fed in any step. Another node keeps the UNet from running: take it "
+                f"no layer was fed in any step. Another node keeps the UNet from running: take it "
                 f"out of the MODEL's chain. Or: {COMPILED}"
             )
 

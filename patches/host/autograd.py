@@ -127,7 +127,7 @@ def weights_streamed(patchers: Iterable[Any]) -> bool:
 
 
 @contextmanager
-def naming_writes(node: str) -> Iterator[None]:
+def naming_writes() -> Iterator[None]:
     """A region whose gradients fail with a ValueError that names `node` where another node has written in
     place into what autograd saved.
     """
@@ -137,7 +137,7 @@ def naming_writes(node: str) -> Iterator[None]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise ValueError(
-            f"{node}: a node writes in place into what the gradient needs, outside of the host's lists of "
+            f"a node writes in place into what the gradient needs, outside of the host's lists of "
             f"patches (in place of an attention, or of a layer). {TAKE_OUT}"
         ) from error
 

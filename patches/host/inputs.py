@@ -19,122 +19,122 @@ _OVERSHOOT = 0.5
 _CHANNELS = (1, 3, 4)
 
 
-def read_mask(node: str, name: str, mask: Any) -> torch.Tensor:
+def read_mask(name: str, mask: Any) -> torch.Tensor:
     """A person's mask as [masks, height, width], float32, 0 to 1.
 
     mask: [height, width], [masks, height, width], [masks, 1, height, width] or [masks, height, width, 1];
     floats from 0 to 1, integers 0 and 1, or booleans. A mask that has the form already is returned as it is.
-    Raises ValueError, naming `node` and `name`, for everything else: other shapes, values that are not finite
+    Raises ValueError, naming the input, for everything else: other shapes, values that are not finite
     and values outside of 0 to 1.
     """
-    mask = _tensor(node, name, mask, "[masks, height, width]")
+    mask = _tensor(name, mask, "[masks, height, width]")
     shape = list(mask.shape)
     if len(shape) > 2 and shape[-1] == 1 and 1 not in shape[-3:-1]:
         mask = mask.squeeze(-1)
     if mask.ndim < 2 or any(size != 1 for size in mask.shape[1:-2]):
         raise ValueError(
-            f"{node}: {name} has shape {shape} but must be [masks, height, width]: take one channel of it "
+            f"{name} has shape {shape} but must be [masks, height, width]: take one channel of it "
             "with Convert Image to Mask"
         )
     mask = mask.reshape(-1, *mask.shape[-2:]).float().contiguous()
-    least, most = _range(node, name, mask, "make the mask again")
+    least, most = _range(name, mask, "make the mask again")
     if least < -_ROUNDING or most > 1 + _ROUNDING:
         raise ValueError(
-            f"{node}: {name} has values from {least} to {most} but they must be from 0 to 1: scale it "
+            f"{name} has values from {least} to {most} but they must be from 0 to 1: scale it "
             "(divide 0 to 255 by 255), or cut it with Threshold Mask"
         )
     return mask if least >= 0 and most <= 1 else mask.clamp(0, 1)
 
 
-def read_images(node: str, name: str, images: Any) -> torch.Tensor:
+def read_images(name: str, images: Any) -> torch.Tensor:
     """A person's images as [images, height, width, 3], float32, 0 to 1.
 
     images: [images, height, width, channels] or [height, width, channels], floats. One channel becomes three
     alike; a fourth one, alpha, is dropped, as the host's VAEEncode does. Values up to 0.5 outside of 0 to 1
     are clipped, as the host's SaveImage does. Images that have the form already are returned as they are.
-    Raises ValueError, naming `node` and `name`, for other shapes, whole numbers, values further outside and
+    Raises ValueError, naming the input, for other shapes, whole numbers, values further outside and
     values that are not finite.
     """
-    images = _tensor(node, name, images, "[images, height, width, channels]")
+    images = _tensor(name, images, "[images, height, width, channels]")
     shape = list(images.shape)
     if images.ndim == 3 and shape[-1] in _CHANNELS:
         images = images[None]
     if images.ndim != 4 or images.shape[-1] not in _CHANNELS:
         raise ValueError(
-            f"{node}: {name} has shape {shape} but must be [images, height, width, channels] with 1, 3 or 4 "
+            f"{name} has shape {shape} but must be [images, height, width, channels] with 1, 3 or 4 "
             "channels: convert it to an ordinary IMAGE (a mask with Convert Mask to Image)"
         )
     if not (images.is_floating_point() or images.dtype == torch.bool):
         raise ValueError(
-            f"{node}: {name} has whole numbers ({str(images.dtype).removeprefix('torch.')}) but must have "
+            f"{name} has whole numbers ({str(images.dtype).removeprefix('torch.')}) but must have "
             "floats from 0 to 1: divide 0 to 255 by 255"
         )
     images = images[..., :3].float()
-    least, most = _range(node, name, images, "the VAE or the model has failed there, often in half precision")
+    least, most = _range(name, images, "the VAE or the model has failed there, often in half precision")
     if least < -_OVERSHOOT or most > 1 + _OVERSHOOT:
         raise ValueError(
-            f"{node}: {name} has values from {least} to {most} but they must be from 0 to 1: scale it "
+            f"{name} has values from {least} to {most} but they must be from 0 to 1: scale it "
             "(divide 0 to 255 by 255)"
         )
     images = images if least >= 0 and most <= 1 else images.clamp(0, 1)
     return images.expand(*images.shape[:-1], 3).contiguous()
 
 
-def samples_of(node: str, name: str, latent: dict[str, Any]) -> Any:
-    """A LATENT's `samples`. Raises ValueError, naming `node` and `name`, if it has none."""
+def samples_of(name: str, latent: dict[str, Any]) -> Any:
+    """A LATENT's `samples`. Raises ValueError, naming the input, if it has none."""
     if "samples" not in latent:
         raise ValueError(
-            f"{node}: {name} has no samples but only {', '.join(map(str, latent)) or 'nothing'}: wire the "
+            f"{name} has no samples but only {', '.join(map(str, latent)) or 'nothing'}: wire the "
             "LATENT of an image, from VAEEncode"
         )
     return latent["samples"]
 
 
-def read_samples(node: str, name: str, samples: Any, model: Any) -> torch.Tensor:
+def read_samples(name: str, samples: Any, model: Any) -> torch.Tensor:
     """A LATENT's `samples` as [images, channels, height, width] of the MODEL, float32.
 
-    Raises ValueError, naming `node` and `name`, for latents of another rank (videos, audio, several in one),
+    Raises ValueError, naming the input, for latents of another rank (videos, audio, several in one),
     of another family's channels, and for values that are not finite.
     """
     channels = model.get_model_object("latent_format").latent_channels
     wanted = f"[images, {channels}, height, width]"
-    samples = _tensor(node, name, samples, wanted)
+    samples = _tensor(name, samples, wanted)
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise ValueError(
-            f"{node}: {name} has shape {list(samples.shape)} but this model needs {wanted}: encode the image "
+            f"{name} has shape {list(samples.shape)} but this model needs {wanted}: encode the image "
             "with the model's own VAE"
         )
     samples = samples.float()
-    _range(node, name, samples, "encode a sound image again")
+    _range(name, samples, "encode a sound image again")
     return samples
 
 
-def check_noise_mask(node: str, mask: torch.Tensor) -> None:
-    """Raise ValueError, naming `node`, unless a noise mask, as the host has scaled it, is from 0 to 1."""
+def check_noise_mask(mask: torch.Tensor) -> None:
+    """Raise ValueError, unless a noise mask, as the host has scaled it, is from 0 to 1."""
     name = "the noise mask in latent_image"
-    least, most = _range(node, name, mask, "make the mask again")
+    least, most = _range(name, mask, "make the mask again")
     if least < -_ROUNDING or most > 1 + _ROUNDING:
         raise ValueError(
-            f"{node}: {name} has values from {least} to {most} but they must be from 0 to 1: scale it "
+            f"{name} has values from {least} to {most} but they must be from 0 to 1: scale it "
             "before Set Latent Noise Mask"
         )
 
 
-def _tensor(node: str, name: str, value: Any, wanted: str) -> torch.Tensor:
+def _tensor(name: str, value: Any, wanted: str) -> torch.Tensor:
     """`value` if it is a tensor of real numbers with something in it."""
     if not isinstance(value, torch.Tensor) or value.is_nested:
         found = "several tensors in one" if getattr(value, "is_nested", False) else type(value).__name__
-        raise ValueError(f"{node}: {name} is {found} but must be one tensor {wanted}: take one of them")
+        raise ValueError(f"{name} is {found} but must be one tensor {wanted}: take one of them")
     if value.numel() == 0 or value.is_complex():
         found = "of complex numbers" if value.is_complex() else f"empty, of shape {list(value.shape)},"
-        raise ValueError(f"{node}: {name} is {found} but must be {wanted}: see what made it")
+        raise ValueError(f"{name} is {found} but must be {wanted}: see what made it")
     return value
 
 
-def _range(node: str, name: str, values: torch.Tensor, advice: str) -> tuple[float, float]:
+def _range(name: str, values: torch.Tensor, advice: str) -> tuple[float, float]:
     least, most = torch.stack(values.aminmax()).tolist()
     if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError(
-            f"{node}: {name} has values that are not finite (NaN or infinite) but must be numbers: {advice}"
+            f"{name} has values that are not finite (NaN or infinite) but must be numbers: {advice}"
         )
     return least, most

@@ -12,13 +12,13 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 KEY = "descriptive_edit.network_runs"
 
 
-def refuse_cached_steps(node: str, model: Any) -> None:
-    """Raise ValueError, naming `node`, if the MODEL carries the host's EasyCache or LazyCache."""
+def refuse_cached_steps(model: Any) -> None:
+    """Raise ValueError, if the MODEL carries the host's EasyCache or LazyCache."""
     holder = model.model_options.get("transformer_options", {}).get("easycache")
     if holder is not None:
         name = getattr(holder, "name", "EasyCache")
         raise ValueError(
-            f"{node}: the MODEL has {name}, which reuses earlier predictions, but every step here needs "
+            f"the MODEL has {name}, which reuses earlier predictions, but every step here needs "
             "its own: take it out of the model's chain"
         )
 
@@ -26,8 +26,8 @@ def refuse_cached_steps(node: str, model: Any) -> None:
 class NetworkRuns:
     """Watches that the network runs for each prediction of a run, whatever other nodes do before it."""
 
-    def __init__(self, node: str) -> None:
-        self._node, self._ran = node, False
+    def __init__(self) -> None:
+        self._ran = False
 
     def attach(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """A copy of `model_options` whose model calls are watched; the original is not touched."""
@@ -40,10 +40,10 @@ class NetworkRuns:
         return executor(*args, **kwargs)
 
     def check(self) -> None:
-        """After a prediction: raise ValueError, naming the node, if the network did not run for it."""
+        """After a prediction: raise ValueError, if the network did not run for it."""
         if not self._ran:
             raise ValueError(
-                f"{self._node}: the network did not run at a step, but every step here needs its own "
+                "the network did not run at a step, but every step here needs its own "
                 "prediction: take the node that skips steps (TeaCache, DeepCache, for some) out of the "
                 "model's chain, or the time range that leaves no description for a step out of the "
                 "conditioning"

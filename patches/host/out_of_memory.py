@@ -12,13 +12,13 @@ class OutOfMemory(comfy.model_management.OOM_EXCEPTION):
 
 
 class memory_advice:
-    """Names `node` and what to do where memory runs out inside, and lets go of what the calls there hold.
+    """Says what to do where memory runs out inside, and lets go of what the calls there hold.
 
     Raises OutOfMemory, once: from inside another region it passes as it is.
     """
 
-    def __init__(self, node: str, advice: str) -> None:
-        self._node, self._advice = node, advice
+    def __init__(self, advice: str) -> None:
+        self._advice = advice
 
     def __enter__(self) -> None:
         pass
@@ -35,4 +35,4 @@ class memory_advice:
         while inner is not None:
             inner.__traceback__ = None
             inner = inner.__context__
-        raise OutOfMemory(f"{self._node}: no memory left: {self._advice} ({reason})") from None
+        raise OutOfMemory(f"no memory left: {self._advice} ({reason})") from None

@@ -55,34 +55,34 @@ class Word:
         return replace(self, key=text, text=text, tokens=tuple(compress(self.tokens, inside)), sizes=())
 
 
-def read_words(node: str, name: str, clip: Any, text: str) -> list[Word]:
+def read_words(name: str, clip: Any, text: str) -> list[Word]:
     """The words of a description; together they hold each of its tokens once.
 
     Letters, digits and accents that stand together are one word, whatever the tokenizer makes of them. A
     textual-inversion embedding is one word, and another one is another word. Prompt weights and their
     brackets are none.
 
-    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model. Raises ValueError, naming `node` and `name`, for
+    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model. Raises ValueError, naming the input, for
     an empty text, more than one context, and an embedding that the host would leave out.
     """
     if not text.strip():
-        raise ValueError(f"{node}: {name} is empty: describe the image")
-    mentions = _mentions(node, name, clip, text)
+        raise ValueError(f"{name} is empty: describe the image")
+    mentions = _mentions(name, clip, text)
     by_encoder = clip.tokenize(text, return_word_ids=True)
     chunks = by_encoder.get("l") or next(iter(by_encoder.values()))
     if len(chunks) > 1:
         count = sum(word_id != 0 for chunk in chunks for _, _, word_id in chunk)
         raise ValueError(
-            f"{node}: {name} has {count} tokens but one context holds {len(chunks[0])} "
+            f"{name} has {count} tokens but one context holds {len(chunks[0])} "
             "with its start and end mark: shorten it"
         )
-    _check_embeddings(node, name, clip, by_encoder)
+    _check_embeddings(name, clip, by_encoder)
     words = [*_cut(clip, chunks[0])]
     found = [word.key for word in words if word.embedding]
     for number, mention in enumerate(mentions):
         if number >= len(found) or found[number] != mention.key:
             raise ValueError(
-                f"{node}: {name} names {mention.text}, which ComfyUI does not find: put the file into "
+                f"{name} names {mention.text}, which ComfyUI does not find: put the file into "
                 "models/embeddings, write a weight as (embedding:name:1.2), or leave it out"
             )
     spelling = _Spelling(text)
@@ -163,13 +163,13 @@ def _digest(vectors: Iterable[torch.Tensor]) -> str:
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
-def _mentions(node: str, name: str, clip: Any, text: str) -> list[Word]:
+def _mentions(name: str, clip: Any, text: str) -> list[Word]:
     """The embeddings that a text names, in its order, without tokens; none if the tokenizer knows of none."""
     found = []
     for match in _EMBEDDING.finditer(text):
         written = _WEIGHT.sub("", match[1]).strip(",")
         if not written:
-            raise ValueError(f"{node}: {name} has embedding: without a name: write embedding:name")
+            raise ValueError(f"{name} has embedding: without a name: write embedding:name")
         chunks = next(iter(clip.tokenize(f"embedding:{written}", return_word_ids=True).values()))
         alone = [token for chunk in chunks for token, _, word_id in chunk if word_id != 0]
         if alone and not isinstance(alone[0], torch.Tensor):
@@ -180,7 +180,7 @@ def _mentions(node: str, name: str, clip: Any, text: str) -> list[Word]:
     return found
 
 
-def _check_embeddings(node: str, name: str, clip: Any, by_encoder: dict[str, Any]) -> None:
+def _check_embeddings(name: str, clip: Any, by_encoder: dict[str, Any]) -> None:
     """Raise ValueError for vectors that the host would leave out, which moves what is behind them."""
     for encoder, chunks in by_encoder.items():
         wanted = getattr(getattr(clip.tokenizer, f"clip_{encoder}", None), "embedding_size", None)
@@ -188,7 +188,7 @@ def _check_embeddings(node: str, name: str, clip: Any, by_encoder: dict[str, Any
         widths = {vector.shape[-1] for vector in vectors}
         if wanted is not None and widths - {wanted}:
             raise ValueError(
-                f"{node}: {name} has an embedding of width {max(widths - {wanted})} but this text encoder "
+                f"{name} has an embedding of width {max(widths - {wanted})} but this text encoder "
                 f"takes {wanted}: use one that was made for this model"
             )
 

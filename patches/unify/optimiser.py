@@ -29,7 +29,6 @@ from .source import SourceBranch, active_entry, record, whole_image
 from .trace import LOSSES, Trace
 from .words import Words, edit_words, source_words
 
-NODE = "DescEditUnifySampler"
 # Where the path is read for an automatic mask: the picture is there, and still moves with the words.
 MASK_PROGRESS = (0.5, 0.7, 0.9)
 _LATENT = Site(("latent", 0, 0), level=0, width=0, path="")
@@ -58,19 +57,16 @@ class LatentOptimiser:
         self._progress = progress(self._model.model_sampling, sigmas[:-1]).tolist()
         self._plan = self._weights_by_step()
         self._choose_sites(x)
-        try:
-            self._tokens = settings.rows(len(x))
-        except ValueError as error:
-            raise ValueError(f"{NODE}: {error}") from None
+        self._tokens = settings.rows(len(x))
         self._words: dict[tuple[Any, int], Words] = {}
         self._target = guider.conds.get("positive") or []
         if not whole_image(self._target):
             raise ValueError(
-                f"{NODE}: the guider's positive conditioning has no entry for the whole image: "
+                "the guider's positive conditioning has no entry for the whole image: "
                 "wire the edit description without an area or a mask to it"
             )
         memory, self._checkpoint = self._plan_memory(x)
-        self._source = SourceBranch(NODE, guider, settings.inversion, x, self._options, extra_args, memory)
+        self._source = SourceBranch(guider, settings.inversion, x, self._options, extra_args, memory)
         self._maps: dict[SiteKey, Projections] | None = None
         self._reordered: list[tuple[str, torch.Tensor]] = []
         self._places: list[float] = []
@@ -88,7 +84,7 @@ class LatentOptimiser:
         ]
         if (balance.beta1 or balance.beta2) and not any(map(any, plan)):
             raise ValueError(
-                f"{NODE}: no step is optimised: start_percent {settings.start} to end_percent {settings.end} "
+                f"no step is optimised: start_percent {settings.start} to end_percent {settings.end} "
                 f"holds none of the {len(plan)} steps, or the balance's curves are 0 there: widen them"
             )
         return plan
@@ -111,38 +107,33 @@ class LatentOptimiser:
                 free += patcher.loaded_size()
             checkpoint = self._model.memory_required(list(x.shape)) + needed(False) > free
             if checkpoint:
-                logging.info("%s: memory is short: layers are computed again for their gradient", NODE)
+                logging.info("UnifyEdit: memory is short: layers are computed again for their gradient")
         return needed(checkpoint), checkpoint
 
     def _choose_sites(self, x: torch.Tensor) -> None:
         settings, (height, width) = self._settings, x.shape[-2:]
-        sites = find_sites(self._model.diffusion_model, NODE)
+        sites = find_sites(self._model.diffusion_model)
         structure, words = (any(weights) for weights in zip(*self._plan, strict=True))
         self._self_sites = self._cross_sites = ()
         if structure:
             self._self_sites = structure_sites(
-                NODE, sites, height, width, settings.structure_side, settings.structure_sites
+                sites, height, width, settings.structure_side, settings.structure_sites
             )
         if words or settings.auto_mask:
-            self._cross_sites = word_sites(
-                NODE, sites, height, width, settings.word_side, settings.word_sites
-            )
+            self._cross_sites = word_sites(sites, height, width, settings.word_side, settings.word_sites)
 
     def lay_masks(self, x: torch.Tensor, denoise_mask: torch.Tensor | None) -> None:
         """Before the first step: the edit mask on every grid that needs it, and where the latent may move."""
         settings, (height, width) = self._settings, x.shape[-2:]
         mask = settings.mask
         if denoise_mask is not None:
-            check_noise_mask(NODE, denoise_mask)
+            check_noise_mask(denoise_mask)
         if mask is not None:
             scale = self._model.latent_format.spacial_downscale_ratio
-            check_mask(NODE, mask, len(x), height * scale, width * scale)
+            check_mask(mask, len(x), height * scale, width * scale)
         elif settings.auto_mask:
             mask = self._find_mask(x)
-            try:
-                settings.check_cover(mask, "the automatic mask")
-            except ValueError as error:
-                raise ValueError(f"{NODE}: {error}") from None
+            settings.check_cover(mask, "the automatic mask")
         self._masks = site_masks(mask, self._cross_sites, height, width, x.device)
         self._regions = None
         if settings.keep != "everywhere":
@@ -171,7 +162,7 @@ class LatentOptimiser:
                     continue
                 recorder = AttentionRecorder((), self._cross_sites, stop=True)
                 latent = inversion.latent(step, x)
-                record(NODE, self._model, recorder, entry, latent, sigma, self._options)
+                record(self._model, recorder, entry, latent, sigma, self._options)
                 words = self._words_of(recorder, find)
                 found.append(
                     word_attention(recorder.cross_attention, words, self._cross_sites, height, width)
@@ -207,7 +198,7 @@ class LatentOptimiser:
         self, entry: dict[str, Any], x: torch.Tensor, sigma: torch.Tensor, words: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of structure and alignment, zero for one that has no weight."""
-        with naming_writes(NODE), gradients(weights_streamed(self._source.patchers())):
+        with naming_writes(), gradients(weights_streamed(self._source.patchers())):
             leaf = x.clone().requires_grad_()
             options = differentiable_options(self._options)
             checkpoint = self._checkpoint
@@ -221,7 +212,7 @@ class LatentOptimiser:
             )
             try:
                 own_grid = self._regions is not None
-                record(NODE, self._model, target, entry, leaf, sigma, options, own_grid=own_grid)
+                record(self._model, target, entry, leaf, sigma, options, own_grid=own_grid)
                 self._reordered += target.moved
                 losses: dict[str, Callable[[], LossGradient]] = {}
                 if self._maps is not None:
@@ -254,10 +245,7 @@ class LatentOptimiser:
         some = next(iter(recorder.cross_attention.values())).k
         key = (find, some.shape[1])
         if key not in self._words:
-            try:
-                self._words[key] = find(self._tokens, some.shape[1]).to(some.device)
-            except ValueError as error:
-                raise ValueError(f"{NODE}: {error}") from None
+            self._words[key] = find(self._tokens, some.shape[1]).to(some.device)
         return self._words[key]
 
     def close(self) -> None:
@@ -273,10 +261,10 @@ class LatentOptimiser:
             return None
         if not self._places:
             raise ValueError(
-                f"{NODE}: no step was optimised: the guider's positive conditioning has no entry for the "
+                "no step was optimised: the guider's positive conditioning has no entry for the "
                 "whole image in the steps to optimise: widen its time range, or start_percent to end_percent"
             )
-        check_order(NODE, self._reordered)
+        check_order(self._reordered)
         trace = Trace(
             len(self._progress),
             tuple(self._places),
@@ -287,13 +275,12 @@ class LatentOptimiser:
         if least == 0:
             image = int(trace.moved.sum(dim=0).argmin()) + 1
             raise ValueError(
-                f"{NODE}: no step had a usable gradient for image {image} (all zero or not finite): check "
+                f"no step had a usable gradient for image {image} (all zero or not finite): check "
                 "that the words are in the description that the guider's positive conditioning encodes"
             )
         if least < len(self._places):
             logging.warning(
-                "%s: %d of %d gradient steps had no usable gradient and were left out",
-                NODE,
+                "UnifyEdit: %d of %d gradient steps had no usable gradient and were left out",
                 len(self._places) - least,
                 len(self._places),
             )

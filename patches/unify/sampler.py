@@ -9,6 +9,7 @@ down, which is a DDIM step without noise of its own.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.samplers
@@ -17,7 +18,7 @@ from comfy.utils import model_trange
 
 from ..host.network_runs import NetworkRuns, refuse_cached_steps
 from ..host.out_of_memory import memory_advice
-from .optimiser import NODE, LatentOptimiser
+from .optimiser import LatentOptimiser
 from .settings import UnifySettings
 from .trace import TraceBox, TraceNoise
 
@@ -35,9 +36,9 @@ class UnifySampler(comfy.samplers.KSAMPLER):
     noise: a NOISE, empty, with which a run leaves its trace in the LATENT it makes.
     """
 
-    def __init__(self, settings: UnifySettings) -> None:
+    def __init__(self, settings: UnifySettings, door: AbstractContextManager[Any] | None = None) -> None:
         super().__init__(_sample_unify)
-        self._settings = settings
+        self._settings, self._door = settings, door or nullcontext()
         self._box: TraceBox | None = None
         self.noise = TraceNoise(self._expect)
 
@@ -57,14 +58,15 @@ class UnifySampler(comfy.samplers.KSAMPLER):
     ) -> torch.Tensor:
         box, self._box = self._box, None
         inversion = self._settings.inversion
-        refuse_cached_steps(NODE, model_wrap.model_patcher)
-        inversion.check(NODE, model_wrap.model_patcher, noise.shape, sigmas)
+        with self._door:
+            refuse_cached_steps(model_wrap.model_patcher)
+            inversion.check(model_wrap.model_patcher, noise.shape, sigmas)
         clean = inversion.latent(-1, noise)
         # On the straight line from the inverted noise to the image, which is where Euler steps keep what a
         # noise mask protects.
         noise = (inversion.latent(0, noise) - clean) / sigmas[0]
         run = comfy.samplers.KSAMPLER(_sample_unify, {"settings": self._settings, "box": box})
-        with memory_advice(NODE, ADVICE):
+        with self._door, memory_advice(ADVICE):
             return run.sample(
                 model_wrap, sigmas, extra_args, callback, noise, clean, denoise_mask, disable_pbar
             )
@@ -84,7 +86,7 @@ def _sample_unify(
     extra_args = extra_args or {}
     x = settings.inversion.latent(0, x)
     rows = x.new_ones([x.shape[0]])
-    runs = NetworkRuns(NODE)
+    runs = NetworkRuns()
     watched = {**extra_args, "model_options": runs.attach(extra_args["model_options"])}
     optimiser = LatentOptimiser(model.inner_model, settings, x, sigmas, extra_args)
     try:

@@ -24,12 +24,11 @@ class SourceBranch:
 
     guider: the host's, in a run. x: the latent that is sampled, [rows, ...]. options: the model options of
     every call. memory: bytes that the run needs beside what the host has made room for. Raises ValueError,
-    naming `node`, if the inversion is virtual and its description is silent at a step.
+    if the inversion is virtual and its description is silent at a step.
     """
 
     def __init__(
         self,
-        node: str,
         guider: Any,
         inversion: Inversion,
         x: torch.Tensor,
@@ -37,13 +36,13 @@ class SourceBranch:
         extra_args: dict[str, Any],
         memory: float,
     ) -> None:
-        self._node, self._guider, self._inversion, self._options = node, guider, inversion, options
+        self._guider, self._inversion, self._options = guider, inversion, options
         self._keep = extra_args.get("denoise_mask")
         self._levels = inversion.sigmas.tolist()
         self.entries, self._models = self._process(x, extra_args, memory)
         if inversion.virtual and any(self.entry(step) is None for step in range(inversion.steps)):
             raise ValueError(
-                f"{node}: the inversion's source description leaves out a part of the sampling, which a "
+                "the inversion's source description leaves out a part of the sampling, which a "
                 "virtual inversion cannot: take its time range away"
             )
 
@@ -66,7 +65,6 @@ class SourceBranch:
             return None, 0.0
         recorder = AttentionRecorder(sites, (), stop=not virtual)
         (denoised,) = record(
-            self._node,
             self._guider.inner_model,
             recorder,
             entry,
@@ -118,7 +116,6 @@ class SourceBranch:
 
 
 def record(
-    node: str,
     model: Any,
     recorder: AttentionRecorder,
     entry: dict[str, Any],
@@ -131,23 +128,23 @@ def record(
     `Expected`. A compiled model runs as it was before, because what was compiled without the recorder does
     without it.
 
-    Raises ValueError, naming `node`, if the UNet or a layer did not run, or if another node makes the call or
+    Raises ValueError, if the UNet or a layer did not run, or if another node makes the call or
     a layer something else than what it is by itself.
     """
     text = entry["model_conds"]["c_crossattn"].cond.shape[1]
-    expected = Expected(node, len(x), tuple(x.shape[-2:]), text, own_grid)
+    expected = Expected(len(x), tuple(x.shape[-2:]), text, own_grid)
     with _uncompiled():
         denoised = comfy.samplers.calc_cond_batch(
             model, [[entry]], x, sigma, recorder.attach(options, expected)
         )
     if recorder.missing and recorder.ran:
         raise ValueError(
-            f"{node}: {', '.join(recorder.missing)} did not run: another node leaves the layer out or "
+            f"{', '.join(recorder.missing)} did not run: another node leaves the layer out or "
             f"replaces it. {TAKE_OUT}"
         )
     if recorder.missing:
         raise ValueError(
-            f"{node}: another node keeps the UNet from running at every step (EasyCache, or with a torch "
+            "another node keeps the UNet from running at every step (EasyCache, or with a torch "
             "before 2.6 TorchCompileModel): take it out of the model's chain"
         )
     return denoised

@@ -9,7 +9,6 @@ from typing import Any
 
 from .description import Word, read_words, without_spaces
 
-NODE = "DescEditFindTokens"
 ARTICLES = frozenset(("a", "an", "the"))
 _COMMAS = re.compile("[,\uff0c\u3001\u060c]")
 
@@ -68,7 +67,7 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
     source_keys, edit_keys = _keys(source_words), _keys(edit_words)
     if source_keys == edit_keys and not words.strip():
         raise ValueError(
-            f"{NODE}: edit_description says the same as source_description ({edit.strip()!r}; punctuation, "
+            f"edit_description says the same as source_description ({edit.strip()!r}; punctuation, "
             "case and weights do not count): describe the image as it should become, or name in words what "
             "carries the edit"
         )
@@ -117,9 +116,9 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
 
 def _read(clip: Any, text: str, name: str) -> list[Word]:
     """The words of a description, punctuation among them; one of them says something."""
-    found = read_words(NODE, name, clip, text)
+    found = read_words(name, clip, text)
     if not _spoken(found):
-        raise ValueError(f"{NODE}: {name} {text!r} holds no word: describe the image")
+        raise ValueError(f"{name} {text!r} holds no word: describe the image")
     return found
 
 
@@ -152,7 +151,7 @@ def _occurrences(clip: Any, phrase: str, there: list[Word], edit: str) -> list[W
     """The words of `there` that `phrase` names, with its punctuation or, if it is not there so, without; in
     scripts without spaces also a part of a word.
     """
-    wanted = read_words(NODE, "words", clip, phrase) if phrase.strip() else []
+    wanted = read_words("words", clip, phrase) if phrase.strip() else []
     for sought, words in ((wanted, there), (_spoken(wanted), _spoken(there))):
         size = len(sought)
         starts = [
@@ -167,7 +166,7 @@ def _occurrences(clip: Any, phrase: str, there: list[Word], edit: str) -> list[W
         if parts:
             return parts
     raise ValueError(
-        f"{NODE}: words has {phrase.strip()!r}, which is not in edit_description {edit.strip()!r}: "
+        f"words has {phrase.strip()!r}, which is not in edit_description {edit.strip()!r}: "
         "use words from it, separated by commas"
     )
 

@@ -91,12 +91,12 @@ class TraceNoise:
         return torch.zeros(input_latent["samples"].shape, device="cpu")
 
 
-def read_trace(node: str, latent: dict[str, Any]) -> Trace:
-    """The trace of the run that made `latent`. Raises ValueError, naming `node`, if it has none."""
+def read_trace(latent: dict[str, Any]) -> Trace:
+    """The trace of the run that made `latent`. Raises ValueError, if it has none."""
     trace = getattr(latent.get(KEY), "trace", None)
     if trace is None:
         raise ValueError(
-            f"{node}: latent has no trace: wire the noise output of UnifyEdit Sampler to the noise input of "
+            "latent has no trace: wire the noise output of UnifyEdit Sampler to the noise input of "
             "SamplerCustomAdvanced, and that node's output here (a balance of 0 leaves no trace)"
         )
     return trace

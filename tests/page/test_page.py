@@ -113,7 +113,7 @@ def test_wrong_input_marks_the_node(site: Any) -> None:
     site.page.wait_for_function("app.lastExecutionError", timeout=120_000)
     failed = site.page.evaluate("app.lastExecutionError")
     assert failed["node_type"] == "DescEditFindTokens"
-    assert failed["exception_message"].startswith("DescEditFindTokens: words has 'zebra', which is not in")
+    assert failed["exception_message"].startswith("Find Edit Tokens: words has 'zebra', which is not in")
     site.look_at("DescEditFindTokens")
     site.page.get_by_role("button", name="View details").click()
     site.page.get_by_text("words has 'zebra'").first.wait_for()
