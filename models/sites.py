@@ -40,7 +40,7 @@ class Site:
         return height, width
 
 
-def find_sites(unet: torch.nn.Module, node: str) -> tuple[Site, ...]:
+def find_sites(unet: torch.nn.Module) -> tuple[Site, ...]:
     """Every site of a UNet in the order in which they run, read off its module tree.
 
     Raises ValueError, if the network is not a UNet of Stable Diffusion's kind with

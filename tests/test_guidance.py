@@ -355,7 +355,7 @@ def test_bad_scales(host: Host, model: Any, node: str, inputs: dict, message: st
     conds = {}
     if node == "DescEditDualGuider":
         conds = {"edit": small_models.conditioning(EDIT), "unconditional": small_models.conditioning(NOTHING)}
-    with pytest.raises(ValueError, match=f"{node}: {message}"):
+    with pytest.raises(ValueError, match=f"Dual Guid.*: {message}"):
         host.execute(node, model=model, **conds, **inputs)
 
 

