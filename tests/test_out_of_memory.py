@@ -94,7 +94,7 @@ def test_one_name(host: Host, model: Any) -> None:
     """
     module = host.pack_module("patches.host.out_of_memory")
     with (
-        pytest.raises(module.OutOfMemory, match=r"^inner: no memory left: less \(full\)$"),
+        pytest.raises(module.OutOfMemory, match=r"^no memory left: less \(full\)$"),
         module.memory_advice("more"),
         module.memory_advice("less"),
     ):

@@ -113,8 +113,8 @@ def test_named_sites(host: Host, model: Any) -> None:
     sites_of = host.pack_module("models.sites").find_sites
     named = host.pack_module("patches.attention.choice").named_sites
     sites = sites_of(model.model.diffusion_model)
-    assert named("Test", "word_sites", sites, "output") == tuple(s for s in sites if s.key[0] == "output")
-    assert named("Test", "word_sites", sites, " Middle.0.0, input.1") == tuple(
+    assert named("word_sites", sites, "output") == tuple(s for s in sites if s.key[0] == "output")
+    assert named("word_sites", sites, " Middle.0.0, input.1") == tuple(
         site for site in sites if site.key in (("input", 1, 0), ("middle", 0, 0))
     )
     edit = Edit(host, model, steps=1)
