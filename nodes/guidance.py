@@ -22,7 +22,7 @@ from .errors import naming
 CATEGORY = "descriptive edit/guidance"
 ALIASES = ["2508.20505", "dual guidance", "DualCFG", "image guidance", "text guidance"]
 
-ScheduleType = io.Custom("GUIDANCE_SCHEDULE")
+ScheduleType = io.Custom("DESCEDIT_GUIDANCE_SCHEDULE")
 
 
 def _scale(name: str, default: float, tooltip: str) -> io.Float.Input:

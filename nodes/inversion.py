@@ -15,8 +15,8 @@ from ..patches.unify.trace import KEY as TRACE
 CATEGORY = "descriptive edit/unifyedit"
 ALIASES = ["UnifyEdit", "2504.05594", "attention guidance", "latent optimization"]
 
-InversionType = io.Custom("INVERSION")
-EditTokensType = io.Custom("EDIT_TOKENS")
+InversionType = io.Custom("DESCEDIT_INVERSION")
+EditTokensType = io.Custom("DESCEDIT_EDIT_TOKENS")
 
 
 class DescEditInvert(io.ComfyNode):

@@ -33,7 +33,7 @@ CATEGORY = "descriptive edit/training"
 ALIASES = ["2508.20505", "train bridge", "finetune", "edit pairs"]
 PREVIEW_EVERY = 10
 
-EditPairsType = io.Custom("EDIT_PAIRS")
+EditPairsType = io.Custom("DESCEDIT_EDIT_PAIRS")
 
 
 class DescEditEditPairs(io.ComfyNode):

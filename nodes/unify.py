@@ -21,7 +21,7 @@ from ..patches.unify.trace import read_trace
 from .errors import naming
 from .inversion import ALIASES, CATEGORY, EditTokensType, InversionType
 
-BalanceType = io.Custom("BALANCE")
+BalanceType = io.Custom("DESCEDIT_BALANCE")
 _DRAWN = (
     io.Curve.Input(
         "structure_curve",
