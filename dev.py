@@ -349,6 +349,20 @@ def check(host: Host, arguments: Sequence[str]) -> int:
     return call(host, ["-m", "ruff", "format", "--check"], ROOT) or rules
 
 
+def check_types(host: Host, arguments: Sequence[str]) -> int:
+    """Check types, in the files or folders named or in the whole tree, as the host sees it: as a package."""
+    link = STATE / "types" / PACKAGE
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if os.name == "nt":  # which refuses symbolic links to most users, and grants junctions to all
+            importlib.import_module("_winapi").CreateJunction(str(ROOT), str(link))
+        else:
+            link.symlink_to(ROOT, target_is_directory=True)
+    seen = [link / path for path in arguments or ["."]]
+    search = ["--python", host.python, "--extra-search-path", host.comfyui]
+    return call(host, ["-m", "ty", "check", *search, "--output-format", "concise", *seen], ROOT)
+
+
 def check_edit(arguments: Sequence[str]) -> None:
     """Refuse bad arguments of `edit` before anything is set up."""
     register_package()
@@ -368,6 +382,7 @@ MODULES = {
     "studio": ("lab.tiny_studio.report", "train the small model that ships; studio --report measures it"),
 }
 COMMANDS = {
+    "types": (check_types, "check types, in the whole tree or in the files named"),
     "test": (test, "run the tests; takes pytest's arguments, --page (in a browser) and --device cuda"),
     "check": (check, "ruff's rules and its format"),
     "run": (run, "run MODULE: run any module of the pack inside ComfyUI's Python"),
