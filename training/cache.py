@@ -14,8 +14,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +23,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ..models.files import write_bytes
 from .objective import Batch
 from .pairs import EditPair, Size, too_many_bad
 from .sources import DataConfig, local_files, read_pairs
@@ -218,12 +217,8 @@ def _stored(folder: Path, name: str, what: str, make: Callable[[], torch.Tensor]
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Beside its place first, under a name that no other process uses."""
-    part = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
+        write_bytes(path, content)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -232,8 +227,6 @@ def _write(path: Path, content: bytes) -> None:
             "the disk is full: what is encoded is kept, so make room and start again",
             str(path.parent),
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _fingerprint(module: torch.nn.Module) -> str:

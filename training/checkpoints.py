@@ -6,6 +6,7 @@ import logging
 import re
 from pathlib import Path
 
+from ..models.files import PART
 from .trainer import BrokenCheckpoint, Trainer
 
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -33,7 +34,7 @@ class Checkpoints:
         trainer.save(path)
         for old in self.files()[self.keep :]:
             old.unlink(missing_ok=True)
-        for part in self.folder.glob("*.part"):  # of a run that was killed
+        for part in self.folder.glob(f"*{PART}"):  # of a run that was killed
             part.unlink(missing_ok=True)
         return path
 

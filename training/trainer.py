@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..models.bridge import AttentionBridge
+from ..models.files import replacing
 from ..patches.bridge.core import Bank
 from .cache import EncodedPairs
 from .objective import draw, losses
@@ -184,20 +185,16 @@ class Trainer:
             "step": self.step,
             "losses": self.losses,
         }
-        part = path.with_name(path.name + ".part")
         try:
-            with part.open("wb") as file:
+            with replacing(path) as part, part.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"the checkpoint {path.name} cannot be written ({error}): is the disk full? Checkpoints from "
                 "before are still there"
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ValueError if it was made with other settings, naming them, and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..models.bridge import AttentionBridge, manage
+from ..models.files import replacing
 from ..patches.bridge.apply import apply_bridge
 from ..patches.bridge.guidance import DualGuidance, DualGuider
 from ..patches.bridge.run import BridgeSetup
@@ -110,10 +110,5 @@ def sheet(edits: Sequence[EditPair], sampled: Sequence[torch.Tensor], title: str
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """As PNG, beside `path` first and then into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as part:
         picture.save(part, "PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ...models.files import write_bytes
 from . import ray_job, runner
 from .adapters import LAYOUTS, read_cases
 from .cases import first_of_each_type
@@ -18,7 +19,7 @@ from .engine import own_engines, running_engines
 from .meter import Meter
 from .methods import read_methods
 from .report import write_report
-from .results import Results, check_run, replace, write_run
+from .results import Results, check_run, write_run
 
 
 def _file(name: str) -> Path:
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     print(tables.text())
     print(options.out / "report.html")
     if options.json is not None:
-        replace(options.json, (json.dumps(tables.flat(), indent=1) + "\n").encode())
+        write_bytes(options.json, (json.dumps(tables.flat(), indent=1) + "\n").encode())
     if tables.failed:
         print(f"{tables.failed} edits failed; the same command tries them again", file=sys.stderr)
     if undone:

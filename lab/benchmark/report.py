@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...models.files import write_bytes
 from .adapters import read_cases
 from .contact import sheet
-from .results import read_results, replace
+from .results import read_results
 from .statistics import Estimate
 from .tables import Point, Row, Tables, better, number
 
@@ -59,7 +60,7 @@ def write_report(folder: Path, rank: str | None = None) -> Tables:
         _section("Failed edits", _failures(tables)),
     ]
     page = f"<!doctype html><meta charset=utf-8><title>Edit benchmark</title><style>{_STYLE}</style>"
-    replace(folder / "report.html", (page + "\n".join(parts)).encode())
+    write_bytes(folder / "report.html", (page + "\n".join(parts)).encode())
     return tables
 
 

@@ -7,7 +7,6 @@ A line is written once, when its edit is done: {"method", "name", "swept", "case
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...models.files import replacing, write_bytes
 from .cases import Case
 from .methods import Method
 
@@ -34,7 +34,7 @@ class Results:
         self.done = {(line["method"], line["case"]) for line in self.lines}
         kept = "".join(_text(line) for line in self.lines).encode()
         if kept != text:
-            replace(self._file, kept)
+            write_bytes(self._file, kept)
 
     def append(self, line: Line) -> None:
         """Write a line, unless its edit has one."""
@@ -105,16 +105,7 @@ def check_run(folder: Path, benchmark: Mapping[str, Any], methods: Sequence[Meth
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, file)
+    write_bytes(folder / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def picture_file(folder: Path, method: str, case: str) -> Path:
@@ -123,11 +114,8 @@ def picture_file(folder: Path, method: str, case: str) -> Path:
 
 
 def save_picture(folder: Path, method: str, case: str, picture: Image.Image) -> None:
-    file = picture_file(folder, method, case)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    picture.save(part, "PNG")
-    os.replace(part, file)
+    with replacing(picture_file(folder, method, case)) as part:
+        picture.save(part, "PNG")
 
 
 def _slug(name: str) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...models.files import write_bytes
 from .meter import NETWORKS
-from .results import Line, replace
+from .results import Line
 from .statistics import Estimate, difference, estimate, values
 
 # Against the source, what is not the edit should stay; `target_` figures compare with the true edit.
@@ -181,4 +182,4 @@ def _write(file: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) ->
     writer = csv.writer(buffer)
     writer.writerow(head)
     writer.writerows(rows)
-    replace(file, buffer.getvalue().encode())
+    write_bytes(file, buffer.getvalue().encode())

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ...metrics.lpips import Lpips
+from ...models.files import replacing
 from ...models.tiny_studio import scenes, studio
 from ..tiny_studio.training_tools import say
 from .tiny_benchmark import Cases, Method, Scores, Studio, draw_cases, run, score
@@ -69,9 +69,8 @@ class Study:
                 row.method,
                 lambda done: say(f"{row.label}: {done}/{len(self.cases)} edits"),
             )
-            part = path.with_suffix(".part.npy")
-            np.save(part, (made * 255).round().byte().numpy())
-            os.replace(part, path)
+            with replacing(path) as part, part.open("wb") as file:
+                np.save(file, (made * 255).round().byte().numpy())
         return torch.from_numpy(np.load(path)).float() / 255
 
     def scores(self, row: Row) -> Scores:

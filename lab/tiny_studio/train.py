@@ -8,17 +8,17 @@ them.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
 
+from ...models.files import replacing
 from ...models.tiny_studio import drawing, networks, scenes, studio, words
 from . import attribute_classifier as judge
 from . import train_diffusion, train_vae
-from .training_tools import resume, say
+from .training_tools import resume, save, say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio"
 POOL = 24_000
@@ -39,8 +39,8 @@ def draw_pool(work: Path, pool: list[scenes.Scene]) -> np.ndarray:
             pictures[index] = np.round(scene.draw() * 255)
             if index % 4000 == 0:
                 say(f"draw {index}/{POOL}")
-        np.save(work / "pool.part.npy", pictures)
-        os.replace(work / "pool.part.npy", path)
+        with replacing(path) as part, part.open("wb") as file:
+            np.save(file, pictures)
     return np.load(path, mmap_mode="r")
 
 
@@ -62,8 +62,7 @@ def encode_pool(work: Path, pictures: np.ndarray) -> None:
             say(f"encode {start}/{len(pictures)}")
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     normal = (latents - mean[:, None, None]) / std[:, None, None]
-    torch.save({"latents": normal.half(), "mean": mean, "std": std}, work / "latents.part")
-    os.replace(work / "latents.part", work / "latents.pt")
+    save(work / "latents.pt", {"latents": normal.half(), "mean": mean, "std": std})
 
 
 def packed_vae(work: Path) -> dict[str, torch.Tensor]:
@@ -99,11 +98,10 @@ def pack(work: Path, path: Path = studio.FILE) -> None:
     state = {k: v.half().contiguous() for k, v in state.items()}
     state["text.tokens"] = torch.tensor(words.vocabulary())
     for target, tensors in ((path, state), (judge.FILE, None)):
-        part = target.with_suffix(".part")
         if tensors is None:
             tensors = {k: v.contiguous() for k, v in resume(work / "judge.pt")["model"].items()}
-        safetensors.torch.save_file(tensors, part)
-        os.replace(part, target)
+        with replacing(target) as part:
+            safetensors.torch.save_file(tensors, part)
         say(f"wrote {target.name}, {target.stat().st_size / 1e6:.1f} MB")
 
 

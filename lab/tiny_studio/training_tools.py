@@ -5,12 +5,13 @@ optimiser, average.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from ...models.files import replacing
 
 
 def say(text: str) -> None:
@@ -19,9 +20,8 @@ def say(text: str) -> None:
 
 def save(path: Path, value: dict) -> None:
     """Write beside the file, then move into place: a kill never leaves half a checkpoint."""
-    part = path.with_suffix(".part")
-    torch.save(value, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save(value, part)
 
 
 def resume(path: Path) -> dict | None:
