@@ -48,7 +48,7 @@ def memory_mode(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs what asks for it once in every memory mode: its models must be loaded in it too, so a fixture that
     loads one asks for it as well. A test that needs certain modes only says so with `memory_modes.only`.
     """
-    with importlib.import_module("memory_modes").MODES[request.param]():
+    with importlib.import_module("memory_modes").CONTEXTS[request.param]():
         yield request.param
 
 

@@ -57,6 +57,8 @@ def prepare(device_type: str = "cpu") -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for what is started from here
+    if not _on_cpu:  # for dynamic VRAM, as main.py does: before torch is there
+        importlib.import_module("comfy_aimdo.control").init()
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""How the host keeps weights, as it can be had on a CPU: each mode is a context to load and run models in.
+"""How the host keeps weights: each mode is a context to load and run models in.
 
 The fixture `memory_mode` of conftest.py runs what asks for it once in every mode.
 """
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import comfy.memory_management
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy_aimdo.control
 import comfy_aimdo.model_mmap
 import numpy as np
 import pytest
@@ -37,12 +39,19 @@ class _Mapping:
         """No file that a card could read by itself."""
 
 
+_ON_CPU = device().type == "cpu"
+# Whether the host's dynamic patchers can be had: main.py's own steps, of which `prepare` of host.py has taken
+# the first on a card.
+_REAL = comfy_aimdo.control.init_devices(d.index for d in comfy.model_management.get_all_torch_devices())
+
+
 @contextmanager
 def _dynamic(enabled: bool, patcher: type) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.memory_management, "aimdo_enabled", enabled)
         patch.setattr(comfy.model_patcher, "CoreModelPatcher", patcher)
-        patch.setattr(comfy_aimdo.model_mmap, "ModelMMAP", _Mapping)
+        if not _REAL:
+            patch.setattr(comfy_aimdo.model_mmap, "ModelMMAP", _Mapping)
         yield
 
 
@@ -53,12 +62,13 @@ def resident() -> AbstractContextManager[None]:
 
 def lazy() -> AbstractContextManager[None]:
     """Dynamic VRAM, the default on NVIDIA, as main.py switches it on: the host's Linear has no weights, and
-    its Embedding none with content, until a state dict is loaded, and files are mapped. Patchers stay
-    ordinary ones: on a CPU they do so by themselves, and on a card only main.py starts what others need, so
-    that there the tests' servers have them.
+    its Embedding none with content, until a state dict is loaded, and files are mapped. On a CPU patchers
+    stay ordinary ones by themselves.
+
+    On a card whose dynamic patchers cannot be had, layers can be made here but models not run: they keep
+    their file's dtype, and only a dynamic patcher casts it.
     """
-    on_card = device().type != "cpu"
-    return _dynamic(True, ModelPatcher if on_card else ModelPatcherDynamic)
+    return _dynamic(True, ModelPatcherDynamic if _REAL or _ON_CPU else ModelPatcher)
 
 
 class _Buffers:
@@ -115,11 +125,13 @@ def streamed() -> Iterator[None]:
         yield
 
 
-MODES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "resident": resident,
     "lazy": lazy,
     "streamed": streamed,
 }
+# Those that models can run in.
+MODES = {mode: context for mode, context in CONTEXTS.items() if mode != "lazy" or _REAL or _ON_CPU}
 
 
 def only(*modes: str) -> pytest.MarkDecorator:

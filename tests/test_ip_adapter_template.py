@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any, ClassVar
 
+import comfy.cli_args
 import pytest
 import torch
 from host import ROOT, Host
@@ -55,6 +56,8 @@ def test_template_by_number(host: Host, monkeypatch: pytest.MonkeyPatch) -> None
     """Protects: the template's first step is dual guidance's formula of rows that were sampled one by one by
     the stock guider, each with what the adapter gives it there.
     """
+    # Guidance multiplies what a card's own choice, fp16, rounds.
+    monkeypatch.setattr(comfy.cli_args.args, "fp32_unet", True)
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "IPAdapterUnifiedLoader", _Loader)
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "IPAdapter", _Adapter)
     prompt = json.loads((ROOT / "workflows/api" / f"{IP_ADAPTER}.json").read_text())
