@@ -121,14 +121,15 @@ def test_pictures() -> None:
     assert sum(path.stat().st_size for path in DOCS.rglob("*") if path.is_file()) < 3_000_000
 
 
-def test_readme_shows_every_node(schemas: dict[str, Any]) -> None:
-    """Protects: the README has a section for every node, with its picture and its help page."""
-    readme, pictures = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "docs" / "pictures" / "nodes"
+def test_the_nodes_page_shows_every_node(schemas: dict[str, Any]) -> None:
+    """Protects: docs/nodes.md has a section for every node, with its picture and its help page."""
+    docs = ROOT / "docs"
+    page = (docs / "nodes.md").read_text(encoding="utf-8")
     for node_id, schema in schemas.items():
-        section = readme.partition(f"\n#### {schema.display_name}\n")[2].partition("\n#")[0]
-        assert f'"docs/pictures/nodes/{node_id}.jpg"' in section, node_id
-        assert f"(web/docs/{node_id}/en.md)" in section, node_id
-    assert {path.stem for path in pictures.iterdir()} == set(schemas)
+        section = page.partition(f"\n### {schema.display_name}\n")[2].partition("\n#")[0]
+        assert f'"pictures/nodes/{node_id}.jpg"' in section, node_id
+        assert f"(../web/docs/{node_id}/en.md)" in section, node_id
+    assert {path.stem for path in (docs / "pictures" / "nodes").iterdir()} == set(schemas)
 
 
 def test_the_server_has_pages_and_translations(live_server: Any) -> None:
