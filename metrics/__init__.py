@@ -1,1 +1,1 @@
-"""Image metrics and the networks that they look through."""
+"""Image metrics and their networks: for the node Measure Edit and for the lab."""

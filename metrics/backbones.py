@@ -1,4 +1,4 @@
-"""Networks that the metrics look through: DINO from the user's files, CLIP through the host's own objects."""
+"""Networks for metrics: DINO from the user's files, CLIP through the host's own objects."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import folder_paths
 import safetensors
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
 from einops import rearrange, repeat
 from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
 
 from ..models.operations import manual_cast
 
-FOLDER = "dino"
+FOLDER = "descriptive_edit"  # below the host's models folder: the files of DINO and LPIPS
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
-def manage(build: Callable[[], torch.nn.Module], weights: Mapping[str, torch.Tensor]) -> Any:
-    """The network that `build` makes with these weights, under the host's model management."""
+def manage(build: Callable[[], torch.nn.Module], weights: Mapping[str, torch.Tensor]) -> ModelPatcher:
+    """A ModelPatcher of the network that `build` makes, with these weights."""
     management = comfy.model_management
     with torch.inference_mode(False):
         model = build()
@@ -40,10 +41,10 @@ def manage(build: Callable[[], torch.nn.Module], weights: Mapping[str, torch.Ten
 
 
 @torch.inference_mode()
-def on_device(patcher: Any, *pictures: torch.Tensor) -> torch.Tensor:
-    """The managed network's answer to pictures, computed where the host has it."""
+def on_device(patcher: ModelPatcher, *images: torch.Tensor) -> torch.Tensor:
+    """The output of the managed network, computed on its device."""
     comfy.model_management.load_models_gpu([patcher])
-    return patcher.model(*(picture.to(patcher.load_device) for picture in pictures))
+    return patcher.model(*(image.to(patcher.load_device) for image in images))
 
 
 class _Block(torch.nn.Module):
@@ -66,11 +67,14 @@ class _Block(torch.nn.Module):
 
 
 class Dino(torch.nn.Module):
-    """DINO's vision transformer (arXiv 2104.14294); the state dict's names are those of the authors' files.
+    """DINO's vision transformer (arXiv 2104.14294), with the state dict names of the authors' files.
 
-    width: of a token; heads are 64 wide. patch: pixels a side of a token. places: tokens of the image in the
-    table of positions, which is a square. Its answer is [images, 1 + tokens, width]: of the last block, after
-    the last norm; or, with `keys`, that block's keys, all heads side by side.
+    Args:
+        width: of a token; heads are 64 wide.
+        patch: pixels per side of a token.
+        depth: number of blocks.
+        positions: image tokens in the position table, a square number.
+        keys: return the last block's keys, all heads side by side, in place of its normed output.
     """
 
     def __init__(
@@ -78,23 +82,26 @@ class Dino(torch.nn.Module):
         width: int,
         patch: int,
         depth: int,
-        places: int,
+        positions: int,
         *,
         keys: bool = False,
         operations: Any = manual_cast,
     ) -> None:
         super().__init__()
         self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + places, width))
+        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + positions, width))
         self.patch_embed = torch.nn.Module()
         self.patch_embed.proj = operations.Conv2d(3, width, patch, patch)
         self.blocks = torch.nn.ModuleList(_Block(width, operations) for _ in range(depth))
         self.norm = operations.LayerNorm(width, eps=1e-6)
         self._patch, self._keys = patch, keys
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """pictures: [images, 3, height, width], normed as ImageNet's; what exceeds whole patches is cut."""
-        grid = self.patch_embed.proj(pictures)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[images, 1 + tokens, width] from [images, 3, height, width] with ImageNet's mean and deviation.
+
+        Pixels beyond whole patches are cut off.
+        """
+        grid = self.patch_embed.proj(images)
         first = repeat(self.cls_token.to(grid), "1 1 c -> b 1 c", b=len(grid))
         tokens = torch.cat([first, rearrange(grid, "b c h w -> b (h w) c")], dim=1)
         tokens = tokens + self._positions(*grid.shape[-2:]).to(tokens)
@@ -110,14 +117,16 @@ class Dino(torch.nn.Module):
         if (height, width) == (side, side):
             return self.pos_embed
         table = rearrange(self.pos_embed[:, 1:].float(), "1 (h w) c -> 1 c h w", h=side)
-        # By the ratio that the authors' code uses, a tenth of a token more than the grid's.
+        # The authors' code adds a tenth of a token to the grid's size.
         scale = ((height + 0.1) / side, (width + 0.1) / side)
         table = torch.nn.functional.interpolate(table, scale_factor=scale, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1].float(), rearrange(table, "1 c h w -> 1 (h w) c")], dim=1)
 
 
-def dino_from(weights: Mapping[str, torch.Tensor], name: str, width: int, patch: int, *, keys: bool) -> Any:
-    """A managed `Dino` of this width and patch; ValueError, naming the file, if the weights are not."""
+def dino_from(
+    weights: Mapping[str, torch.Tensor], name: str, width: int, patch: int, *, keys: bool
+) -> ModelPatcher:
+    """A managed `Dino`. Raises ValueError, naming the file, if the weights have another width or patch."""
     kernel, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     if kernel is None or positions is None or tuple(kernel.shape) != (width, 3, patch, patch):
         found = "no DINO weights" if kernel is None else f"weights of shape {list(kernel.shape)}"
@@ -133,7 +142,7 @@ def dino_from(weights: Mapping[str, torch.Tensor], name: str, width: int, patch:
         raise ValueError(f"{name} is not a whole DINO backbone: {error}") from None
 
 
-def _read_dino(name: str, width: int, patch: int, *, keys: bool) -> Any:
+def _read_dino(name: str, width: int, patch: int, *, keys: bool) -> ModelPatcher:
     files = [f"{name}{ending}" for ending in (".safetensors", ".pth")]
     paths = [path for file in files if (path := folder_paths.get_full_path(FOLDER, file)) is not None]
     if not paths:
@@ -145,10 +154,10 @@ def _read_dino(name: str, width: int, patch: int, *, keys: bool) -> Any:
 
 
 class DinoSimilarity:
-    """DINO-I: cosine between the class tokens of ViT-S/16 of two IMAGEs, [images], -1 to 1.
+    """DINO-I: cosine similarity of the class tokens of ViT-S/16 of two IMAGEs, [images], -1 to 1.
 
-    As MagicBrush's script: short side to 256 pixels (bicubic), the middle 224x224, ImageNet's norm. Raises
-    ValueError if models/dino lacks the file.
+    As in MagicBrush's script: short side to 256 pixels (bicubic), the middle 224x224, ImageNet's norm.
+    Raises ValueError if the file is not in models/descriptive_edit.
     """
 
     def __init__(self) -> None:
@@ -163,9 +172,9 @@ class StructureDistance:
     """DINO structure distance of two IMAGEs, [images], 0 for equal ones (Splice, arXiv 2201.00424, Eq. 4).
 
     Mean squared difference of the cosine self-similarities of the last block's keys of ViT-B/8, heads side by
-    side, class token among them. Short side to 224 pixels, long side at most 480, ImageNet's norm, as
-    PnPInversion's script; but that feeds 0 to 255 where the network was trained on 0 to 1, so its published
-    values are not of this scale. Raises ValueError if models/dino lacks the file.
+    side, class token included. Short side to 224 pixels, long side at most 480, ImageNet's norm, as in
+    PnPInversion's script. That script feeds values of 0 to 255 to a network trained on 0 to 1, so its
+    published values have another scale. Raises ValueError if the file is not in models/descriptive_edit.
     """
 
     def __init__(self) -> None:
@@ -173,7 +182,7 @@ class StructureDistance:
 
     def __call__(self, edited: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         distances = []
-        for pair in zip(edited, reference, strict=True):  # a picture's similarities can take 100 MB
+        for pair in zip(edited, reference, strict=True):  # the similarities of one image can take 100 MB
             first, second = (_self_similarity(on_device(self._patcher, _whole(image))) for image in pair)
             distances.append((first - second).square().mean())
         return torch.stack(distances)
@@ -185,21 +194,20 @@ def _self_similarity(keys: torch.Tensor) -> torch.Tensor:
 
 
 def _square(images: torch.Tensor) -> torch.Tensor:
-    pictures = rearrange(images, "b h w c -> b c h w")
-    pictures = resize(pictures, 256, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    return normalize(center_crop(pictures, 224), _MEAN, _DEVIATION)
+    resized = resize(images.movedim(-1, 1), 256, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    return normalize(center_crop(resized, 224), _MEAN, _DEVIATION)
 
 
 def _whole(image: torch.Tensor) -> torch.Tensor:
-    picture = rearrange(image, "h w c -> 1 c h w")
-    return normalize(resize(picture, 224, max_size=480, antialias=True), _MEAN, _DEVIATION)
+    resized = resize(image.movedim(-1, 0)[None], 224, max_size=480, antialias=True)
+    return normalize(resized, _MEAN, _DEVIATION)
 
 
 class ClipSimilarity:
-    """CLIP-I: cosine between the embeddings of two IMAGEs, [images], -1 to 1.
+    """CLIP-I: cosine similarity of the embeddings of two IMAGEs, [images], -1 to 1.
 
     clip_vision: the host's CLIP_VISION, which scales the short side to its size and takes the middle.
-    MagicBrush's figures are of ViT-B/32; others are not comparable with them.
+    MagicBrush uses ViT-B/32; values of other networks cannot be compared with its.
     """
 
     def __init__(self, clip_vision: Any) -> None:
@@ -211,11 +219,11 @@ class ClipSimilarity:
 
 
 class ClipText:
-    """CLIP-T: cosine between the embeddings of the edited IMAGE and of a text, [images], -1 to 1.
+    """CLIP-T: cosine similarity of the embeddings of the edited IMAGE and of a text, [images], -1 to 1.
 
     clip_vision, clip: the two halves of one CLIP. PnPInversion's CLIP score is 100 times this with ViT-L/14;
-    MagicBrush's figures are of ViT-B/32. Text beyond one context is cut off. Raises ValueError if `clip` has
-    no text projection, as in a Stable Diffusion 1.5 checkpoint, or is of another width.
+    MagicBrush uses ViT-B/32. Text beyond one context is cut off. Raises ValueError if `clip` has no text
+    projection, as in a Stable Diffusion 1.5 checkpoint, or another width than `clip_vision`.
     """
 
     def __init__(self, clip_vision: Any, clip: Any, text: str) -> None:
@@ -242,7 +250,7 @@ def image_embeddings(clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
 def text_embedding(clip: Any, text: str) -> torch.Tensor:
     """[1, width]: the projected embedding, which the host leaves out for Stable Diffusion 1.5's CLIP."""
     if not text.strip():
-        raise ValueError("description is empty: it is what the edited image shall show")
+        raise ValueError("description is empty: say what the edited image should show")
     _check_projection(clip)
     encoder = clip.cond_stage_model
     tokens = {name: chunks[:1] for name, chunks in clip.tokenize(text).items()}
@@ -267,7 +275,7 @@ _NO_PROJECTION = (
 
 
 def _check_projection(clip: Any) -> None:
-    """The host fills a projection that a file lacks with whatever was in memory: look into the file."""
+    """Look into CLIP's files: the host leaves a projection that they lack uninitialised."""
     _, arguments, *_ = getattr(clip.patcher, "cached_patcher_init", None) or (None, ((),))
     paths = [arguments[0]] if isinstance(arguments[0], (str, Path)) else arguments[0]
     files = [Path(path) for path in paths]

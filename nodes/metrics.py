@@ -1,4 +1,4 @@
-"""Measuring an edit: how much of the image it kept, and whether it shows what was asked for."""
+"""Measure an edit: how much of the image it kept, and whether it shows what was asked for."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from comfy_api.latest import io
 
 from ..metrics.backbones import ClipSimilarity, ClipText, DinoSimilarity, StructureDistance
-from ..metrics.image import Network, figures
+from ..metrics.image import Network, measure_edit
 from ..metrics.lpips import NETS, Lpips
 from ..patches.host.inputs import read_images, read_mask
 
 CATEGORY = "descriptive edit/evaluation"
 OFF = "off"
-Figures = dict[str, list[float | None]]
+Metrics = dict[str, list[float | None]]
 
 
 class DescEditMetrics(io.ComfyNode):
-    """Node: `metrics.image.figures`, against the source and, where there is one, the true edit."""
+    """Node: `metrics.image.measure_edit`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,7 +48,7 @@ class DescEditMetrics(io.ComfyNode):
                     "target",
                     optional=True,
                     tooltip="The true edit, where it is known: one, or one for each edited image. Its "
-                    "figures have target_ before their names. Without it only the source is compared.",
+                    "metrics have target_ before their names. Without it only the source is compared.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -59,7 +59,7 @@ class DescEditMetrics(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="A CLIP's image half, for CLIP-I and CLIP-T. Published figures use ViT-B/32 "
+                    tooltip="A CLIP's image half, for CLIP-I and CLIP-T. Published values use ViT-B/32 "
                     "(MagicBrush) or ViT-L/14 (PnPInversion). Without it both are left out.",
                 ),
                 io.Clip.Input(
@@ -74,7 +74,7 @@ class DescEditMetrics(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="What the edited image shall show, for CLIP-T; used only with clip. What exceeds "
+                    tooltip="What the edited image should show, for CLIP-T; used only with clip. Text beyond "
                     "77 tokens is cut off.",
                 ),
                 io.Combo.Input(
@@ -89,20 +89,22 @@ class DescEditMetrics(io.ComfyNode):
                     "dino",
                     default=False,
                     optional=True,
-                    tooltip="DINO-I. Needs dino_deitsmall16_pretrain.pth of the DINO authors in models/dino. "
-                    "Off leaves it out.",
+                    tooltip="DINO-I. Needs dino_deitsmall16_pretrain.pth of the DINO authors in "
+                    "models/descriptive_edit. Off leaves it out.",
                 ),
                 io.Boolean.Input(
                     "structure",
                     default=False,
                     optional=True,
                     tooltip="DINO structure distance. Needs dino_vitbase8_pretrain.pth of the DINO authors "
-                    "in models/dino. Off leaves it out.",
+                    "in models/descriptive_edit. Off leaves it out.",
                 ),
             ],
             outputs=[
-                io.String.Output("figures", tooltip="JSON: for each figure a list with one number an image."),
-                io.String.Output("text", tooltip="The figures as a table, means over the images."),
+                io.String.Output(
+                    "metrics", tooltip="JSON: for each metric a list with one number per image."
+                ),
+                io.String.Output("text", tooltip="The metrics as a table, means over the images."),
             ],
         )
 
@@ -135,19 +137,16 @@ class DescEditMetrics(io.ComfyNode):
         if clip_vision is not None:
             networks["clip_i"] = ClipSimilarity(clip_vision)
         text = {} if clip is None else {"clip_t": ClipText(clip_vision, clip, description)}
-        found = figures(edited, source, mask, {**networks, **text})
-        if target is not None:
-            against = figures(edited, target, mask, networks)
-            found |= {f"target_{name}": values for name, values in against.items()}
-        numbers: Figures = {
+        found = measure_edit(edited, source, target, mask, networks, text)
+        numbers: Metrics = {
             name: [None if math.isnan(value) else value for value in values.tolist()]
             for name, values in found.items()
         }
         return io.NodeOutput(json.dumps(numbers), table(numbers))
 
 
-def table(numbers: Figures) -> str:
-    """A line for each figure, with columns for the whole image, inside and outside the mask."""
+def table(numbers: Metrics) -> str:
+    """A line for each metric, with columns for the whole image, inside and outside the mask."""
     regions = [region for region in ("", "_inside", "_outside") if f"l1{region}" in numbers]
     images = len(numbers["l1"])
     heads = [{"": "whole", "_inside": "inside", "_outside": "outside"}[region] for region in regions]

@@ -49,7 +49,7 @@ def test_a_backbone_of_other_shapes(host: Host, memory_mode: str) -> None:
     """Protects: a DINO file with a misshapen layer is refused, as where the host checks shapes itself."""
     room = host.pack_module("metrics.backbones")
     with memory_modes.resident():
-        network = room.Dino(64, 16, depth=1, places=4)
+        network = room.Dino(64, 16, depth=1, positions=4)
     weights = {name: torch.zeros_like(weight) for name, weight in network.state_dict().items()}
     room.dino_from(weights, "small", 64, 16, keys=False)
     weights["blocks.0.mlp.fc1.weight"] = torch.zeros(256, 32)

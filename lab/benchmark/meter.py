@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ...metrics.backbones import ClipSimilarity, ClipText, DinoSimilarity, StructureDistance
-from ...metrics.image import Network, figures
+from ...metrics.image import Network, measure_edit
 from ...metrics.lpips import Lpips
 from ...models.tiny_studio import drawing
 from ..tiny_studio import attribute_classifier as judge
@@ -69,13 +69,10 @@ class Meter:
         )
         white = _image(case.read("mask"))
         mask = None if white is None else white[..., 0]
-        networks = dict(self._networks)
+        text = {}
         if self._text and case.edit_description:
-            networks["clip_t"] = ClipText(self._vision, self._clip, case.edit_description)
-        found = figures(picture, source, mask, networks)
-        if target is not None:
-            against = figures(picture, target, mask, self._networks)
-            found |= {f"target_{name}": values for name, values in against.items()}
+            text["clip_t"] = ClipText(self._vision, self._clip, case.edit_description)
+        found = measure_edit(picture, source, target, mask, self._networks, text)
         numbers = {name: values.item() for name, values in found.items()}
         if case.expected is not None:
             self._judge = self._judge or judge.load()

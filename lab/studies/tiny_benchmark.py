@@ -242,8 +242,8 @@ def structure_distance(tiny: Studio, cases: Cases, pictures: torch.Tensor) -> to
 def score(cases: Cases, pictures: torch.Tensor, lpips: Network | None) -> Scores:
     """Scores of [cases, 128, 128, 3] pictures; without an `lpips` network that figure is nan."""
     networks = {"lpips": lpips} if lpips else {}
-    true = metrics.figures(pictures, cases.target, networks=networks)
-    kept = metrics.figures(pictures, cases.source, cases.mask)
+    true = metrics.measure(pictures, cases.target, networks=networks)
+    kept = metrics.measure(pictures, cases.source, cases.mask)
     return Scores(
         types=tuple(pair.edit_type for pair in cases.pairs),
         success=successes(cases, pictures),
