@@ -38,7 +38,7 @@ def side_by_side(study: Study, studies: Sequence[ModuleType]) -> dict[str, Score
 
 def figure_table(figures: Mapping[str, float]) -> str:
     """A study's figures as a Markdown table: shares of the cases in percent, and decibels."""
-    lines = [("figure", ""), ("---", "---")]
+    lines = [("metric", ""), ("---", "---")]
     for name, value in figures.items():
         lines.append((f"`{name}`", f"{value:.1%}" if name.startswith("success") else f"{value:.2f}"))
     return "\n".join(f"| {name} | {value} |" for name, value in lines)
