@@ -19,6 +19,7 @@ from PIL import Image
 from ..models.bridge import AttentionBridge, manage
 from ..patches.bridge.apply import check_base
 from ..patches.host.autograd import gradients, weights_streamed
+from ..patches.host.out_of_memory import OutOfMemory
 from ..pictures.plots import draw_curves
 from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective, check_trainable
 from ..training.settings import PRECISIONS, TrainSettings
@@ -244,7 +245,7 @@ class DescEditTrainBridge(io.ComfyNode):
                 logging.warning("training stopped after step %d: %s", trainer.step, kept)
                 if not comfy.model_management.is_oom(error):
                     raise
-                raise comfy.model_management.OOM_EXCEPTION(
+                raise OutOfMemory(
                     f"no memory left in step {trainer.step + 1}, {kept}. Lower batch and raise "
                     "accumulate, switch checkpointing on, or encode the pairs at a lower resolution"
                 ) from None
