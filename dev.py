@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,6 @@ import sys
 import tarfile
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -278,32 +276,6 @@ def existing_host(comfyui: Path) -> Host:
     return Host(comfyui, python)
 
 
-def register_package() -> None:
-    """Make our rooms importable as `descriptive_edit.<room>` without the pack's `__init__`."""
-    package = types.ModuleType(PACKAGE)
-    package.__path__ = [str(ROOT)]
-    sys.modules[PACKAGE] = package
-
-
-def enter(comfyui: str | Path) -> None:
-    """Make ComfyUI and our rooms importable in this process, which is one of ComfyUI's Python."""
-    sys.path.insert(0, str(comfyui))
-    torch = importlib.import_module("torch")
-    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    sys.argv = ["main.py", *(["--cpu"] if cpu else [])]
-    importlib.import_module("comfy.options").enable_args_parsing()
-    importlib.import_module("comfy.cli_args")
-    register_package()
-
-
-def run_inside(module: str, arguments: Sequence[str]) -> None:
-    """What `run` does once it is inside ComfyUI's Python: run one module of ours with ComfyUI importable."""
-    del sys.path[0]  # this folder, whose `nodes` would hide the host's
-    enter(os.environ["COMFYUI_PATH"])
-    sys.argv = [module, *arguments]
-    runpy.run_module(f"{PACKAGE}.{module}", run_name="__main__", alter_sys=True)
-
-
 def call(host: Host, arguments: Sequence[str | Path], folder: Path | None = None) -> int:
     """Run the host's Python, in `folder` or where we are, and return its exit code."""
     environment = {**os.environ, "COMFYUI_PATH": str(host.comfyui), "PYTHONUNBUFFERED": "1"}
@@ -320,8 +292,6 @@ def call(host: Host, arguments: Sequence[str | Path], folder: Path | None = None
 
 
 def run(host: Host, arguments: Sequence[str]) -> int:
-    if not arguments:
-        raise DevError("run: name a module of the pack, such as lab.tiny_studio.train", 2)
     return call(host, [Path(__file__), "_run", *arguments])
 
 
@@ -365,8 +335,17 @@ def check_types(host: Host, arguments: Sequence[str]) -> int:
 
 def check_edit(arguments: Sequence[str]) -> None:
     """Refuse bad arguments of `edit` before anything is set up."""
-    register_package()
+    importlib.import_module("training.inside").register_package()
     importlib.import_module(f"{PACKAGE}.lab.edit_options").parse(arguments)
+
+
+def check_module(arguments: Sequence[str]) -> None:
+    """Refuse a module that is not there before anything is set up."""
+    name = "".join(arguments[:1])
+    path = ROOT.joinpath(*name.split("."))
+    if not name or not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
+        what = f"there is no module {name} in the pack; " if name else ""
+        raise DevError(f"run: {what}name one, such as lab.tiny_studio.train", 2)
 
 
 # Commands that are a module of the pack, run inside ComfyUI's Python.
@@ -389,6 +368,9 @@ COMMANDS = {
 }
 
 
+CHECKS = {"edit": check_edit, "run": check_module}
+
+
 def usage() -> str:
     lines = [f"  {name:14}{text}" for name, (_, text) in {**MODULES, **COMMANDS}.items()]
     return "\n".join(
@@ -404,10 +386,10 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    # So that a dev.py that is told to stop stops what it started.
+    # Turn SIGTERM into an exit, so that child processes are stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if arguments[:1] == ["_run"]:
-        run_inside(arguments[1], arguments[2:])
+        importlib.import_module("training.inside").run_inside(arguments[1], arguments[2:])
         return 0
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None)
@@ -418,8 +400,8 @@ def main(arguments: Sequence[str]) -> int:
     name, *rest = rest
     if name not in MODULES and name not in COMMANDS:
         raise DevError(f"no command {name!r}; there are {', '.join([*MODULES, *COMMANDS])}", 2)
-    if name == "edit":
-        check_edit(rest)
+    if name in CHECKS:
+        CHECKS[name](rest)
     host = existing_host(options.comfyui) if options.comfyui else setup()
     if name in MODULES:
         return run(host, [MODULES[name][0], *rest])

@@ -202,11 +202,14 @@ class Client:
 class Server(Client):
     """A running ComfyUI with the pack and nothing else, on a free port; use it as a context manager.
 
-    It ends with this process, even if that is killed.
+    It ends with this process, even if that is killed, and removes its base directory. base: one that holds
+    the pack, in place of one with a link to it.
     """
 
-    def __init__(self, comfyui: Path, arguments: list[str], start_timeout: float = 900) -> None:
-        self.base = temporary_base()
+    def __init__(
+        self, comfyui: Path, arguments: list[str], start_timeout: float = 900, base: Path | None = None
+    ) -> None:
+        self.base = base or temporary_base()
         self.port = free_port()
         super().__init__(f"http://127.0.0.1:{self.port}")
         self._log = self.base / "server.log"
@@ -262,6 +265,9 @@ def serve(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dev.py serve", description="ComfyUI's web page with the pack.")
     parser.add_argument("--port", type=int, default=8188)
     options = parser.parse_args(argv)
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", options.port)) == 0:
+            parser.exit(1, f"dev.py serve: port {options.port} is in use: name another with --port\n")
     comfyui = Path(os.environ["COMFYUI_PATH"])
     arguments = ["--models-directory", str(comfyui / "models"), *device_arguments()]
     command = server_command(comfyui, make_base(STATE / "base"), options.port, arguments)

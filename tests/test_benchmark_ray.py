@@ -105,10 +105,10 @@ def test_worker_killed_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_without_ray(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Protects: without Ray the command says which extra to install."""
+    """Protects: without Ray the command says what to install."""
     job: Any = host.pack_module("lab.benchmark.ray_job")
     monkeypatch.setitem(sys.modules, "ray", None)
     results = host.pack_module("lab.benchmark.results").Results(tmp_path)
     settings = job.Job(("tiny-studio", None, "test"), (), tmp_path, tmp_path, None, None)
-    with pytest.raises(ImportError, match=r"pip install 'descriptive-edit\[scale\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'ray\[data\]"):
         job.run([], settings, job.Resources("", 1, 0, 1), results)

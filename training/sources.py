@@ -8,7 +8,6 @@ executed.
 from __future__ import annotations
 
 import glob
-import importlib
 import itertools
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from .libraries import library
 from .pairs import BAD_SHARE, BadPair, Parts, Picture, Reading, Sample, decoded_text, folder_samples
 
 KINDS = ("folder", "webdataset", "huggingface")
@@ -99,7 +99,8 @@ def read_pairs(data: DataConfig, share: tuple[int, int] = (0, 1)) -> Reading:
     Iterating raises ValueError when more than 1% of the samples cannot be used (`pairs.Reading` says when) or
     more than 1% of the shards are damaged. A damaged shard is logged, and read up to the damage: with fewer
     than a hundred shards the first one stops.
-    Raises ValueError for data that is not there, and ImportError, naming the extra, if a library is missing.
+    Raises ValueError for data that is not there, and ImportError, with the command that installs it, if a
+    library is missing.
     """
     rank, world = share
     if not 0 <= rank < world:
@@ -142,7 +143,7 @@ def _folder(data: DataConfig) -> Path:
 
 def _files(path: str | Sequence[str]) -> list[Path]:
     """The files of patterns, in their order."""
-    expand = _library("braceexpand", "webdataset").braceexpand
+    expand = library("braceexpand").braceexpand
     found: list[Path] = []
     missing = []
     for pattern in [path] if isinstance(path, str) else path:
@@ -157,18 +158,8 @@ def _files(path: str | Sequence[str]) -> list[Path]:
     return found
 
 
-def _library(name: str, package: str = "") -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(
-            f"this training data needs the library {package or name}: install the pack's extra [train], "
-            f"or pip install {package or name}"
-        ) from None
-
-
 def _shard_samples(shards: Sequence[Path], members: Mapping[str, str]) -> Iterator[Sample]:
-    group = _library("webdataset.tariterators", "webdataset").group_by_keys
+    group = library("webdataset.tariterators").group_by_keys
     damaged = 0
     for shard in shards:
         last = "its beginning"
@@ -233,7 +224,7 @@ def _is_parquet(path: str | Sequence[str]) -> bool:
 
 
 def _row_samples(data: DataConfig) -> tuple[Iterable[Sample], int | None]:
-    datasets = _library("datasets")
+    datasets = library("datasets")
     columns = {role: data.columns.get(role, role) for role in ROLES}
     if _is_parquet(data.path):
         where = {"path": "parquet", "data_files": {data.split: [str(file) for file in _files(data.path)]}}

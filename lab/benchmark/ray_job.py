@@ -103,14 +103,14 @@ def run(tasks: Sequence[Task], job: Job, resources: Resources, results: Results)
     """Do the tasks on Ray and write their results.
 
     Left undone are the batches of workers whose ComfyUI died and did not start again, and the rest if it did
-    not start at first. Raises ImportError, naming the extra, if Ray is missing, and ValueError if there is no
-    cluster at the address.
+    not start at first. Raises ImportError, with the command that installs it, if Ray is missing, and
+    ValueError if there is no cluster at the address.
     """
     try:
         ray = importlib.import_module("ray")
         data = importlib.import_module("ray.data")
     except ImportError:
-        raise ImportError("--ray needs Ray: pip install 'descriptive-edit[scale]'") from None
+        raise ImportError("--ray needs Ray: pip install 'ray[data]>=2.60'") from None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # A worker waits for its ComfyUI most of the time: on one machine there may be more of them than cores.
     local = {} if resources.address else {"num_cpus": resources.workers + 1, "include_dashboard": False}
