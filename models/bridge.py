@@ -7,7 +7,7 @@ what the reference gave into the picture. The frozen projections themselves stay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -22,28 +22,33 @@ FUSIONS = ("linear", "add", "replace")
 PROJECTIONS = ("q", "k", "v", "out")
 
 
+def _described(default: Any, description: str) -> Any:
+    """A field whose description a training configuration prints."""
+    return field(default=default, metadata={"description": description})
+
+
 @dataclass(frozen=True)
-class BridgeSettings:
-    """What a bridge is, apart from its weights.
+class BridgeOptions:
+    """What can be chosen for a bridge. Raises ValueError for values that no bridge has."""
 
-    base: the host's name of the model family it belongs to, such as `SD15`. rank: of the LoRA updates, from
-    1. alpha: their scale is alpha / rank. direction: `edit_queries`, Q from the picture, K and V from the
-    reference, as in the authors' figure and code; `reference_queries`, the other way round, which learned far
-    faster where this pack measured it (docs/bridge_study.md). fusion: how Z'
-    joins the self-attention's output Z: `linear`, Z + F Z' with a learned F that starts at zero; `add`,
-    Z + Z'; `replace`, Z'. reference_self_bridge: whether the reference's own rows pass through the bridge
-    too, attending to themselves, as in the authors' code. widths: channels at every site.
-
-    Raises ValueError for values that no bridge has.
-    """
-
-    base: str
-    widths: Mapping[SiteKey, int]
-    rank: int = 64
-    alpha: float = 64.0
-    direction: str = "reference_queries"
-    fusion: str = "linear"
-    reference_self_bridge: bool = False
+    rank: int = _described(64, "Rank of the LoRA updates, from 1.")
+    alpha: float = _described(64.0, "The LoRA updates are scaled by alpha / rank. Above 0.")
+    direction: str = _described(
+        "reference_queries",
+        "edit_queries: Q from the image being denoised, K and V from the reference, as in the authors' "
+        "figure and code. reference_queries: the other way round, which learned far faster "
+        "(docs/bridge_study.md).",
+    )
+    fusion: str = _described(
+        "linear",
+        "How Z' joins the self-attention's output Z. linear: Z + F Z', with a learned F that starts at zero. "
+        "add: Z + Z'. replace: Z'.",
+    )
+    reference_self_bridge: bool = _described(
+        False,
+        "Whether the reference's own rows pass the bridge too, attending to themselves, as in the authors' "
+        "code.",
+    )
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -56,6 +61,26 @@ class BridgeSettings:
             raise ValueError(
                 f"rank is {self.rank} and alpha {self.alpha}, but rank must be 1 or more and alpha above 0"
             )
+
+
+@dataclass(frozen=True)
+class _Base:
+    base: str
+    widths: Mapping[SiteKey, int]
+
+
+@dataclass(frozen=True)
+class BridgeSettings(BridgeOptions, _Base):
+    """What a bridge is, apart from its weights: its base, then the options.
+
+    base: the host's name of the model family that it belongs to, such as `SD15`.
+    widths: channels at every site.
+
+    Raises ValueError for values that no bridge has.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.widths:
             raise ValueError("a bridge needs at least one site")
 

@@ -21,8 +21,8 @@ from ..patches.bridge.apply import check_base
 from ..patches.host.autograd import gradients, weights_streamed
 from ..patches.host.out_of_memory import OutOfMemory
 from ..pictures.plots import draw_curves
-from ..training.objective import DROPOUTS, DROPPED_IMAGES, Objective, check_trainable
-from ..training.settings import PRECISIONS, TrainSettings
+from ..training.objective import check_trainable
+from ..training.settings import DROPOUTS, DROPPED_IMAGES, PRECISIONS, Objective, TrainSettings
 from .bridge import BridgeType, keep_bridge
 from .saving import checked_name
 
@@ -219,10 +219,10 @@ class DescEditTrainBridge(io.ComfyNode):
         stem = checked_name(name)
         check_base(model, bridge)
         check_trainable(model)
-        objective = Objective(dropout, dropped_image=dropped_image)
+        objective = Objective(dropout=dropout, dropped_image=dropped_image)
         settings = TrainSettings(
-            batch,
-            accumulate,
+            batch=batch,
+            accumulate=accumulate,
             learning_rate=learning_rate,
             precision=precision,
             seed=seed,

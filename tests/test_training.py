@@ -519,11 +519,11 @@ def test_checkpointing_takes_the_same_steps(
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("TrainSettings", {"precision": "fp64"}, "precision is 'fp64'"),
-        ("TrainSettings", {"batch": 0}, "batch is 0"),
-        ("TrainSettings", {"ema": 1.0}, "ema is 1.0"),
-        ("Objective", {"dropout": "all"}, "dropout is 'all'"),
-        ("Objective", {"drop_rate": 0.5}, "drop_rate is 0.5"),
+        ("TrainSettings", {"precision": "fp64"}, "precision\n.*'fp32', 'bf16' or 'fp16'.*'fp64'"),
+        ("TrainSettings", {"batch": 0}, "batch\n.*greater than or equal to 1.*0"),
+        ("TrainSettings", {"ema": 1.0}, "ema\n.*less than 1.*1.0"),
+        ("Objective", {"dropout": "all"}, "dropout\n.*'paper', 'release' or 'none'.*'all'"),
+        ("Objective", {"drop_rate": 0.5}, "drop_rate\n.*less than or equal to 0.33.*0.5"),
     ],
 )
 def test_wrong_settings(training: Any, name: str, settings: dict, message: str) -> None:

@@ -328,14 +328,14 @@ def test_members_of_shards(sources: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "zip"}, "kind is 'zip'"),
-        ({"path": ""}, "path is ''"),
+        ({"kind": "zip"}, "kind\n.*'folder', 'webdataset' or 'huggingface'.*'zip'"),
+        ({"path": ""}, "path\n.* at least 1 item"),
         ({"path": ["a", "b"]}, "path is \\['a', 'b'\\]"),
         ({"columns": {"edit_text": "a"}}, "columns are for webdataset and huggingface"),
-        ({"kind": "webdataset", "columns": {"text": "a"}}, "columns has text but the roles are"),
-        ({"step": 12}, "step 12 but step must be a multiple of 8"),
+        ({"kind": "webdataset", "columns": {"text": "a"}}, "columns.text.*\n.*'source_image', .*'text'"),
+        ({"step": 12}, "step\n.*a multiple of 8.*12"),
         ({"resolution": 32}, "resolution is 32"),
-        ({"limit": -1}, "limit is -1"),
+        ({"limit": -1}, "limit\n.*greater than or equal to 0.*-1"),
     ],
 )
 def test_wrong_settings(sources: Any, settings: dict[str, Any], message: str) -> None:

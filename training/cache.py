@@ -26,7 +26,8 @@ import torch
 from ..models.files import write_bytes
 from .objective import Batch
 from .pairs import EditPair, Size, too_many_bad
-from .sources import DataConfig, local_files, read_pairs
+from .settings import DataConfig
+from .sources import local_files, read_pairs
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -18,48 +18,10 @@ from comfy.ldm.modules.attention import attention_pytorch
 
 from ..patches.bridge.core import Bank, Feeding
 from ..patches.host.checkpointing import checkpointed
+from .settings import Objective
 
-DROPOUTS = ("paper", "release", "none")
-DROPPED_IMAGES = ("off", "white")
-REFERENCE_TIMES = ("zero", "same")
 # What the channels beside the latent are for, by how many they are.
 _MORE_CHANNELS = {5: "an inpainting model", 4: "an instruct-pix2pix model"}
-
-
-@dataclass(frozen=True)
-class Objective:
-    """dropout: `paper`, text and image each dropped with `drop_rate`, independently; `release`, the authors'
-    code, three bands of that size each that exclude one another: no text and the reference itself as
-    target, no image, neither; `none`. drop_rate: how often, 0 to 1/3. dropped_image: what a row without
-    image gets: `off`, no bridge, as at inference, or `white`, a white reference without text.
-    reference_time: the reference pass's timestep, `zero` or, as in the authors' training, the `same` as the
-    picture's. min_snr: loss weight min(SNR, min_snr) / SNR (arXiv 2303.09556), 0 for none. offset_noise:
-    deviation of a number added to each channel's noise; for a base that was trained with it, 0 for none, as
-    in the paper.
-
-    Raises ValueError for settings that there are not.
-    """
-
-    dropout: str = "paper"
-    drop_rate: float = 0.05
-    dropped_image: str = "off"
-    reference_time: str = "zero"
-    min_snr: float = 0.0
-    offset_noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("dropout", DROPOUTS),
-            ("dropped_image", DROPPED_IMAGES),
-            ("reference_time", REFERENCE_TIMES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be one of {', '.join(allowed)}")
-        if not 0 <= self.drop_rate <= 1 / 3:
-            raise ValueError(f"drop_rate is {self.drop_rate} but must be 0 to 1/3")
-        for name in ("min_snr", "offset_noise"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be 0 or more")
 
 
 @dataclass(frozen=True, eq=False)

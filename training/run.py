@@ -25,7 +25,7 @@ import comfy.model_management
 import numpy as np
 import torch
 
-from ..models.bridge import AttentionBridge, widths_of
+from ..models.bridge import AttentionBridge, BridgeSettings, widths_of
 from ..models.bridge_file import save_bridge
 from ..models.sites import find_sites
 from .base import Base, free
@@ -33,8 +33,7 @@ from .cache import EncodedPairs, encode_share, indexed_pairs
 from .checkpoints import Checkpoints
 from .config import Config, documented, read_config
 from .libraries import library
-from .settings import PRECISIONS
-from .sources import DataConfig
+from .settings import PRECISIONS, DataConfig
 from .trainer import Team, Trainer
 from .validation import Validation, save_picture, validation_data
 
@@ -64,7 +63,7 @@ class Run:
         self.model = self.base.unet(dtype)
         unet = self.model.model.diffusion_model
         family = type(self.model.model.model_config).__name__
-        settings = config.bridge.settings(family, widths_of(find_sites(unet)))
+        settings = BridgeSettings(family, widths_of(find_sites(unet)), **vars(config.bridge))
         bridge = AttentionBridge(settings, torch.float32).reset(config.train.seed).to(device)
         self.trainer = Trainer(
             self.model.model,

@@ -13,7 +13,6 @@ import json
 import logging
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from PIL import Image
 
 from .libraries import library
 from .pairs import BAD_SHARE, BadPair, Parts, Picture, Reading, Sample, decoded_text, folder_samples
+from .settings import ROLES, DataConfig
 
-KINDS = ("folder", "webdataset", "huggingface")
-ROLES = ("source_image", "edit_image", "source_text", "edit_text")
 SHARD_MEMBERS = {
     "source_image": "source.png;source.jpg;source.jpeg;source.webp",
     "edit_image": "edit.png;edit.jpg;edit.jpeg;edit.webp",
@@ -32,63 +30,6 @@ SHARD_MEMBERS = {
     "edit_text": "json:edit",
 }
 TAR_BLOCK = 512
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The training data: the `data` part of a training configuration.
-
-    kind: `folder`, as `pairs` describes it; `webdataset`, tar shards; `huggingface`, a data set of the hub
-    or a local folder or parquet files, which the library `datasets` reads.
-    path: the folder; shards or parquet files, as a pattern with {000..009} or *, or a list of such; or a data
-    set's name on the hub, owner/name.
-    split, revision, streaming: of a Hugging Face data set. revision: a commit of the hub, empty for the
-    newest. streaming: read as it comes instead of being downloaded and prepared first.
-    columns: where to find each role, source_image, edit_image, source_text, edit_text; roles left out keep
-    their default. Of a data set, a column; by default the role's name. Of shards, the member's extension:
-    everything after the first dot of its name; several with ; between them, for the first that is there; and
-    for a text, with : the field of a JSON member. By default `source.png;source.jpg;source.jpeg;source.webp`,
-    the same with `edit`, `json:source` and `json:edit`. A folder has no columns.
-    resolution, step: pictures are scaled and cropped to about resolution x resolution pixels, to multiples of
-    step (a multiple of 8), in the bucket nearest to their shape from 1:2 to 2:1.
-    limit: use the first so many samples, good or bad; 0 for all.
-
-    Raises ValueError for settings that cannot be.
-    """
-
-    path: str | Sequence[str]
-    kind: str = "folder"
-    split: str = "train"
-    revision: str = ""
-    streaming: bool = True
-    columns: Mapping[str, str] = field(default_factory=dict)
-    resolution: int = 512
-    step: int = 64
-    limit: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r} but must be one of {', '.join(KINDS)}")
-        if not self.path or (self.kind == "folder" and not isinstance(self.path, str)):
-            raise ValueError(f"path is {self.path!r} but must say where the {self.kind} is")
-        unknown = sorted(set(self.columns) - set(ROLES))
-        if unknown:
-            raise ValueError(f"columns has {', '.join(unknown)} but the roles are {', '.join(ROLES)}")
-        if self.columns and self.kind == "folder":
-            raise ValueError("columns are for webdataset and huggingface: a folder's names are fixed")
-        if self.step < 8 or self.step % 8 or self.resolution < self.step:
-            raise ValueError(
-                f"resolution is {self.resolution} and step {self.step} but step must be a multiple of 8 and "
-                "resolution at least step"
-            )
-        if self.limit < 0:
-            raise ValueError(f"limit is {self.limit} but must be 0, for all, or more")
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        path = self.path if isinstance(self.path, str) else self.path[0]
-        return Path(path).name if self.kind == "folder" else path
 
 
 def read_pairs(data: DataConfig, share: tuple[int, int] = (0, 1)) -> Reading:

@@ -24,7 +24,8 @@ from .base import Base, to_device
 from .cache import EncodedPairs
 from .config import ValidationConfig
 from .pairs import EditPair
-from .sources import DataConfig, read_pairs
+from .settings import DataConfig
+from .sources import read_pairs
 from .trainer import Trainer
 
 GAP, TEXT_SIZE, LINES = 8, 13, 5

@@ -27,8 +27,8 @@ from ...models.bridge import AttentionBridge, BridgeSettings, widths_of
 from ...models.operations import disable_weight_init
 from ...models.sites import find_sites
 from ...patches.bridge.core import Bank
-from ...training.objective import Batch, Draws, Objective, losses
-from ...training.settings import PRECISIONS
+from ...training.objective import Batch, Draws, losses
+from ...training.settings import PRECISIONS, Objective
 from .measuring import device, now, on_card
 from .random_sd15 import UNET
 

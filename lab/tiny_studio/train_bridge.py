@@ -19,9 +19,8 @@ from ...models.bridge_file import save_bridge
 from ...models.sites import find_sites
 from ...models.tiny_studio import scenes, studio
 from ...training.cache import EncodedPairs, encode_pairs
-from ...training.objective import Objective
 from ...training.pairs import EditPair
-from ...training.settings import TrainSettings
+from ...training.settings import Objective, TrainSettings
 from ...training.trainer import Trainer
 from . import train_diffusion
 from .training_tools import say
