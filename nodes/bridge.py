@@ -62,8 +62,8 @@ class DescEditLoadBridge(io.ComfyNode):
                 io.Combo.Input(
                     "bridge_name",
                     options=bridge_files(),
-                    tooltip="A safetensors file in models/attention_bridges or a folder in it. It must be "
-                    "for the base model that it is applied to.",
+                    tooltip="A safetensors file in models/attention_bridges or a subfolder. It must belong "
+                    "to the base model it is applied to.",
                 )
             ],
             outputs=[BridgeType.Output("bridge")],
@@ -100,15 +100,15 @@ class DescEditNewBridge(io.ComfyNode):
             search_aliases=[*ALIASES, "create bridge", "train"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The base model: SD1.x, SD2.x, SDXL or one distilled of them."
+                    "model", tooltip="The base model: SD1.x, SD2.x, SDXL or a distilled version of them."
                 ),
                 io.Int.Input(
                     "rank",
                     default=64,
                     min=1,
                     max=1024,
-                    tooltip="Rank of the LoRA updates on q, k, v and out, 1 to 1024. The paper uses 64; "
-                    "higher learns more and weighs more.",
+                    tooltip="Rank of the LoRA updates on q, k, v and out, 1 to 1024. The paper uses 64. "
+                    "Higher values learn more and make a larger file.",
                 ),
                 io.Float.Input(
                     "alpha",
@@ -122,23 +122,24 @@ class DescEditNewBridge(io.ComfyNode):
                     "direction",
                     options=list(DIRECTIONS),
                     default=BridgeSettings.direction,
-                    tooltip="reference_queries: the reference asks, the picture answers; learns faster, and "
-                    "needs a reference of the picture's size. edit_queries: the other way round, as in the "
-                    "authors' code.",
+                    tooltip="reference_queries: queries come from the reference, keys and values from the "
+                    "image being denoised. Trains faster; the reference must have the same size. "
+                    "edit_queries: queries come from the image being denoised, keys and values from the "
+                    "reference, as in the authors' code.",
                 ),
                 io.Combo.Input(
                     "fusion",
                     options=list(FUSIONS),
-                    tooltip="How the answer joins the self-attention: linear, through a learned matrix that "
-                    "starts at zero; add, as it is; replace, in its place. add and replace change the "
-                    "picture even untrained.",
+                    tooltip="How the bridge's output is combined with the self-attention. linear: added "
+                    "through a learned matrix that starts at zero. add: added directly. replace: replaces "
+                    "it. add and replace change the image even untrained.",
                 ),
                 io.Boolean.Input(
                     "reference_self_bridge",
                     default=False,
                     advanced=True,
-                    tooltip="Whether the reference passes through the bridge too, attending to itself, as in "
-                    "the authors' code. Off: the reference UNet stays frozen, and trains faster.",
+                    tooltip="On: the reference also passes through the bridge and attends to itself, as in "
+                    "the authors' code. Off: the reference UNet stays frozen, and training is faster.",
                 ),
             ],
             outputs=[BridgeType.Output("bridge")],
@@ -166,21 +167,21 @@ class DescEditSaveBridge(io.ComfyNode):
             display_name="Save Attention Bridge",
             category=CATEGORY,
             description=(
-                "Writes an attention bridge to models/attention_bridges, as name_00001_.safetensors and so "
-                "on: no file is replaced."
+                "Saves an attention bridge in models/attention_bridges as name_00001_.safetensors, "
+                "name_00002_.safetensors and so on. No file is overwritten."
             ),
             search_aliases=[*ALIASES, "save bridge"],
             is_output_node=True,
             inputs=[
-                BridgeType.Input("bridge", tooltip="The bridge to keep."),
+                BridgeType.Input("bridge", tooltip="The bridge to save."),
                 io.String.Input(
                     "name",
                     default="bridge",
-                    tooltip="Name of the file, without folder and ending, that every system can write. A "
-                    "number is put behind it.",
+                    tooltip="File name without folder and extension, valid on every system. A number is "
+                    "appended.",
                 ),
             ],
-            outputs=[io.String.Output("path", tooltip="The file's name, as Load Attention Bridge lists it.")],
+            outputs=[io.String.Output("path", tooltip="The file name, as Load Attention Bridge lists it.")],
         )
 
     @classmethod
@@ -198,26 +199,26 @@ class DescEditApplyBridge(io.ComfyNode):
             display_name="Apply Attention Bridge",
             category=CATEGORY,
             description=(
-                "Lets a model look at a source image while it samples: the reference is read once by the "
-                "same UNet, and the bridge feeds what it saw into every self-attention. Describe the wished "
-                "result in the sampler's positive prompt. LoRAs on the model act on both readings; "
-                "ControlNet and other nodes' patches act on the picture only."
+                "Lets a model attend to a source image while it samples. The same UNet reads the reference "
+                "once, and the bridge feeds what it saw into every self-attention. Describe the edited "
+                "image in the sampler's positive prompt. LoRAs on the model affect the reference too; "
+                "ControlNet and other nodes' patches affect only the image being denoised."
             ),
             search_aliases=["DescriptiveEdit", *ALIASES, "apply bridge", "reference image"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the bridge was trained for."),
-                BridgeType.Input("bridge", tooltip="A trained attention bridge. One bridge a model."),
+                BridgeType.Input("bridge", tooltip="A trained attention bridge. One bridge per model."),
                 io.Latent.Input(
                     "reference",
-                    tooltip="The source image from VAEEncode. One, one for each sampled image, or several to "
-                    "join. Any size, except with a bridge of the direction reference_queries. A noise mask "
-                    "in it is ignored.",
+                    tooltip="The source image from VAEEncode: one, one for each sampled image, or several "
+                    "to combine. Any size, except with the direction reference_queries. A noise mask in it "
+                    "is ignored.",
                 ),
                 io.Conditioning.Input(
                     "source",
                     optional=True,
-                    tooltip="The source description: what the image shows now. Without it the sampler's "
-                    "negative prompt takes its place.",
+                    tooltip="The source description: what the image shows now. Not connected: the sampler's "
+                    "negative prompt is used.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -225,8 +226,7 @@ class DescEditApplyBridge(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="How much of the bridge acts, -10 to 10. 1 is as trained, 0 leaves the model as "
-                    "it is.",
+                    tooltip="Strength of the bridge, -10 to 10. 1: as trained. 0: the model is unchanged.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -235,7 +235,7 @@ class DescEditApplyBridge(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     advanced=True,
-                    tooltip="Share of the sampling after which the bridge begins, 0 to 1. 0: from the start.",
+                    tooltip="Fraction of sampling after which the bridge starts, 0 to 1. 0: from the start.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -244,21 +244,21 @@ class DescEditApplyBridge(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     advanced=True,
-                    tooltip="Share of the sampling after which it ends, above start_percent, to 1. 1 is to "
-                    "the end.",
+                    tooltip="Fraction of sampling after which the bridge stops, above start_percent, up to "
+                    "1. 1: to the end.",
                 ),
                 io.Combo.Input(
                     "references",
                     options=list(JOIN),
                     advanced=True,
-                    tooltip="What a batch of references is: one for each image that is sampled, or all of "
-                    "them together for every image.",
+                    tooltip="How a batch of references is used: one reference for each sampled image, or "
+                    "all of them for every image.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the reference acts: 1 there, 0 not, soft values in between. Of the "
-                    "sampled image's size or proportions. All 0 leaves the model as it is.",
+                    tooltip="Region where the reference acts: 1 = full, 0 = none, soft values in between. "
+                    "Same size or aspect ratio as the sampled image. All 0: the model is unchanged.",
                 ),
             ],
             outputs=[io.Model.Output()],

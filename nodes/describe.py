@@ -37,7 +37,7 @@ def describe_prompt(instruction: str, source: str = "", max_tokens: int = 77) ->
     """
     instruction, source = " ".join(instruction.split()), " ".join(source.split())
     if not instruction:
-        raise ValueError("instruction is empty: type what shall be changed, such as make it winter")
+        raise ValueError("instruction is empty: type what to change, such as make it winter")
     known = KEEP.format(source=source) if source else LOOK
     words = int((max_tokens - MARKS) * WORDS_PER_TOKEN)
     return PROMPT.format(known=known, instruction=instruction, words=words)
@@ -53,7 +53,7 @@ class DescEditDescribePrompt(io.ComfyNode):
             display_name="Instruction to Description (prompt)",
             category=CATEGORY,
             description=(
-                "Writes the prompt with which a language model turns an instruction (make it winter) into an "
+                "Writes a prompt that makes a language model turn an instruction (make it winter) into an "
                 "edit description (a street in deep snow): only the final look, short enough for CLIP. Wire "
                 "it to Generate Text, and that node's text to where the edit description goes."
             ),
@@ -65,16 +65,16 @@ class DescEditDescribePrompt(io.ComfyNode):
                 io.String.Input(
                     "instruction",
                     multiline=True,
-                    tooltip="What shall be changed, in any words, such as: make it winter. Not empty.",
+                    tooltip="What to change, in any words, such as: make it winter. Not empty.",
                 ),
                 io.String.Input(
                     "source_description",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="What the image shows now. Its words are kept where they still hold, which "
-                    "UnifyEdit needs. Empty: the language model must see the image, through the image input "
-                    "of Generate Text.",
+                    tooltip="What the image shows now. Words that still apply are kept, which UnifyEdit "
+                    "needs. Empty: the language model must see the image, through the image input of "
+                    "Generate Text.",
                 ),
                 io.Int.Input(
                     "max_tokens",
@@ -83,9 +83,9 @@ class DescEditDescribePrompt(io.ComfyNode):
                     max=512,
                     optional=True,
                     advanced=True,
-                    tooltip="How long the description may get, in CLIP tokens with both end marks, 16 to "
-                    "512. 77 is what SD1.5 reads at once and UnifyEdit's limit; low values lead to "
-                    "fewer details.",
+                    tooltip="Maximum length of the description in CLIP tokens, both end marks included, 16 "
+                    "to 512. 77 is what SD1.5 reads at once and the limit of UnifyEdit. Low values give "
+                    "less detail.",
                 ),
             ],
             outputs=[io.String.Output("prompt", tooltip="For the prompt input of Generate Text.")],

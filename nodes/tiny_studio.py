@@ -25,9 +25,9 @@ class DescEditTinyStudio(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads the small model that ships with the pack: Stable Diffusion 1.5's layout at reduced "
-                "width, 128x128 pixels. It knows one drawn world, coloured shapes and cartoon faces, "
-                "and works with the stock nodes: every method can be tried in seconds without a download. "
-                "With it comes its attention bridge."
+                "width, 128x128 pixels. It draws coloured shapes and cartoon faces only. It works with the "
+                "stock nodes, so every method can be tried in seconds without a download. Its attention "
+                "bridge is included."
             ),
             search_aliases=ALIASES,
             inputs=[],
@@ -36,7 +36,7 @@ class DescEditTinyStudio(io.ComfyNode):
                 io.Clip.Output("clip"),
                 io.Vae.Output("vae"),
                 BridgeType.Output(
-                    "bridge", tooltip="Its attention bridge, trained on edits of the drawn world."
+                    "bridge", tooltip="Its attention bridge, trained on edits of its drawn scenes."
                 ),
             ],
         )
@@ -58,8 +58,8 @@ class DescEditTinyScene(io.ComfyNode):
             display_name="Draw Tiny Scene",
             category=CATEGORY,
             description=(
-                "Draws a scene of the Tiny Studio's world and its true edit, with exact descriptions of "
-                "both and a mask of where they differ. The model never saw their combinations in training."
+                "Draws a scene for the Tiny Studio and its true edit, with exact descriptions of both and a "
+                "mask of where they differ. The model did not see these combinations in training."
             ),
             search_aliases=[*ALIASES, "sample image", "test image", "edit pair"],
             inputs=[
@@ -67,7 +67,7 @@ class DescEditTinyScene(io.ComfyNode):
                     "edit_type",
                     options=list(scenes.EDIT_TYPES),
                     tooltip="What the edit changes: an object's colour, its texture, the object itself, the "
-                    "background, the style of the whole picture, or a face's expression or glasses.",
+                    "background, the style of the whole image, or a face's expression or glasses.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -75,20 +75,21 @@ class DescEditTinyScene(io.ComfyNode):
                     min=0,
                     max=2**31 - 1,
                     control_after_generate=True,
-                    tooltip="Which scene, 0 to 2147483647. The same number always draws the same one.",
+                    tooltip="Number of the scene, 0 to 2147483647. The same number always gives the same "
+                    "scene.",
                 ),
                 io.Combo.Input(
                     "wording",
                     options=list(scenes.WORDINGS),
                     default="complex",
                     tooltip="simple: the descriptions name the object and what changes. complex: they name "
-                    "everything in the picture, which lets the model keep more of it.",
+                    "everything in the image, so the model keeps more of it.",
                 ),
             ],
             outputs=[
                 io.Image.Output("source", tooltip="The scene, 128x128."),
                 io.Image.Output("edited", tooltip="The scene as a perfect edit would make it."),
-                io.Mask.Output("mask", tooltip="1 where the edit happens; 1 everywhere for a style."),
+                io.Mask.Output("mask", tooltip="1 in the edit region; 1 everywhere for a style."),
                 io.String.Output("source_description"),
                 io.String.Output("edit_description"),
             ],

@@ -29,34 +29,34 @@ class DescEditAttentionMaps(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Shows what the model attends to at one point of the sampling: for each word where in the "
-                "image it acts, and the layout that self-attention sees, as colours. UnifyEdit steers by "
-                "these maps."
+                "image it acts, and the layout that self-attention sees, as colours. UnifyEdit's losses "
+                "compare these maps."
             ),
             search_aliases=["cross attention", "self attention", "heat map", "DAAM", "daam"],
             inputs=[
                 io.Model.Input("model", tooltip="A Stable Diffusion model with a UNet, patches included."),
                 io.Conditioning.Input(
                     "conditioning",
-                    tooltip="The description, encoded: the one in which the tokens were found.",
+                    tooltip="The encoded description in which the tokens were found.",
                 ),
                 EditTokensType.Input("edit_tokens", tooltip="The words to show, from Find Edit Tokens."),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The image, from VAEEncode; noise of the seed is added. Connect this or an "
+                    tooltip="The image, from VAEEncode; noise from the seed is added. Connect this or an "
                     "inversion.",
                 ),
                 InversionType.Input(
                     "inversion",
                     optional=True,
-                    tooltip="From Invert Image: its path is looked at, at the step nearest to percent. "
-                    "Connect this or a latent.",
+                    tooltip="From Invert Image: uses the step of its path nearest to percent. Connect this "
+                    "or a latent.",
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The image to lay the words' maps over, one or one for each. Without it they are "
-                    "shown alone.",
+                    tooltip="The image under the word maps: one, or one for each. Not connected: the maps "
+                    "are shown alone.",
                 ),
                 io.Float.Input(
                     "percent",
@@ -64,7 +64,7 @@ class DescEditAttentionMaps(io.ComfyNode):
                     min=0.0,
                     max=0.99,
                     step=0.01,
-                    tooltip="When to look, 0 to 0.99: 0 is pure noise, 0.99 almost the clean image.",
+                    tooltip="Point of the sampling, 0 to 0.99: 0 is pure noise, 0.99 almost the clean image.",
                 ),
                 io.Int.Input(
                     "word_side",
@@ -72,8 +72,8 @@ class DescEditAttentionMaps(io.ComfyNode):
                     min=1,
                     max=64,
                     advanced=True,
-                    tooltip="Words are shown on the grid nearest to this many tokens a side, 1 to 64: 1 is "
-                    "the coarsest that the model has.",
+                    tooltip="Words are shown at the grid nearest to this many tokens per side, 1 to 64. 1: "
+                    "the model's coarsest grid.",
                 ),
                 io.Int.Input(
                     "structure_side",
@@ -81,8 +81,8 @@ class DescEditAttentionMaps(io.ComfyNode):
                     min=1,
                     max=32,
                     advanced=True,
-                    tooltip="Self-attention is shown on the grid nearest to this many tokens a side, 1 to "
-                    "32: 1 is the coarsest that the model has, 32 takes about a second on a CPU.",
+                    tooltip="Self-attention is shown at the grid nearest to this many tokens per side, 1 to "
+                    "32. 1: the model's coarsest grid. 32 takes about a second on a CPU.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -90,7 +90,7 @@ class DescEditAttentionMaps(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     advanced=True,
-                    tooltip="Of the noise that is added to latent, 0 or more. An inversion does not use it.",
+                    tooltip="Seed of the noise added to latent, 0 or more. Not used with an inversion.",
                 ),
                 io.Int.Input(
                     "side",
@@ -98,19 +98,19 @@ class DescEditAttentionMaps(io.ComfyNode):
                     min=64,
                     max=1024,
                     advanced=True,
-                    tooltip="Size of each picture in pixels, 64 to 1024.",
+                    tooltip="Longer side of each image in pixels, 64 to 1024.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     "words",
-                    tooltip="For each word a map, each from its own lowest value (blue) to its highest "
+                    tooltip="One map per word, each scaled from its own lowest value (blue) to its highest "
                     "(yellow).",
                 ),
                 io.Image.Output(
                     "structure",
-                    tooltip="The three leading components of self-attention as red, green and blue: places "
-                    "that attend alike have the same colour.",
+                    tooltip="The three leading components of self-attention as red, green and blue: "
+                    "positions with similar attention have similar colours.",
                 ),
             ],
         )
@@ -163,7 +163,7 @@ class DescEditCompare(io.ComfyNode):
             display_name="Compare Images",
             category=CATEGORY,
             description=(
-                "Puts images side by side under labels, as one picture: a column for each input, a row for "
+                "Puts images side by side under labels in one image: a column for each input, a row for "
                 "each image of a batch."
             ),
             search_aliases=["contact sheet", "grid", "side by side", "comparison"],
@@ -171,15 +171,15 @@ class DescEditCompare(io.ComfyNode):
                 io.Autogrow.Input(
                     "images",
                     template=io.Autogrow.TemplatePrefix(image, prefix="image", min=1, max=24),
-                    tooltip="Up to 24 inputs, a column each. A single image is repeated in every row.",
+                    tooltip="Up to 24 inputs, one column each. A single image is repeated in every row.",
                 ),
                 io.String.Input(
                     "labels",
                     default="source\nedited",
                     multiline=True,
                     optional=True,
-                    tooltip="A label for each input, one a line. Missing ones are left empty; more than "
-                    "there are inputs is an error.",
+                    tooltip="A label for each input, one per line. Missing labels are left empty; more "
+                    "labels than inputs is an error.",
                 ),
                 io.Int.Input(
                     "side",
@@ -187,7 +187,7 @@ class DescEditCompare(io.ComfyNode):
                     min=64,
                     max=2048,
                     optional=True,
-                    tooltip="Size of each image's longer side in the picture, 64 to 2048 pixels.",
+                    tooltip="Longer side of each image in the sheet, 64 to 2048 pixels.",
                 ),
             ],
             outputs=[io.Image.Output("sheet")],
