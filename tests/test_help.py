@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +109,47 @@ def test_pages(language: str, schemas: dict[str, Any]) -> None:
         for heading in HEADINGS[language]:
             section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
             assert section.strip(), f"{node_id}: {heading}"
+
+
+def test_generated_files_are_up_to_date(host: Host) -> None:
+    """Protects: English texts and the pages' lists are what `dev.py docs` writes, and Chinese lacks none."""
+    files, missing = host.pack_module("lab.pages").generated(ROOT)
+    assert len(files) == 1 + 2 * len(host.node_ids())
+    assert [file for file, text in files.items() if file.read_text(encoding="utf-8") != text] == []
+    assert missing == []
+
+
+def test_docs_command(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects: `dev.py docs` writes a new page and stale lists anew, keeps what people wrote, and names each
+    Chinese text that is missing or left over.
+    """
+    for name in ("locales", "web"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    pages = tmp_path / "web" / "docs"
+    edited = pages / "DescEditMetrics" / "en.md"
+    whole = edited.read_text(encoding="utf-8")
+    stale = re.sub(r"(?m)^- \*\*source\*\*.*\n", "", whole).replace("INT", "FLOAT")
+    edited.write_text(stale.replace("Nothing is downloaded.", "Old.", 1) + "- **More.** Written by hand.\n")
+    (pages / "DescEditInvert" / "zh.md").unlink()
+    file = tmp_path / "locales" / "zh" / "nodeDefs.json"
+    chinese = json.loads(file.read_text(encoding="utf-8"))
+    del chinese["DescEditMetrics"]["inputs"]["mask"]["tooltip"]
+    chinese["DescEditGone"] = {"display_name": "x"}
+    file.write_text(json.dumps(chinese))
+    assert host.pack_module("lab.pages").main(tmp_path) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "locales/zh/nodeDefs.json: DescEditGone is left over" in said
+    assert "locales/zh/nodeDefs.json: DescEditMetrics.inputs.mask.tooltip is missing" in said
+    assert edited.read_text(encoding="utf-8") == whole + "- **More.** Written by hand.\n"
+    new = (pages / "DescEditInvert" / "zh.md").read_text(encoding="utf-8")
+    old = (DOCS / "DescEditInvert" / "zh.md").read_text(encoding="utf-8")
+    for heading in ("输入", "输出"):
+        assert (
+            new.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+            == (old.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])
+        )
+    for heading in HEADINGS["zh"]:
+        assert f"\n## {heading}\n" in new
 
 
 def test_pictures() -> None:
