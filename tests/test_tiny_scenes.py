@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ def scenes(host: Any) -> ModuleType:
 
 EDITS = [
     (kind, wording)
-    for kind in ("colour", "texture", "object", "background", "style", "face")
+    for kind in ("colour", "texture", "object", "background", "style", "face", "two objects")
     for wording in ("simple", "complex")
 ]
 
@@ -38,8 +39,11 @@ def test_an_edit_changes_only_what_it_says(scenes: ModuleType, edit_type: str, w
             assert changed[mask == 0].max() < 1e-5
             assert mask.mean() < 0.97
         assert pair.source_text != pair.edit_text
-        new_words = set(pair.edit_text.split()) - set(pair.source_text.split())
-        assert new_words, "an edit description must bring a word of its own"
+        old, new = pair.source_text.split(), pair.edit_text.split()
+        changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+        assert any(change != "equal" and a < b for change, _, _, a, b in changes), (
+            "an edit description must bring a word of its own"
+        )
 
 
 def test_a_seed_draws_the_same_pixels_twice(scenes: ModuleType) -> None:
@@ -69,7 +73,7 @@ def test_training_never_sees_a_held_out_combination(host: Any, scenes: ModuleTyp
     """
     pool = host.pack_module("lab.tiny_studio.train").pool_scenes()[:4000]
     assert not any(scenes.held_out(scene) for scene in pool)
-    for edit_type in scenes.EDIT_TYPES:
+    for edit_type in (*scenes.EDIT_TYPES, scenes.TWO):
         pair = scenes.sample_edit(edit_type, 5, "simple", held=False)
         assert not scenes.held_out(pair.source)
         assert not scenes.held_out(pair.target)
@@ -111,3 +115,127 @@ def test_an_unknown_edit_type_is_refused(scenes: ModuleType) -> None:
     """Protects callers from a pair of the wrong kind."""
     with pytest.raises(ValueError, match="edit type 'shape' must be one of"):
         scenes.sample_edit("shape", 0)
+
+
+def two_objects(scenes: ModuleType, **values: str) -> Any:
+    """A plain red circle and a plain blue square on white, but for `values`."""
+    plain = {
+        "left_shape": "circle",
+        "left_colour": "red",
+        "left_texture": "plain",
+        "right_shape": "square",
+        "right_colour": "blue",
+        "right_texture": "plain",
+        "background": "white",
+        "style": "flat",
+    }
+    return scenes.Scene("two", {**plain, **values})
+
+
+def test_two_objects_have_their_own_places_and_attributes(scenes: ModuleType) -> None:
+    """Protects what the first and the second words mean: the first object is on the left in its own colour
+    and shape, the second on the right in its own, and each half is the half of a scene of that object alone.
+    """
+    scene = two_objects(scenes)
+    picture = scene.draw()
+    for x, colour in ((32, (0.86, 0.16, 0.15)), (96, (0.16, 0.36, 0.86)), (64, (0.96, 0.96, 0.95))):
+        np.testing.assert_allclose(
+            picture[60:68, x - 2 : x + 2], np.broadcast_to(colour, (8, 4, 3)), atol=1e-6
+        )
+    # 16.5 pixels across and up is inside of a square of 39.6; 18.5, 26.2 away, outside of a circle of 23.
+    np.testing.assert_allclose(picture[64 - 17, 96 - 17], (0.16, 0.36, 0.86), atol=1e-6)
+    np.testing.assert_allclose(picture[64 - 19, 32 - 19], (0.96, 0.96, 0.95), atol=1e-6)
+    shared = {"texture": "plain", "size": "small", "background": "white", "style": "flat"}
+    circle = scenes.Scene("object", {"shape": "circle", "colour": "red", "place": "left", **shared}).draw()
+    square = scenes.Scene("object", {"shape": "square", "colour": "blue", "place": "right", **shared}).draw()
+    assert np.array_equal(picture, np.concatenate([circle[:, :64], square[:, 64:]], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "side", "area"),
+    [
+        # Its own outline and 3 pixels around it.
+        ({"left_colour": "green"}, 0, np.pi * 26.0**2),
+        ({"right_texture": "dotted"}, 1, (2 * (23.0 * 0.86 + 3.0)) ** 2),
+    ],
+)
+def test_the_mask_of_one_of_two_objects(
+    scenes: ModuleType, change: dict[str, str], side: int, area: float
+) -> None:
+    """Protects the measure of binding: the mask is the edited object's place and none of the other one's."""
+    source = two_objects(scenes)
+    target = source.changed(**change)
+    ((name, value),) = change.items()
+    pair = scenes.EditPair("two objects", source, target, scenes.caption(source), scenes.caption(target))
+    assert pair.changed == {name: value}
+    mask = pair.mask()
+    changed = np.abs(source.draw() - target.draw()).max(axis=-1) > 0
+    assert mask[changed].min() == 1
+    other = slice(64, None) if side == 0 else slice(None, 64)
+    assert not changed[:, other].any()
+    assert mask[:, other].max() == 0
+    assert mask.sum() == pytest.approx(area, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("named", "text"),
+    [
+        (None, "a drawing of a plain red circle and an orange square on a white background"),
+        ({"left_colour", "right_colour"}, "a red circle and an orange square"),
+        ({"style"}, "a drawing of a circle and a square"),
+        ({"right_colour", "background"}, "a circle and an orange square on a white background"),
+    ],
+)
+def test_captions_of_two_objects_are_exact(scenes: ModuleType, named: set[str] | None, text: str) -> None:
+    """Protects the wording that the model was trained on: the left object first, each with its own words."""
+    scene = two_objects(scenes, right_colour="orange")
+    if named is None:
+        named = set(scene.values) - {"right_texture"}
+    assert scenes.caption(scene, named) == text
+    striped = scene.changed(right_texture="striped")
+    assert scenes.caption(striped, {"left_colour"}) == "a red circle and a striped square"
+
+
+def test_an_edit_of_one_of_two_objects_as_an_instruction(scenes: ModuleType) -> None:
+    """Protects what the instruction names: which object, since there are two."""
+    source = two_objects(scenes)
+    for change, text in (
+        ({"left_colour": "green"}, "make the circle green"),
+        ({"right_shape": "star"}, "replace the square with a star"),
+        ({"right_texture": "dotted"}, "make the square dotted"),
+    ):
+        pair = scenes.EditPair("two objects", source, source.changed(**change), "", "")
+        assert scenes.instruction(pair) == text
+
+
+def test_scenes_of_two_objects_can_be_told_apart(host: Any, scenes: ModuleType) -> None:
+    """Protects what is measured on them: no shape, no colour twice, none vanishes, every value occurs, every
+    caption fits the text encoder and has words that it knows; and no combination that single scenes hold out
+    is trained in either place.
+    """
+    words = host.pack_module("models.tiny_studio.words")
+    known = set(words.vocabulary())
+    rng = np.random.default_rng(6)
+    for held in (False, True):
+        chosen = [scenes.sample_scene(rng, "two", held=held) for _ in range(400)]
+        for scene in chosen:
+            v = scene.values
+            assert v["left_shape"] != v["right_shape"]
+            assert v["left_colour"] != v["right_colour"]
+            assert v["background"] not in (v["left_colour"], v["right_colour"])
+            shared = {"size": "small", "place": "left", "background": "white", "style": "flat"}
+            alone = [
+                {name: v[f"{side}_{name}"] for name in ("shape", "colour", "texture")} | shared
+                for side in ("left", "right")
+            ]
+            single = [scenes.held_out(scenes.Scene("object", values)) for values in alone]
+            assert any(single) == held == scenes.held_out(scene)
+            tokens = words.tokens(scenes.caption(scene))
+            assert len(tokens) <= words.LENGTH
+            assert set(tokens) <= known
+        for name, options in scenes.TWO_OBJECTS.items():
+            assert {scene.values[name] for scene in chosen} == set(options)
+    pool = host.pack_module("lab.tiny_studio.train_two").pool_scenes()[:2000]
+    assert {scene.kind for scene in pool[1::2]} == {"two"}
+    assert {scene.kind for scene in pool[::2]} == {"object", "face"}
+    assert not any(map(scenes.held_out, pool))

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ...models.tiny_studio import scenes
+from ...models.tiny_studio import drawing, scenes
 from .training_tools import learning_rate, resume, save, say
 
 FILE = Path(__file__).with_name("attribute_classifier.safetensors")
 KINDS = tuple(scenes.ATTRIBUTES)
+ROWS = (24, 104)  # of a picture, which hold all of two small objects
 HEADS = [("kind", "kind", KINDS)] + [
     (kind, name, options)
     for kind, attributes in scenes.ATTRIBUTES.items()
@@ -69,11 +70,40 @@ class Judge(torch.nn.Module):
             found.append({"kind": kind, **read})
         return found
 
+    def read_two(self, pictures: np.ndarray | torch.Tensor) -> list[dict[str, str]]:
+        """The same for pictures of two objects, each read alone. An object that is not seen as a small one
+        on its side has no attributes; background and style are what both halves agree on.
+        """
+        batch = torch.as_tensor(np.asarray(pictures, np.float32))
+        found = []
+        for halves in zip(*(self.read(alone(batch, side)) for side in scenes.SIDES), strict=True):
+            read = {"kind": "two"}
+            for side, half in zip(scenes.SIDES, halves, strict=True):
+                if (half.get("size"), half.get("place")) == ("small", side):
+                    read |= {f"{side}_{name}": half[name] for name in scenes.OWN}
+            left, right = halves
+            shared = ("background", "style")
+            found.append(read | {name: left[name] for name in shared if left[name] == right[name]})
+        return found
+
 
 def load(path: Path = FILE) -> Judge:
     judge = Judge()
     judge.load_state_dict(safetensors.torch.load_file(path))
     return judge.eval()
+
+
+def alone(pictures: torch.Tensor, side: str) -> torch.Tensor:
+    """[B, 128, 128, 3] of two objects -> the one on `side` alone. Over the other, between the rows that no
+    object reaches, the background is drawn on from above to below.
+    """
+    top, bottom = ROWS
+    other = slice(drawing.SIZE // 2, None) if side == "left" else slice(None, drawing.SIZE // 2)
+    down = torch.linspace(0, 1, bottom - top)[:, None, None]
+    above, below = (pictures[:, row : row + 1, other] for row in (top - 1, bottom))
+    pictures = pictures.clone()
+    pictures[:, top:bottom, other] = torch.lerp(above, below, down)
+    return pictures
 
 
 def _targets(pool: list[scenes.Scene]) -> torch.Tensor:

@@ -8,9 +8,11 @@ mean in pure noise and a net that reads its colours there does not read them in 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from comfy.model_sampling import ModelSamplingDiscrete
@@ -56,11 +58,30 @@ class TextAndUNet(torch.nn.Module):
         return self.unet(noised, step.float(), context=self.context(rows))
 
 
-def train(work: Path, pool: list[scenes.Scene], steps: int) -> None:
-    """Learn until `steps`, from the last checkpoint on."""
+def packed(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a packed studio as a state of TextAndUNet, in float32."""
+    state = safetensors.torch.load_file(path)
+    if state.pop("text.tokens").tolist() != words.vocabulary():
+        raise ValueError(f"{path.name} was trained on other words: train anew, from no start")
+    state["table"] = state.pop("text.table")
+    return {name: value.float() for name, value in state.items() if not name.startswith("vae.")}
+
+
+def train(
+    work: Path,
+    pool: list[scenes.Scene],
+    steps: int,
+    start: Path | None = None,
+    share: Callable[[int, int], float] = learning_rate,
+) -> None:
+    """Learn until `steps`, from the last checkpoint on, or where there is none from the packed studio
+    `start`. `share` gives that of the peak rates at a step of all steps.
+    """
     torch.manual_seed(2)
     latents = torch.load(work / "latents.pt", weights_only=True)["latents"]
     model = TextAndUNet(words.vocabulary())
+    if start:
+        model.load_state_dict(packed(start))
     optimiser = Optimiser([model], MUON_RATE, ADAM_RATE)
     average = Average(model, 0.9985)
     path, step = work / "diffusion.pt", 0
@@ -96,7 +117,7 @@ def train(work: Path, pool: list[scenes.Scene], steps: int) -> None:
         loss = (error * (1 / kept.flatten()).clamp(max=8.0)).mean()
         model.zero_grad(set_to_none=True)
         loss.backward()
-        optimiser.step(learning_rate(step, steps))
+        optimiser.step(share(step, steps))
         step += 1
         average.update(model, step)
         losses.append(loss.item())

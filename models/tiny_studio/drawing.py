@@ -230,16 +230,19 @@ def _stylised(image: np.ndarray, style: str) -> np.ndarray:
 def draw(scene: Scene) -> np.ndarray:
     """The scene as float32 [128, 128, 3], sRGB values 0..1."""
     image = _background(scene.values["background"], scene.variant).copy()
-    (_draw_object if scene.kind == "object" else _draw_face)(image, scene)
+    if scene.kind == "face":
+        _draw_face(image, scene)
+    for one in scene.objects():
+        _draw_object(image, one)
     return np.clip(_stylised(image, scene.values["style"]), 0.0, 1.0).astype(np.float32)
 
 
 def foreground(scene: Scene, margin: float = 2.0) -> np.ndarray:
-    """The object or head, float32 [128, 128] of 0 or 1; `margin` in pixels reaches over its outline."""
-    if scene.kind == "object":
-        distance = _object_distance(scene)
-    else:
+    """The objects or the head, float32 [128, 128] of 0 or 1; `margin` in pixels reaches over the outline."""
+    if scene.kind == "face":
         distance = np.minimum(_hair_distance(scene), _ellipse(*_face_centre(scene), 33, 40))
+    else:
+        distance = np.minimum.reduce([_object_distance(one) for one in scene.objects()])
     return (distance < margin).astype(np.float32)
 
 
@@ -250,8 +253,13 @@ def edit_mask(source: Scene, target: Scene) -> np.ndarray | None:
         return None
     if "background" in changed:
         return 1.0 - foreground(source, margin=0.0)
-    if source.kind == "object":
-        return np.maximum(foreground(source, 3.0), foreground(target, 3.0))
+    if source.kind != "face":
+        parts = [
+            np.maximum(foreground(before, 3.0), foreground(after, 3.0))
+            for before, after in zip(source.objects(), target.objects(), strict=True)
+            if before.values != after.values
+        ]
+        return np.maximum.reduce(parts)
     cx, cy = _face_centre(source)
     part = _ellipse(cx, cy - 2, 33, 17) if changed == {"glasses"} else _ellipse(cx, cy + 5, 32, 34)
     return (part < 0).astype(np.float32)

@@ -1,5 +1,5 @@
 """The drawn world of the Tiny Studio: scenes with exact captions and, for six edit types, the true edited
-scene.
+scene; and a seventh set, scenes of two objects, in which words compete.
 
 A `Scene` names everything a caption can say (`values`) and the little that it cannot (`dx`, `dy`,
 `variant`).
@@ -34,14 +34,22 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
         "style": STYLES,
     },
 }
+SIDES = ("left", "right")
+OWN = ("shape", "colour", "texture")  # what each of two objects has of its own
+TWO_OBJECTS: dict[str, tuple[str, ...]] = {
+    **{f"{side}_{name}": ATTRIBUTES["object"][name] for side in SIDES for name in OWN},
+    "background": BACKGROUNDS,
+    "style": STYLES,
+}
 EDIT_TYPES = ("colour", "texture", "object", "background", "style", "face")
+TWO = "two objects"  # edits of one attribute of one of two objects
 WORDINGS = ("simple", "complex")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. `kind` is "object" or "face"; `values` has one value for each attribute of that kind;
-    `dx`, `dy` shift what is drawn by -8, 0 or 8 pixels; `variant` (0..2) moves clouds, stars and tufts.
+    """One picture. `kind` is "object", "face" or "two"; `values` has one value for each attribute of that
+    kind; `dx`, `dy` shift what is drawn by -8, 0 or 8 pixels; `variant` (0..2) moves clouds, stars and tufts.
     Everything keeps its place on the 8-pixel grid of the latents, which makes the world far easier for a
     small VAE.
     """
@@ -55,6 +63,17 @@ class Scene:
     def changed(self, **values: str) -> Scene:
         """The same scene with other attribute values; what no caption names stays."""
         return replace(self, values={**self.values, **values})
+
+    def objects(self) -> list[Scene]:
+        """The objects, from left to right, each as the scene in which it is alone. A face has none."""
+        if self.kind != "two":
+            return [self] if self.kind == "object" else []
+        shared = {"size": "small", "background": self.values["background"], "style": self.values["style"]}
+        own = ({name: self.values[f"{side}_{name}"] for name in OWN} for side in SIDES)
+        return [
+            replace(self, kind="object", values={**values, **shared, "place": side})
+            for side, values in zip(SIDES, own, strict=True)
+        ]
 
     def draw(self) -> np.ndarray:
         """The picture, float32 [128, 128, 3], sRGB values 0..1."""
@@ -81,8 +100,17 @@ class EditPair:
         return drawing.edit_mask(self.source, self.target)
 
 
+def attributes(kind: str) -> dict[str, tuple[str, ...]]:
+    """The attributes of a scene of this kind with their values."""
+    return TWO_OBJECTS if kind == "two" else ATTRIBUTES[kind]
+
+
 def held_out(scene: Scene) -> bool:
-    """Whether the scene's combination of attributes is kept out of all training (about one in nine)."""
+    """Whether the scene's combination of attributes is kept out of all training (about one in nine). Two
+    objects are held out where one of them is.
+    """
+    if scene.kind == "two":
+        return any(map(held_out, scene.objects()))
     index = {k: options.index(scene.values[k]) for k, options in ATTRIBUTES[scene.kind].items()}
     if scene.kind == "object":
         return (5 * index["shape"] + 7 * index["colour"] + 4 * index["texture"]) % 9 == 0
@@ -97,33 +125,45 @@ _STYLE = {
     "negative": "a negative of",
     "sepia": "a sepia print of",
 }
-_IMPLIED = {"texture": "plain", "glasses": "no", "style": "flat"}
-_ESSENTIAL = {"object": {"shape", "colour"}, "face": {"expression"}}
+_PLAIN_TEXTURE = dict.fromkeys(("texture", *(f"{side}_texture" for side in SIDES)), "plain")
+_IMPLIED = {**_PLAIN_TEXTURE, "glasses": "no", "style": "flat"}
+_ALWAYS = {
+    "object": {"shape"},
+    "face": {"expression"},
+    "two": {f"{side}_shape" for side in SIDES},
+}
+_ESSENTIAL = {
+    "object": {"shape", "colour"},
+    "face": {"expression"},
+    "two": {f"{side}_{name}" for side in SIDES for name in ("shape", "colour")},
+}
 
 
 def said(scene: Scene, named: set[str]) -> set[str]:
     """The attributes that a caption naming `named` fixes: those, and the ones whose silence has a meaning."""
-    return (
-        named
-        | {"shape" if scene.kind == "object" else "expression"}
-        | (_IMPLIED.keys() & scene.values.keys())
-    )
+    return named | _ALWAYS[scene.kind] | (_IMPLIED.keys() & scene.values.keys())
 
 
 def caption(scene: Scene, named: set[str] | None = None) -> str:
     """The exact caption. `named` are the attributes it mentions (all by default). Shape and expression
     always are, and so are a texture, glasses or style other than the plain one: silence about them means
-    plain, none, flat.
+    plain, none, flat. Of two objects the left one comes first.
     """
     v = scene.values
     named = (
         set(v) if named is None else named | {k for k, plain in _IMPLIED.items() if v.get(k, plain) != plain}
     )
+    always = _ALWAYS[scene.kind]
     where = _where(v["background"]) if "background" in named else ""
     if scene.kind == "object":
-        words = [v[k] for k in ("size", "texture", "colour") if k in named] + [v["shape"]]
-        phrase = [("an " if words[0] == "orange" else "a ") + " ".join(words)]
+        phrase = [_noun([v[k] for k in ("size", "texture", "colour") if k in named] + [v["shape"]])]
         phrase += [_PLACE[v["place"]]] if "place" in named else []
+    elif scene.kind == "two":
+        nouns = (
+            [v[f"{side}_{k}"] for k in ("texture", "colour", "shape") if f"{side}_{k}" in named | always]
+            for side in SIDES
+        )
+        phrase = [" and ".join(map(_noun, nouns))]
     else:
         having = [f"{v['skin']} skin"] if "skin" in named else []
         having += [f"{v['hair']} hair"] if "hair" in named else []
@@ -134,6 +174,10 @@ def caption(scene: Scene, named: set[str] | None = None) -> str:
     )
 
 
+def _noun(words: list[str]) -> str:
+    return ("an " if words[0] == "orange" else "a ") + " ".join(words)
+
+
 def _where(background: str) -> str:
     return _SCENERY.get(background, f"on a {background} background")
 
@@ -141,9 +185,12 @@ def _where(background: str) -> str:
 def instruction(pair: EditPair) -> str:
     """The edit as an instruction, which says the change and not the result, such as "make it yellow"."""
     ((name, value),) = pair.changed.items()
+    it = "it"
+    if pair.source.kind == "two" and (side := name.partition("_")[0]) in SIDES:
+        it, name = f"the {pair.source.values[f'{side}_shape']}", name.partition("_")[2]
     match name:
         case "shape":
-            return f"replace it with a {value}"
+            return f"replace {it} with a {value}"
         case "background":
             return f"put it {_where(value)}"
         case "style":
@@ -151,7 +198,7 @@ def instruction(pair: EditPair) -> str:
         case "glasses":
             return "put glasses on" if value == "yes" else "take the glasses off"
         case _:
-            return f"make it {value}"
+            return f"make {it} {value}"
 
 
 def random_named(scene: Scene, rng: np.random.Generator) -> set[str]:
@@ -168,14 +215,23 @@ def random_named(scene: Scene, rng: np.random.Generator) -> set[str]:
 
 
 def _legal(scene: Scene) -> bool:
-    return scene.kind == "face" or scene.values["background"] != scene.values["colour"]
+    """No object vanishes in its background; two objects have neither shape nor colour in common, so that
+    each can be named and a swap is seen.
+    """
+    if scene.kind == "two" and any(
+        scene.values[f"left_{name}"] == scene.values[f"right_{name}"] for name in ("shape", "colour")
+    ):
+        return False
+    return all(one.values["background"] != one.values["colour"] for one in scene.objects())
 
 
 def sample_scene(rng: np.random.Generator, kind: str | None = None, held: bool = False) -> Scene:
-    """A random scene whose combination is held out (`held`) or not. Half of all scenes are flat."""
+    """A random scene whose combination is held out (`held`) or not. Half of all scenes are flat. `kind` is
+    "object", "face" or "two"; one of the first two by default.
+    """
     kind = kind or ("face" if rng.random() < 0.33 else "object")
     while True:
-        values = {k: str(rng.choice(options)) for k, options in ATTRIBUTES[kind].items()}
+        values = {k: str(rng.choice(options)) for k, options in attributes(kind).items()}
         if rng.random() < 1 / 3:
             values["style"] = "flat"
         dx, dy = (int(v) for v in rng.integers(-1, 2, 2) * 8)
@@ -191,25 +247,25 @@ _EDITED = {
     "background": (None, ("background",)),
     "style": (None, ("style",)),
     "face": ("face", ("expression", "glasses")),
+    TWO: ("two", tuple(f"{side}_{name}" for side in SIDES for name in OWN)),
 }
 
 
 def sample_edit(edit_type: str, seed: int, wording: str = "complex", held: bool = False) -> EditPair:
-    """A pair of one of EDIT_TYPES: the same arguments give the same pair.
+    """A pair of one of EDIT_TYPES or TWO: the same arguments give the same pair.
 
     `held` asks for a target whose combination no training saw; otherwise neither scene is held out. `wording`
     "simple" names what the object is and what changes, "complex" names everything.
     """
-    if edit_type not in EDIT_TYPES or wording not in WORDINGS:
-        raise ValueError(
-            f"edit type {edit_type!r} must be one of {EDIT_TYPES}, wording {wording!r} of {WORDINGS}"
-        )
-    rng = np.random.default_rng([EDIT_TYPES.index(edit_type), WORDINGS.index(wording), int(held), seed])
-    kind, attributes = _EDITED[edit_type]
+    types = (*EDIT_TYPES, TWO)
+    if edit_type not in types or wording not in WORDINGS:
+        raise ValueError(f"edit type {edit_type!r} must be one of {types}, wording {wording!r} of {WORDINGS}")
+    rng = np.random.default_rng([types.index(edit_type), WORDINGS.index(wording), int(held), seed])
+    kind, changeable = _EDITED[edit_type]
     while True:
         target = sample_scene(rng, kind, held)
-        attribute = str(rng.choice(attributes))
-        options = [v for v in ATTRIBUTES[target.kind][attribute] if v != target.values[attribute]]
+        attribute = str(rng.choice(changeable))
+        options = [v for v in attributes(target.kind)[attribute] if v != target.values[attribute]]
         source = target.changed(**{attribute: str(rng.choice(options))})
         if edit_type == "style":
             source = source.changed(style="flat")
