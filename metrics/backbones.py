@@ -20,7 +20,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, no
 
 from ..models.operations import manual_cast
 
-FOLDER = "descriptive_edit"  # below the host's models folder: the files of DINO and LPIPS
+FOLDER = "descriptive_edit"  # in the host's models folder: the files of DINO and LPIPS
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
@@ -70,11 +70,11 @@ class Dino(torch.nn.Module):
     """DINO's vision transformer (arXiv 2104.14294), with the state dict names of the authors' files.
 
     Args:
-        width: of a token; heads are 64 wide.
-        patch: pixels per side of a token.
+        width: channels of a token; heads are 64 wide.
+        patch: pixels per side of a patch.
         depth: number of blocks.
         positions: image tokens in the position table, a square number.
-        keys: return the last block's keys, all heads side by side, in place of its normed output.
+        keys: return the last block's keys, all heads concatenated, instead of its normed output.
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class Dino(torch.nn.Module):
         self._patch, self._keys = patch, keys
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[images, 1 + tokens, width] from [images, 3, height, width] with ImageNet's mean and deviation.
+        """Tokens [images, 1 + tokens, width] of [images, 3, height, width], normalised with ImageNet's mean
+        and std.
 
         Pixels beyond whole patches are cut off.
         """
@@ -156,7 +157,8 @@ def _read_dino(name: str, width: int, patch: int, *, keys: bool) -> ModelPatcher
 class DinoSimilarity:
     """DINO-I: cosine similarity of the class tokens of ViT-S/16 of two IMAGEs, [images], -1 to 1.
 
-    As in MagicBrush's script: short side to 256 pixels (bicubic), the middle 224x224, ImageNet's norm.
+    As in MagicBrush's script: short side to 256 pixels (bicubic), centre crop 224x224, ImageNet
+    normalisation.
     Raises ValueError if the file is not in models/descriptive_edit.
     """
 
@@ -169,12 +171,14 @@ class DinoSimilarity:
 
 
 class StructureDistance:
-    """DINO structure distance of two IMAGEs, [images], 0 for equal ones (Splice, arXiv 2201.00424, Eq. 4).
+    """DINO structure distance of two IMAGEs, [images], 0 for equal images (Splice, arXiv 2201.00424, Eq. 4).
 
-    Mean squared difference of the cosine self-similarities of the last block's keys of ViT-B/8, heads side by
-    side, class token included. Short side to 224 pixels, long side at most 480, ImageNet's norm, as in
-    PnPInversion's script. That script feeds values of 0 to 255 to a network trained on 0 to 1, so its
-    published values have another scale. Raises ValueError if the file is not in models/descriptive_edit.
+    Mean squared difference of the cosine self-similarities of the last block's keys of ViT-B/8, heads
+    concatenated, class token included.
+    Short side to 224 pixels, long side at most 480, ImageNet normalisation, as in PnPInversion's script. That
+    script feeds values of 0 to 255 to a network trained on 0 to 1, so its published values have another
+    scale.
+    Raises ValueError if the file is not in models/descriptive_edit.
     """
 
     def __init__(self) -> None:
@@ -206,8 +210,8 @@ def _whole(image: torch.Tensor) -> torch.Tensor:
 class ClipSimilarity:
     """CLIP-I: cosine similarity of the embeddings of two IMAGEs, [images], -1 to 1.
 
-    clip_vision: the host's CLIP_VISION, which scales the short side to its size and takes the middle.
-    MagicBrush uses ViT-B/32; values of other networks cannot be compared with its.
+    clip_vision: the host's CLIP_VISION, which scales the short side to its size and crops the centre.
+    MagicBrush uses ViT-B/32; values of other networks are not comparable.
     """
 
     def __init__(self, clip_vision: Any) -> None:
@@ -222,8 +226,10 @@ class ClipText:
     """CLIP-T: cosine similarity of the embeddings of the edited IMAGE and of a text, [images], -1 to 1.
 
     clip_vision, clip: the two halves of one CLIP. PnPInversion's CLIP score is 100 times this with ViT-L/14;
-    MagicBrush uses ViT-B/32. Text beyond one context is cut off. Raises ValueError if `clip` has no text
-    projection, as in a Stable Diffusion 1.5 checkpoint, or another width than `clip_vision`.
+    MagicBrush uses ViT-B/32.
+    Text beyond one context is cut off.
+    Raises ValueError if `clip` has no text projection, as in a Stable Diffusion 1.5 checkpoint, or another
+    width than `clip_vision`.
     """
 
     def __init__(self, clip_vision: Any, clip: Any, text: str) -> None:
@@ -275,7 +281,7 @@ _NO_PROJECTION = (
 
 
 def _check_projection(clip: Any) -> None:
-    """Look into CLIP's files: the host leaves a projection that they lack uninitialised."""
+    """Check CLIP's files: the host leaves a missing projection uninitialised."""
     _, arguments, *_ = getattr(clip.patcher, "cached_patcher_init", None) or (None, ((),))
     paths = [arguments[0]] if isinstance(arguments[0], (str, Path)) else arguments[0]
     files = [Path(path) for path in paths]

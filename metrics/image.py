@@ -1,8 +1,8 @@
-"""Image metrics of an edited image: against its source, or against the true edit where there is one.
+"""Image metrics of an edited image, against its source or the true edit.
 
 Images are IMAGE tensors, [images, height, width, 3], 0 to 1; every metric is one number per image. The
-EMU-Edit test set has no true edits, so its edits are compared with their source (arXiv 2508.20505).
-Value ranges follow MagicBrush's public `image_eval.py` (arXiv 2306.10012) and PnPInversion's
+EMU-Edit test set has no true edits, so its edits are compared with their source (arXiv 2508.20505). Value
+ranges follow MagicBrush's public `image_eval.py` (arXiv 2306.10012) and PnPInversion's
 `matrics_calculator.py` (arXiv 2310.01506).
 """
 
@@ -32,8 +32,8 @@ def measure(
 
     `l1`, `l2`: mean absolute and mean squared difference of the values.
     `psnr`: -10 log10(l2) in dB, at most 100.
-    `ssim`: mean of the map of Wang et al. (2004) with a Gaussian window of 11 pixels and sigma 1.5, each
-        channel by itself, as torchmetrics computes it.
+    `ssim`: mean of the map of Wang et al. (2004) with a Gaussian window of 11 pixels and sigma 1.5, per
+    channel, as torchmetrics computes it.
 
     Inside a region, l1, l2 and psnr are means over the region's own values. PnPInversion divides by the
     number of pixels of the whole image, which gives -10 log10(the region's fraction) dB more. For ssim and
@@ -45,11 +45,11 @@ def measure(
     Args:
         edited: [images, height, width, 3].
         reference: the same, or [1, height, width, 3] for all.
-        mask: [images or 1, height, width], 0 to 1, of the reference's size or proportions. It adds
+        mask: [images or 1, height, width], 0 to 1, with the reference's size or aspect ratio. It adds
             `<metric>_inside` and `<metric>_outside`, nan where that region is empty.
-        networks: further metrics by name, functions of two images [images, height, width, 3] -> [images].
+        networks: additional metrics by name, functions of two images [images, height, width, 3] -> [images].
 
-    Raises ValueError if numbers of images, sizes or masks do not fit together.
+    Raises ValueError if numbers of images, sizes or masks do not match.
     """
     edited, reference = _fit(edited[..., :3].float(), reference[..., :3].float())
     whole = torch.ones_like(edited[..., 0])
@@ -71,8 +71,9 @@ def measure_edit(
 ) -> dict[str, torch.Tensor]:
     """`measure` against the source and, as `target_<metric>`, against the true edit if there is one.
 
-    text: networks that compare the edited image with a text; they do not depend on what else it is compared
-    with and are in the metrics against the source only. Everything else as in `measure`.
+    text: networks that compare the edited image with a text. They are measured once, without a `target_`
+    copy.
+    All other arguments as in `measure`.
     """
     networks = networks or {}
     found = measure(edited, source, mask, {**networks, **(text or {})})
@@ -136,10 +137,12 @@ def _fit(edited: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, t
     else:
         raise ValueError(
             f"the edited image is {width}x{height} but the one to compare with is "
-            f"{wanted_width}x{wanted_height}: crop or pad them to the same proportions"
+            f"{wanted_width}x{wanted_height}: crop or pad them to the same aspect ratio"
         )
     if min(edited.shape[1:3]) < _SSIM_WINDOW:
-        raise ValueError(f"images of {width}x{height} are too small: they need {_SSIM_WINDOW} pixels a side")
+        raise ValueError(
+            f"images of {width}x{height} are too small: they need {_SSIM_WINDOW} pixels per side"
+        )
     return edited, reference.expand_as(edited)
 
 
@@ -152,11 +155,11 @@ def _fit_mask(mask: torch.Tensor, images: int, height: int, width: int) -> torch
 
 
 def _is_cropped(whole: torch.Tensor, height: int, width: int) -> bool:
-    """Whether height and width are `whole`'s, less the few pixels that the host's VAE crops."""
+    """Whether height and width are those of `whole` minus the few pixels that the host's VAE crops."""
     return 0 <= whole.shape[1] - height < _VAE_STEP and 0 <= whole.shape[2] - width < _VAE_STEP
 
 
 def _crop(whole: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The middle, as the host's VAE crops it."""
+    """Centre crop, as the host's VAE crops."""
     top, left = (whole.shape[1] - height) // 2, (whole.shape[2] - width) // 2
     return whole[:, top : top + height, left : left + width]

@@ -64,7 +64,7 @@ class LpipsNet(torch.nn.Module):
         )
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """[images] from two pictures of [images, 3, height, width], 0 to 1."""
+        """[images] from two images [images, 3, height, width], 0 to 1."""
         features = self._features(torch.cat([first, second]))
         layers = [
             head((one - other) ** 2).mean(dim=(1, 2, 3))
@@ -88,11 +88,12 @@ class LpipsNet(torch.nn.Module):
 
 
 class Lpips:
-    """LPIPS of two IMAGEs, [images, height, width, 3] each: [images], 0 for equal ones.
+    """LPIPS of two IMAGEs, [images, height, width, 3] each: [images], 0 for equal images.
 
     net: `alex`, the authors' choice for measuring, or `vgg`. PnPInversion publishes `squeeze`, whose weights
-    are in no package. Raises ValueError if there are no weights, saying where to get them, and for images
-    below 32 pixels a side.
+    are in no package.
+    Raises ValueError if there are no weights (with instructions), and for images smaller than 32 pixels per
+    side.
     """
 
     def __init__(self, net: str = "alex") -> None:
@@ -101,9 +102,9 @@ class Lpips:
     def __call__(self, edited: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         height, width = edited.shape[1:3]
         if min(height, width) < _SMALLEST:
-            raise ValueError(f"LPIPS needs images of {_SMALLEST} pixels a side, not {width}x{height}")
+            raise ValueError(f"LPIPS needs images of {_SMALLEST} pixels per side, not {width}x{height}")
         first, second = (image.movedim(-1, 1)[:, None] for image in (edited, reference))
-        pairs = zip(first, second, strict=True)  # one by one: features of a large image take much memory
+        pairs = zip(first, second, strict=True)  # one by one: features of a large image need much memory
         return torch.cat([on_device(self._patcher, *pair) for pair in pairs])
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PART = ".part"  # ending of what a killed process leaves: nothing reads it
+PART = ".part"  # extension of what a killed process leaves; nothing reads it
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new path beside `path` to write a file to, which is moved to `path` when the block ends.
+    """Yields a temporary path beside `path`; it is renamed to `path` when the block ends.
 
-    When the block raises, the new file is deleted and `path` stays as it was. The folder is made. No other
-    process uses the same new path.
+    If the block raises, the temporary file is deleted and `path` is unchanged. The folder is created. No
+    other process uses the same temporary path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")

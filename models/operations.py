@@ -1,8 +1,8 @@
 """The host's layers, with weights from the start.
 
 With dynamic VRAM, the default on NVIDIA cards, the host's Linear and Embedding have no weights until a state
-dict is loaded into them; they ignore the dtype and device asked for, and take a weight of any shape. The host
-does not do so with a layer that has a loader of its own (comfy/ops.py), which these have: torch's.
+dict is loaded. They ignore the requested dtype and device, and accept a weight of any shape. The host skips
+this for layers with their own loader (comfy/ops.py), so these layers have one: torch's.
 """
 
 from __future__ import annotations

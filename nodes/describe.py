@@ -28,12 +28,12 @@ gone: no "change", "replace", "add", "remove", "now", "instead", "no longer", "w
 
 
 def describe_prompt(instruction: str, source: str = "", max_tokens: int = 77) -> str:
-    """What to ask a language model so that it turns `instruction` into an edit description.
+    """The prompt that makes a language model turn `instruction` into an edit description.
 
-    It asks for the final look only, as the descriptions of DescriptiveEdit's training do, within `max_tokens`
-    CLIP tokens. With a `source` description its words are to be kept where they still hold, so that only the
-    edit's words differ; without one the model is told to look at the picture. Raises ValueError for an empty
-    instruction.
+    It demands the final look only, as in the descriptions of DescriptiveEdit's training, within `max_tokens`
+    CLIP tokens. With a `source` description its words are kept where they still apply, so that only the words
+    of the edit differ. Without one the model is told to look at the image.
+    Raises ValueError for an empty instruction.
     """
     instruction, source = " ".join(instruction.split()), " ".join(source.split())
     if not instruction:

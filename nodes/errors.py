@@ -1,7 +1,7 @@
 """The one place that puts a node's title in front of an error.
 
-The rooms below `nodes/` raise plain errors: the input, what was found, what to do. Every node's `execute`
-is wrapped by `named`; what a node leaves in a MODEL, GUIDER or SAMPLER runs inside another node, and gets
+The rooms below `nodes/` raise plain errors: the input, what was found, what to do. Every node's `execute` is
+wrapped by `named`. What a node leaves in a MODEL, GUIDER or SAMPLER runs inside another node, and gets
 `naming` as its `door`.
 """
 
@@ -19,7 +19,7 @@ _PACK = __name__.removesuffix("nodes.errors")
 
 
 class _Named:
-    """An error that has its title already."""
+    """An error that already has a title."""
 
 
 class _NodeError(_Named, ValueError):
@@ -31,10 +31,10 @@ class _NodeOutOfMemory(_Named, OutOfMemory):
 
 
 class naming:
-    """A region whose errors of this pack begin with `node`'s title, unless an inner region has named them.
+    """A context whose errors of this pack begin with `node`'s title, unless an inner context has named them.
 
-    Can be entered again and again. Raises ValueError, or OutOfMemory where memory ran out. Errors of other
-    packs and of the host pass as they are.
+    Reusable. Raises ValueError, or OutOfMemory if memory ran out. Errors of other packs and of the host pass
+    unchanged.
     """
 
     def __init__(self, node: type[io.ComfyNode]) -> None:
@@ -57,7 +57,7 @@ class naming:
 
 
 def named(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """`node`, whose errors begin with its title from now on."""
+    """`node`, with errors that begin with its title."""
     execute = node.__dict__["execute"].__func__
 
     @functools.wraps(execute)

@@ -1,4 +1,4 @@
-"""Measure an edit: how much of the image it kept, and whether it shows what was asked for."""
+"""Measures an edit: how much of the image it kept, and whether it shows what the description says."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class DescEditMetrics(io.ComfyNode):
 
 
 def table(numbers: Metrics) -> str:
-    """A line for each metric, with columns for the whole image, inside and outside the mask."""
+    """One line per metric, with columns for the whole image, inside and outside the mask."""
     regions = [region for region in ("", "_inside", "_outside") if f"l1{region}" in numbers]
     images = len(numbers["l1"])
     heads = [{"": "whole", "_inside": "inside", "_outside": "outside"}[region] for region in regions]

@@ -1,4 +1,4 @@
-"""Names that users give to files, and where a new file of such a name goes. Nothing is ever replaced."""
+"""Checks file names that users give and finds the next free file. No file is overwritten."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 import folder_paths
 
 SUFFIX = ".safetensors"
-LONGEST = 200  # bytes: file systems take 255, and a counter and an ending come behind it
+LONGEST = 200  # bytes: file systems allow 255; a counter and an extension are appended
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
-# Devices, whatever comes behind a dot (learn.microsoft.com, "Naming Files, Paths, and Namespaces").
+# Devices, with any extension (learn.microsoft.com, "Naming Files, Paths, and Namespaces").
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 
 
 def checked_name(name: str) -> str:
-    """A file's name without its ending. Raises ValueError, naming `node`, for one that has a folder in it or
-    that some system cannot write.
+    """A file name without extension.
+
+    Raises ValueError for a name that contains a folder or that some system cannot write.
     """
     stem = name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
     problem = None
@@ -45,8 +46,9 @@ def checked_name(name: str) -> str:
 
 
 def next_path(folder: Path, stem: str) -> Path:
-    """Where the next file of a name goes, as Save Image counts: `stem_00001_.safetensors`, and so on; with
-    that node's %year% and the like. `folder` is made.
+    """Path of the next file of a name, counted as Save Image counts: `stem_00001_.safetensors`, and so on.
+
+    That node's %year% and the like work. `folder` is created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _, stem, counter, *_ = folder_paths.get_save_image_path(stem, str(folder))

@@ -1,4 +1,4 @@
-"""The small model that ships and the world it knows: a first Run with nothing to download."""
+"""The small model that ships with the pack and its scenes, for a first run without a download."""
 
 from __future__ import annotations
 

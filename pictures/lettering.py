@@ -1,7 +1,7 @@
-"""Text in pictures, in every script for which this computer has a font.
+"""Draws text in every script for which this computer has a font.
 
-Pillow's own font has unaccented Latin letters only. What it lacks is drawn with the system's fonts; what none
-of those has stands as its code point, such as U+7EFF, which a box would not tell from another letter.
+Pillow's own font has unaccented Latin letters only. Other characters are drawn with the system's fonts. A
+character without a font is written as its code point, such as U+7EFF; a box would not identify it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
-# Plain fonts of many scripts, the best first; any other one comes after them.
+# Plain fonts of many scripts, best first; all others follow.
 _PREFERRED = (
     *("dejavusans", "notosans", "segoeui", "arial", "helvetica", "msyh", "yugoth", "malgun", "pingfang"),
     *(
@@ -31,13 +31,13 @@ _PREFERRED = (
 )
 _STYLED = ("bold", "italic", "oblique", "light", "thin", "black", "condensed", "mono", "serif")
 _EMPTY = ("lastresort", "adobeblank")  # these have a box or nothing for every character
-_NOTHING = "\U0010ffff"  # never a character, so drawn as what a font has for those that it lacks
+_NOTHING = "\U0010ffff"  # never a character, so it is drawn as the font's sign for a missing one
 _Font = ImageFont.FreeTypeFont
 
 
 class _Face:
-    """A font: `font` to draw with, and whether it `has` characters, which only shows without a layout (that
-    puts circles below lone accents).
+    """A font: `font` to draw with, and whether it `has` characters. `has` measures without a layout engine,
+    which would put circles below lone accents.
     """
 
     def __init__(self, font: _Font) -> None:
@@ -168,5 +168,5 @@ def _rank(path: Path) -> tuple[bool, int, str]:
 
 
 def _is_silent(character: str) -> bool:
-    """Whether a character has no shape of its own: spaces, joiners, what chooses a variant."""
+    """Whether a character has no shape of its own: spaces, joiners, variation selectors."""
     return unicodedata.category(character) in ("Cc", "Cf", "Zs") or "\ufe00" <= character <= "\ufe0f"

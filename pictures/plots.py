@@ -20,7 +20,7 @@ def draw_curves(
     width: int = 512,
     height: int = 288,
 ) -> torch.Tensor:
-    """One or two named curves, each of values at equal distances between two `ends`.
+    """Draws one or two named curves of equally spaced values between two `ends`.
 
     The axis spans them and 0. Returns an IMAGE, [1, height, width, 3], 0 to 1.
     """
@@ -36,10 +36,10 @@ def draw_curves(
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot of its own in a picture of several.
+    """One plot in an image of several.
 
-    places: where the values of each of `curves` are, in steps; a value that is not finite leaves a gap.
-    crosses: places to mark.
+    places: the steps at which the values of each of `curves` lie; a value that is not finite leaves a gap.
+    crosses: steps to mark.
     """
 
     title: str
@@ -49,8 +49,10 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel], steps: int, width: int = 512, height: int = 240) -> torch.Tensor:
-    """Panels one below the other over `steps` steps, each curve relative to its own largest magnitude, which
-    its label gives. Returns an IMAGE, [1, panels * height, width, 3], 0 to 1.
+    """Draws panels one below the other over `steps` steps. Each curve is relative to its own largest
+    magnitude, which its label gives.
+
+    Returns an IMAGE, [1, panels * height, width, 3], 0 to 1.
     """
     picture = Image.new("RGB", (width, height * len(panels)), "white")
     draw = ImageDraw.Draw(picture)

@@ -1,4 +1,4 @@
-"""The three networks of the Tiny Studio, all of the host's own classes: SD1.5's layout at reduced width."""
+"""The three networks of the Tiny Studio, made of the host's classes: SD1.5's layout at reduced width."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ TEXT = {
 
 
 class PixelBlocks(comfy.ops.disable_weight_init.Conv2d):
-    """The decoder's last convolution, giving each place a block of 4x4 pixels. The host's group
-    normalisation has 32 groups: it takes the colours out of layers with few channels, and layers with
-    many are slow at full resolution.
+    """The decoder's last convolution, which produces a block of 4x4 pixels per position.
+
+    The host's group normalisation has 32 groups. With few channels it removes colour, and layers with many
+    channels are slow at full resolution.
     """
 
     def __init__(self, channels: int, colours: int, *args: int, **kwargs: int) -> None:
@@ -76,7 +77,7 @@ LATENT_SCALE = 0.18215  # comfy.latent_formats.SD15
 
 
 def initialise(module: torch.nn.Module) -> torch.nn.Module:
-    """Give every layer torch's usual start values: the host's layers are made empty, for loading into."""
+    """Give every layer torch's default initial values: the host creates its layers empty, for loading."""
     for layer in module.modules():
         for kind in (
             torch.nn.Linear,

@@ -1,8 +1,7 @@
-"""Load the Tiny Studio as the host's own MODEL, CLIP and VAE.
+"""Loads the Tiny Studio as the host's own MODEL, CLIP and VAE.
 
-The host detects a checkpoint's family from a fixed list of widths that cannot hold this one, so its
-`SD15` family is subclassed here and handed to the host's classes directly; no list of the host is
-changed.
+The host detects a checkpoint's family from a fixed list of widths that does not contain this one. So its
+`SD15` family is subclassed here and passed to the host's classes directly; no list of the host is changed.
 """
 
 from __future__ import annotations
@@ -29,15 +28,16 @@ BRIDGE = Path(__file__).with_name("bridge.safetensors")
 
 
 class TinySD15(SD15):
-    """SD1.5 in all but its widths."""
+    """SD1.5 with other widths."""
 
     unet_config: ClassVar[dict] = {}
     unet_extra_config: ClassVar[dict] = {"num_heads": networks.UNET["num_heads"], "num_head_channels": -1}
 
 
 class TinyTextEncoder(SDClipModel):
-    """CLIP text encoder of small width whose output is zero from the end mark on: what pads say, a small
-    model would learn to read instead of the words.
+    """CLIP text encoder of small width whose output is zero from the end mark on.
+
+    Otherwise a small model would learn to read the padding instead of the words.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -57,7 +57,7 @@ class TinyClip(SD1ClipModel):
 
 
 class TinyTokenizer(SD1Tokenizer):
-    """CLIP's own tokens, for embeddings of our width."""
+    """CLIP's tokens, for embeddings of this width."""
 
     def __init__(self, **options: Any) -> None:
         width = networks.TEXT["hidden_size"]
@@ -83,7 +83,7 @@ def load_model(
     model = config.get_model(state, "")
     patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher(model, load_device=device, offload_device=management.unet_offload_device())
-    # With dynamic VRAM a layer takes the dtype of what is loaded into it, not the one asked for.
+    # With dynamic VRAM a layer takes the dtype of its loaded weights, not the requested one.
     state = {name: weight.to(dtype) for name, weight in state.items()}
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (partial(load_model, dtype=dtype), (path,))
@@ -91,7 +91,7 @@ def load_model(
 
 
 def load_clip(path: Path = FILE) -> comfy.sd.CLIP:
-    """The text encoder. Words that training never used have a zero embedding: they say nothing."""
+    """The text encoder. Words outside the training have a zero embedding, so they have no effect."""
     state = _part(path, "text.")
     rows, table = state.pop("tokens"), state.pop("table")
     full = torch.zeros(networks.TEXT["vocab_size"], table.shape[1], dtype=table.dtype)

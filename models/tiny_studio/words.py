@@ -25,8 +25,9 @@ def _word_tokens(word: str) -> tuple[int, ...]:
 
 
 def tokens(text: str) -> list[int]:
-    """Token ids with start and end marks, not padded. CLIP's byte pairs never join words, so words are
-    looked up.
+    """Token ids with start and end marks, not padded.
+
+    CLIP's byte pairs never join words, so words can be looked up one by one.
     """
     return [START, *(token for word in text.split() for token in _word_tokens(word)), END]
 
@@ -43,9 +44,7 @@ def vocabulary() -> list[int]:
 
 
 def padded(texts: list[str], rows: dict[int, int]) -> torch.Tensor:
-    """Rows of the embedding table for each text, [texts, LENGTH], padded with the end mark as the host
-    does.
-    """
+    """Rows of the embedding table for each text, [texts, LENGTH], padded with the end mark as in the host."""
     out = torch.full((len(texts), LENGTH), rows[END])
     for line, text in enumerate(texts):
         known = [rows[token] for token in tokens(text)]
