@@ -1,4 +1,4 @@
-"""The arguments of `python dev.py edit`, checked before anything is installed: standard library only."""
+"""Arguments of `python dev.py edit`, checked before anything is installed. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class EditOptions:
-    """What to edit: the picture given, or the sample scenes if there is none."""
+    """What to edit: the given image, or the sample scenes if there is none."""
 
     image: Path | None
     source: str
@@ -26,19 +26,21 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str]) -> EditOptions:
-    """Read the arguments; bad ones end the program with one line and status 2."""
+    """Read the arguments; invalid ones end the program with one line and status 2."""
     parser = _OneLineParser(
         prog="dev.py edit",
-        description="Edit the sample scenes that ship, or a picture of yours, through a real ComfyUI server. "
-        "The model is the Tiny Studio, which knows simple drawn scenes of 128 x 128; other sizes are fitted.",
+        description="Edit the sample scenes that ship with the pack, or an image of your own, through a real "
+        "ComfyUI server. The model is the Tiny Studio, which knows simple drawn scenes of 128 x 128; other sizes are fitted.",
     )
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to edit")
-    parser.add_argument("--source", default="", metavar="TEXT", help="describes the picture as it is")
-    parser.add_argument("--edit", default="", metavar="TEXT", help="describes the picture as it should be")
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="where to edit: white; black is kept")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="an image to edit")
+    parser.add_argument("--source", default="", metavar="TEXT", help="describes the image as it is")
+    parser.add_argument("--edit", default="", metavar="TEXT", help="describes the image as it should be")
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="edit region: white is edited, black is kept"
+    )
     out = Path("output/edit")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where to write (output/edit)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to FILE")
     given = parser.parse_args(arguments)
     for name in ("image", "mask"):
         file = getattr(given, name)

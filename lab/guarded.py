@@ -1,7 +1,7 @@
 """`guarded.py COMMAND ...`: run a command that ends when standard input does.
 
-Whoever holds the other end of that pipe may be killed outright and leaves nothing running. On Linux neither
-does this process: Ray kills a worker's children so. Standard library only.
+If the process at the other end of that pipe is killed, nothing is left running. On Linux the command also
+dies with this process, since Ray kills a worker's children. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _die_with_parent() -> None:
-    """prctl(PR_SET_PDEATHSIG, SIGKILL), for the process that the command becomes."""
+    """prctl(PR_SET_PDEATHSIG, SIGKILL), for the process that becomes the command."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 

@@ -1,7 +1,7 @@
-"""`python dev.py docs`: writes what the schemas say, the English texts and the lists on the help pages.
+"""`python dev.py docs`: writes the English texts and the lists on the help pages from the schemas.
 
-It names what is missing in Chinese. What people write on a page, all but its title, description and lists,
-stays as it is.
+It names what is missing in Chinese. Text written by hand (all of a page but its title, description and lists)
+stays unchanged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORDS = {
 
 
 def inputs_of(schema: Any) -> dict[str, tuple[Any, tuple[str, str] | None]]:
-    """By key of a translation file: an input, and the input and choice that it comes with, if any."""
+    """By key of a translation file: an input, and the input and option it belongs to, if any."""
     found: dict[str, tuple[Any, tuple[str, str] | None]] = {}
     for item in schema.inputs:
         found[item.id] = item, None
@@ -92,9 +92,9 @@ def output_line(item: Any, text: dict[str, str]) -> str:
 
 
 def page(schema: Any, text: dict[str, Any], language: str, old: str) -> str:
-    """A node's help page: `old` with the title, the description and the lists of now.
+    """A node's help page: `old` with the current title, description and lists.
 
-    text: the node's entry in the translation file. old: empty for a page that is new.
+    text: the node's entry in the translation file. old: empty for a new page.
     """
     words = WORDS[language]
     sections = old.find(f"\n## {words['sections'][0]}\n")
@@ -113,7 +113,7 @@ def page(schema: Any, text: dict[str, Any], language: str, old: str) -> str:
 
 
 def untranslated(english: Any, other: Any, path: str = "") -> list[str]:
-    """Where a translation lacks a text of the English one, or has one left over."""
+    """Keys that a translation lacks, or that are left over."""
     if not isinstance(english, dict):
         return []
     found = [f"{path}{key} is missing" for key in english if key not in other]
@@ -124,7 +124,7 @@ def untranslated(english: Any, other: Any, path: str = "") -> list[str]:
 
 
 def filled(english: Any, other: Any) -> Any:
-    """The translation `other` with English texts where it has none, and nothing left over."""
+    """The translation `other`, with English texts where it has none and without leftovers."""
     if not isinstance(english, dict):
         return other
     return {key: filled(text, other[key]) if key in other else text for key, text in english.items()}
@@ -147,7 +147,9 @@ def generated(root: Path) -> tuple[dict[Path, str], list[str]]:
 
 
 def main(root: Path = ROOT) -> int:
-    """Write the generated files that differ and say which; 1 if a Chinese text is missing or left over."""
+    """Write the generated files that differ and print their names; 1 if a Chinese text is missing or left
+    over.
+    """
     files, missing = generated(root)
     for file, content in files.items():
         if not file.is_file() or file.read_text(encoding="utf-8") != content:

@@ -1,6 +1,6 @@
-"""A real ComfyUI as a child process with the pack in it, and the parts of its API that tests and reports use.
+"""A real ComfyUI with the pack as a child process, and the parts of its API that tests and reports use.
 
-Run as a module it is `python dev.py serve`. It needs ComfyUI's own packages and no other file of the pack.
+Run as a module it is `python dev.py serve`. It needs ComfyUI's packages and no other file of the pack.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NodeError(RuntimeError):
 
 
 def make_base(base: Path) -> Path:
-    """Make a base directory for ComfyUI: its user, input and output folders, and a link to the pack."""
+    """Create a base directory for ComfyUI: user, input and output folders, and a link to the pack."""
     for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / PACK_FOLDER
@@ -64,7 +64,7 @@ def make_base(base: Path) -> Path:
     except OSError:
         if sys.platform != "win32":
             raise
-        # Windows refuses symbolic links to most users, and grants junctions to all.
+        # On Windows most users may not create symbolic links, but all may create junctions.
         import _winapi
 
         _winapi.CreateJunction(str(ROOT), str(link))
@@ -72,7 +72,7 @@ def make_base(base: Path) -> Path:
 
 
 def temporary_base() -> Path:
-    """A base directory of its own for one run; whoever asks removes it."""
+    """A new base directory for one run; the caller removes it."""
     runs = STATE / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     return make_base(Path(tempfile.mkdtemp(prefix="run-", dir=runs)))
@@ -85,7 +85,7 @@ def free_port() -> int:
 
 
 def device_arguments() -> list[str]:
-    """`--cpu` where torch finds no accelerator: ComfyUI does not start without one otherwise."""
+    """`--cpu` if torch finds no accelerator: otherwise ComfyUI does not start."""
     import torch
 
     found = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
@@ -102,7 +102,7 @@ def server_command(comfyui: Path, base: Path, port: int, arguments: list[str]) -
 
 
 class Client:
-    """A running ComfyUI, ours or another one: `address` is its web page's, such as http://127.0.0.1:8188."""
+    """A running ComfyUI, ours or another one. address: of its web page, such as http://127.0.0.1:8188."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -118,16 +118,16 @@ class Client:
         return json.loads(self.get(path))
 
     def object_info(self) -> dict[str, Any]:
-        """Every node the server knows, as the web page sees it."""
+        """All nodes the server knows, as the web page sees them."""
         return self.json("/object_info")
 
     def image(self, item: dict[str, str]) -> bytes:
-        """The file behind one image entry of a prompt's outputs."""
+        """The file of one image entry in a prompt's outputs."""
         query = {key: item[key] for key in ("filename", "subfolder", "type")}
         return self.get(f"/view?{urllib.parse.urlencode(query)}")
 
     def upload(self, picture: bytes, name: str, folder: str = "") -> str:
-        """Put a picture where LoadImage finds it; returns the name to load it by."""
+        """Upload an image where LoadImage finds it; returns the name to load it by."""
 
         async def send() -> dict[str, str]:
             form = aiohttp.FormData({"subfolder": folder})
@@ -188,7 +188,7 @@ class Client:
     async def _queue(self, session: aiohttp.ClientSession, prompt: Prompt, client: str) -> str:
         async with session.post("/prompt", json={"prompt": prompt, "client_id": client}) as answer:
             body = await answer.json()
-        # The server also takes a prompt of which only some outputs are valid; that is no success here.
+        # The server also accepts a prompt with only some valid outputs; that counts as a failure here.
         for node_id, entry in (body.get("node_errors") or {}).items():
             if entry["errors"]:
                 reasons = "; ".join(f"{error['message']}: {error['details']}" for error in entry["errors"])
@@ -200,10 +200,10 @@ class Client:
 
 
 class Server(Client):
-    """A running ComfyUI with the pack and nothing else, on a free port; use it as a context manager.
+    """A running ComfyUI with the pack and no other, on a free port; use it as a context manager.
 
-    It ends with this process, even if that is killed, and removes its base directory. base: one that holds
-    the pack, in place of one with a link to it.
+    It ends with this process, even if that is killed, and removes its base directory.
+    base: an existing one that holds the pack, instead of a new one with a link to it.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Server(Client):
 
 
 def serve(argv: list[str] | None = None) -> int:
-    """Run the web page in the foreground, with the ComfyUI's own model folders."""
+    """Run the web page in the foreground, with ComfyUI's own model folders."""
     parser = argparse.ArgumentParser(prog="dev.py serve", description="ComfyUI's web page with the pack.")
     parser.add_argument("--port", type=int, default=8188)
     options = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """A step of diffusers' Attend-and-Excite pipeline (arXiv 2301.13826) on a random UNet of SD1.5's size.
 
-It runs in a process of its own, so that its memory is its own.
+It runs in its own process, so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ STEPS = 2
 
 
 def attend_and_excite(side: int, rounds: int) -> dict[str, float]:
-    """`seconds`: the median of steps with one gradient step on 16x16 cross-attention and the guided
-    prediction, on latents of `side` x `side`; the first step of each of `rounds` runs, and a first run, do
-    not count. `peak`: the most memory in use, in bytes (measuring.py). Raises ImportError if diffusers is
-    not installed.
+    """Time and memory of steps with one gradient step on 16x16 cross-attention and the guided prediction.
+
+    Latents are `side` x `side`. The first step of each of `rounds` runs, and a first run, are not counted.
+    `seconds`: the median. `peak`: the peak memory in bytes (measuring.py).
+    Raises ImportError if diffusers is not installed.
     """
     if find_spec("diffusers") is None:
         raise ImportError("--attend-and-excite needs diffusers: pip install diffusers==0.42.1")
@@ -37,7 +38,7 @@ def attend_and_excite(side: int, rounds: int) -> dict[str, float]:
 
 
 def pipeline() -> Any:
-    """The pipeline without a VAE and a text encoder."""
+    """The pipeline without VAE and text encoder."""
     import diffusers
 
     torch.manual_seed(0)

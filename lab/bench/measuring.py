@@ -1,4 +1,4 @@
-"""Time and memory of what runs on the host's device: by the card where there is one, else by this process."""
+"""Time and memory on the host's device: measured by the GPU if there is one, otherwise by this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def device() -> torch.device:
 
 
 def dtype() -> torch.dtype:
-    """What models are measured in: float16 on a card, float32 elsewhere."""
+    """The dtype of measured models: float16 on a GPU, float32 otherwise."""
     return torch.float16 if device().type == "cuda" else torch.float32
 
 
@@ -34,15 +34,15 @@ def on_card() -> dict[str, str]:
 
 
 def now() -> float:
-    """Seconds of a clock, read when the card has done all that it was given."""
+    """Seconds of a clock, read after the GPU has finished its queued work."""
     if device().type == "cuda":
         torch.cuda.synchronize(device())
     return time.perf_counter()
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
-    """The most memory in use while `run` runs, in bytes: of torch's tensors on a card, the resident size of
-    this process elsewhere.
+    """The peak memory in bytes while `run` runs: torch's tensors on a GPU, otherwise the resident size of
+    this process.
     """
     gc.collect()
     if device().type != "cuda":
@@ -72,8 +72,9 @@ def _peak_resident(run: Callable[[], Any]) -> int:
 
 
 def choose_attention(model: Any) -> None:
-    """On a card attention stays the host's own choice; elsewhere a ModelPatcher's becomes torch's, since what
-    the host picks for a CPU is far slower at attention than at all else.
+    """On a GPU attention stays the host's choice; on a CPU a ModelPatcher's becomes torch's.
+
+    The host's choice for a CPU is far slower at attention than at everything else.
     """
     if device().type != "cuda":
         model.model_options["transformer_options"]["optimized_attention_override"] = torch_attention

@@ -1,4 +1,4 @@
-"""SD1.5's full-width UNet with random weights: what speed and memory are measured on."""
+"""SD1.5's full-width UNet with random weights, for measuring speed and memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Drawing the Tiny Studio's scenes, and where an edit may change them.
+"""Draws the Tiny Studio's scenes, and masks where an edit may change them.
 
-Shapes are signed distances in pixels, painted by coverage; a picture is a pure function of its scene.
+Shapes are signed distances in pixels, painted by coverage. An image is a pure function of its scene.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _stylised(image: np.ndarray, style: str) -> np.ndarray:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The scene as float32 [128, 128, 3], sRGB values 0..1."""
+    """The scene as float32 [128, 128, 3], sRGB values 0 to 1."""
     image = _background(scene.values["background"], scene.variant).copy()
     if scene.kind == "face":
         _draw_face(image, scene)
@@ -238,7 +238,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def foreground(scene: Scene, margin: float = 2.0) -> np.ndarray:
-    """The objects or the head, float32 [128, 128] of 0 or 1; `margin` in pixels reaches over the outline."""
+    """Mask of the objects or the head, float32 [128, 128] of 0 or 1, grown by `margin` pixels."""
     if scene.kind == "face":
         distance = np.minimum(_hair_distance(scene), _ellipse(*_face_centre(scene), 33, 40))
     else:

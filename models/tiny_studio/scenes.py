@@ -1,8 +1,7 @@
-"""The drawn world of the Tiny Studio: scenes with exact captions and, for six edit types, the true edited
-scene; and a seventh set, scenes of two objects, in which words compete.
+"""Scenes of the Tiny Studio with exact captions, and for six edit types the true edited scene.
 
-A `Scene` names everything a caption can say (`values`) and the little that it cannot (`dx`, `dy`,
-`variant`).
+A seventh set has scenes of two objects, in which words compete. A `Scene` holds everything a caption can say
+(`values`) and the little that it cannot (`dx`, `dy`, `variant`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 SIDES = ("left", "right")
-OWN = ("shape", "colour", "texture")  # what each of two objects has of its own
+OWN = ("shape", "colour", "texture")  # attributes that each of two objects has
 TWO_OBJECTS: dict[str, tuple[str, ...]] = {
     **{f"{side}_{name}": ATTRIBUTES["object"][name] for side in SIDES for name in OWN},
     "background": BACKGROUNDS,
@@ -48,10 +47,14 @@ WORDINGS = ("simple", "complex")
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. `kind` is "object", "face" or "two"; `values` has one value for each attribute of that
-    kind; `dx`, `dy` shift what is drawn by -8, 0 or 8 pixels; `variant` (0..2) moves clouds, stars and tufts.
-    Everything keeps its place on the 8-pixel grid of the latents, which makes the world far easier for a
-    small VAE.
+    """One image.
+
+    kind: "object", "face" or "two".
+    values: one value for each attribute of that kind.
+    dx, dy: shift of what is drawn, -8, 0 or 8 pixels.
+    variant: 0 to 2, moves clouds, stars and tufts.
+
+    Everything lies on the 8-pixel grid of the latents, which is far easier for a small VAE.
     """
 
     kind: str
@@ -61,11 +64,11 @@ class Scene:
     variant: int = 0
 
     def changed(self, **values: str) -> Scene:
-        """The same scene with other attribute values; what no caption names stays."""
+        """The same scene with other attribute values; what no caption names stays the same."""
         return replace(self, values={**self.values, **values})
 
     def objects(self) -> list[Scene]:
-        """The objects, from left to right, each as the scene in which it is alone. A face has none."""
+        """The objects from left to right, each as a scene with only this object. A face has none."""
         if self.kind != "two":
             return [self] if self.kind == "object" else []
         shared = {"size": "small", "background": self.values["background"], "style": self.values["style"]}
@@ -76,7 +79,7 @@ class Scene:
         ]
 
     def draw(self) -> np.ndarray:
-        """The picture, float32 [128, 128, 3], sRGB values 0..1."""
+        """The image, float32 [128, 128, 3], sRGB values 0 to 1."""
         return drawing.draw(self)
 
 
@@ -96,7 +99,7 @@ class EditPair:
         return {k: v for k, v in self.target.values.items() if self.source.values[k] != v}
 
     def mask(self) -> np.ndarray | None:
-        """Where the edit happens, float32 [128, 128] of 0 or 1; None for a style, which is everywhere."""
+        """The edit region, float32 [128, 128] of 0 or 1; None for a style, which changes everything."""
         return drawing.edit_mask(self.source, self.target)
 
 
@@ -106,8 +109,9 @@ def attributes(kind: str) -> dict[str, tuple[str, ...]]:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether the scene's combination of attributes is kept out of all training (about one in nine). Two
-    objects are held out where one of them is.
+    """Whether the scene's combination of attributes is excluded from all training (about one in nine).
+
+    A scene of two objects is held out if one of them is.
     """
     if scene.kind == "two":
         return any(map(held_out, scene.objects()))
@@ -140,14 +144,18 @@ _ESSENTIAL = {
 
 
 def said(scene: Scene, named: set[str]) -> set[str]:
-    """The attributes that a caption naming `named` fixes: those, and the ones whose silence has a meaning."""
+    """The attributes that a caption naming `named` determines: those, and those whose absence has a
+    meaning.
+    """
     return named | _ALWAYS[scene.kind] | (_IMPLIED.keys() & scene.values.keys())
 
 
 def caption(scene: Scene, named: set[str] | None = None) -> str:
-    """The exact caption. `named` are the attributes it mentions (all by default). Shape and expression
-    always are, and so are a texture, glasses or style other than the plain one: silence about them means
-    plain, none, flat. Of two objects the left one comes first.
+    """The exact caption.
+
+    named: the attributes it mentions, all by default. Shape and expression are always mentioned, and so are a
+    texture, glasses or style other than the plain one: no mention means plain, none, flat.
+    Of two objects the left one comes first.
     """
     v = scene.values
     named = (
@@ -183,7 +191,7 @@ def _where(background: str) -> str:
 
 
 def instruction(pair: EditPair) -> str:
-    """The edit as an instruction, which says the change and not the result, such as "make it yellow"."""
+    """The edit as an instruction, which names the change and not the result, such as "make it yellow"."""
     ((name, value),) = pair.changed.items()
     it = "it"
     if pair.source.kind == "two" and (side := name.partition("_")[0]) in SIDES:
@@ -203,7 +211,7 @@ def instruction(pair: EditPair) -> str:
 
 def random_named(scene: Scene, rng: np.random.Generator) -> set[str]:
     """Which attributes a training caption names: all (half the time), the essential ones, or a random
-    part.
+    subset.
     """
     draw_ = rng.random()
     if draw_ < 0.5:
@@ -215,8 +223,9 @@ def random_named(scene: Scene, rng: np.random.Generator) -> set[str]:
 
 
 def _legal(scene: Scene) -> bool:
-    """No object vanishes in its background; two objects have neither shape nor colour in common, so that
-    each can be named and a swap is seen.
+    """Whether no object vanishes in its background, and two objects differ in shape and colour.
+
+    So each object can be named and a swap is visible.
     """
     if scene.kind == "two" and any(
         scene.values[f"left_{name}"] == scene.values[f"right_{name}"] for name in ("shape", "colour")
@@ -226,8 +235,9 @@ def _legal(scene: Scene) -> bool:
 
 
 def sample_scene(rng: np.random.Generator, kind: str | None = None, held: bool = False) -> Scene:
-    """A random scene whose combination is held out (`held`) or not. Half of all scenes are flat. `kind` is
-    "object", "face" or "two"; one of the first two by default.
+    """A random scene whose combination is held out (`held`) or not. Half of all scenes are flat.
+
+    kind: "object", "face" or "two"; by default one of the first two.
     """
     kind = kind or ("face" if rng.random() < 0.33 else "object")
     while True:
@@ -254,8 +264,8 @@ _EDITED = {
 def sample_edit(edit_type: str, seed: int, wording: str = "complex", held: bool = False) -> EditPair:
     """A pair of one of EDIT_TYPES or TWO: the same arguments give the same pair.
 
-    `held` asks for a target whose combination no training saw; otherwise neither scene is held out. `wording`
-    "simple" names what the object is and what changes, "complex" names everything.
+    held: the target has a combination that no training saw; otherwise neither scene is held out.
+    wording: "simple" names what the object is and what changes, "complex" names everything.
     """
     types = (*EDIT_TYPES, TWO)
     if edit_type not in types or wording not in WORDINGS:
@@ -272,7 +282,7 @@ def sample_edit(edit_type: str, seed: int, wording: str = "complex", held: bool 
         if source.values != target.values and _legal(source) and (held or not held_out(source)):
             break
     named = set(source.values) if wording == "complex" else _ESSENTIAL[source.kind] | {attribute}
-    # "no glasses" -> "glasses" would leave the edit description without a word of its own.
+    # "no glasses" -> "glasses" would give the edit description no new word.
     source_named = (
         named - {"glasses"} if attribute == "glasses" and source.values["glasses"] == "no" else named
     )
