@@ -30,7 +30,8 @@ def parse(arguments: Sequence[str]) -> EditOptions:
     parser = _OneLineParser(
         prog="dev.py edit",
         description="Edit the sample scenes that ship with the pack, or an image of your own, through a real "
-        "ComfyUI server. The model is the Tiny Studio, which knows simple drawn scenes of 128 x 128; other sizes are fitted.",
+        "ComfyUI server. The model is the Tiny Studio, which knows simple drawn scenes of 128 x 128; "
+        "other sizes are fitted.",
     )
     parser.add_argument("--image", type=Path, metavar="FILE", help="an image to edit")
     parser.add_argument("--source", default="", metavar="TEXT", help="describes the image as it is")
