@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 KEY = "descriptive_edit.network_runs"
 
@@ -24,7 +25,11 @@ def refuse_cached_steps(model: Any) -> None:
 
 
 class NetworkRuns:
-    """Watches that the network runs for each prediction of a run, whatever other nodes do before it."""
+    """Watches that the network runs for each prediction of a run, whatever other nodes do before it.
+
+    Of a network that TorchCompileModel compiles only its caller is watched: a graph of an earlier run is used
+    again without looking at the wrappers around the network.
+    """
 
     def __init__(self) -> None:
         self._ran = False
@@ -32,7 +37,8 @@ class NetworkRuns:
     def attach(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """A copy of `model_options` whose model calls are watched; the original is not touched."""
         options = comfy.model_patcher.create_model_options_clone(model_options)
-        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self._note, options, is_model_options=True)
+        where = WrappersMP.APPLY_MODEL if TORCH_COMPILE_KWARGS in options else WrappersMP.DIFFUSION_MODEL
+        add_wrapper_with_key(where, KEY, self._note, options, is_model_options=True)
         return options
 
     def _note(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
