@@ -104,7 +104,7 @@ def train(name: str, work: Path) -> None:
     """Learn one variant, from its checkpoint on if there is one, and pack its averaged weights."""
     variant = VARIANTS[name]
     pairs = encoded_pairs(work, variant.instruction)
-    model = studio.load_model(disable_dynamic=True).model
+    model = studio.load_model(disable_dynamic=True, dtype=torch.float32).model
     objective = replace(SETTINGS.objective, reference_time=variant.reference_time)
     settings = replace(SETTINGS, learning_rate=variant.rate, decay=variant.decay, objective=objective)
     bridge = new_bridge(variant, widths_of(find_sites(model.diffusion_model)), settings.seed)
