@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PART = ".part"  # extension of what a killed process leaves; nothing reads it
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """Yields a temporary path beside `path`; it is renamed to `path` when the block ends.
 
     If the block raises, the temporary file is deleted and `path` is unchanged. The folder is created. No

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management
 import comfy.utils
 import folder_paths
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from PIL import Image
 
-from ..models.bridge import AttentionBridge, manage
+from ..models.bridge import manage
 from ..patches.bridge.apply import check_base
-from ..patches.host.autograd import gradients, weights_streamed
-from ..patches.host.out_of_memory import OutOfMemory
 from ..pictures.plots import draw_curves
 from ..training.objective import check_trainable
-from ..training.settings import DROPOUTS, DROPPED_IMAGES, PRECISIONS, Objective, TrainSettings
+from ..training.settings import (
+    DROPOUTS,
+    DROPPED_IMAGES,
+    PRECISIONS,
+    Dropout,
+    DroppedImage,
+    Objective,
+    Precision,
+    TrainSettings,
+)
 from .bridge import BridgeType, keep_bridge
 from .saving import checked_name
 
@@ -199,75 +204,45 @@ class DescEditTrainBridge(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        bridge: Any,
+        model: ModelPatcher,
+        bridge: ModelPatcher,
         pairs: EncodedPairs,
         steps: int,
         batch: int,
         accumulate: int,
         learning_rate: float,
-        dropout: str,
-        dropped_image: str,
-        precision: str,
+        dropout: Dropout,
+        dropped_image: DroppedImage,
+        precision: Precision,
         seed: int,
         name: str,
         checkpointing: bool = False,
     ) -> io.NodeOutput:
-        from ..training.memory import training_bytes
-        from ..training.trainer import Trainer
+        from ..training.session import train_bridge
 
         stem = checked_name(name)
         check_base(model, bridge)
         check_trainable(model)
-        objective = Objective(dropout=dropout, dropped_image=dropped_image)
         settings = TrainSettings(
             batch=batch,
             accumulate=accumulate,
             learning_rate=learning_rate,
             precision=precision,
             seed=seed,
-            objective=objective,
+            objective=Objective(dropout=dropout, dropped_image=dropped_image),
             checkpointing=checkpointing,
         )
-        device = model.load_device
-        streamed = _load(model, partial(training_bytes, model.model, bridge.model, settings, pairs.sizes))
         bar = comfy.utils.ProgressBar(steps)
-        with gradients(streamed):
-            learned = AttentionBridge(bridge.model.settings, torch.float32, device)
-            learned.load_state_dict(bridge.model.state_dict())
-            trainer = Trainer(model.model, learned, pairs, settings, device)
-            try:
-                while trainer.step < steps:
-                    trainer.run_step()
-                    bar.update_absolute(trainer.step, steps, _preview(trainer))
-            except (Exception, comfy.model_management.InterruptProcessingException) as error:
-                kept = _keep(trainer, stem)
-                logging.warning("training stopped after step %d: %s", trainer.step, kept)
-                if not comfy.model_management.is_oom(error):
-                    raise
-                raise OutOfMemory(
-                    f"no memory left in step {trainer.step + 1}, {kept}. Lower batch and raise "
-                    "accumulate, switch checkpointing on, or encode the pairs at a lower resolution"
-                ) from None
-            learned.to(comfy.model_management.unet_offload_device())
-        return io.NodeOutput(manage(learned), _plot(trainer))
+
+        def show(trainer: Trainer) -> None:
+            bar.update_absolute(trainer.step, steps, _preview(trainer))
+
+        trainer = train_bridge(model, bridge, pairs, settings, steps, show, partial(_keep, stem))
+        return io.NodeOutput(manage(trainer.bridge), _plot(trainer))
 
 
-def _load(model: Any, needed: Callable[[bool], int]) -> bool:
-    """Put the model on its device beside what a training needs there; whether its weights are streamed.
-
-    needed: bytes, by whether they are: known at once of a dynamic model, of another from what did not fit.
-    """
-    streamed = model.is_dynamic()
-    comfy.model_management.load_models_gpu([model], memory_required=needed(streamed))
-    if not streamed and weights_streamed([model]):
-        streamed = True
-        comfy.model_management.load_models_gpu([model], memory_required=needed(streamed))
-    return streamed
-
-
-def _keep(trainer: Trainer, stem: str) -> str:
-    """Write what was learned, if anything was; says in words where it is."""
+def _keep(stem: str, trainer: Trainer) -> str:
+    """Write what was learned, if anything was. Says where it is."""
     if not trainer.step:
         return "with nothing learned yet"
     try:

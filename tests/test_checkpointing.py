@@ -104,15 +104,15 @@ def test_with_a_bridge(
     shapes = latents, latents, texts, texts, (1, *texts[1:]), (1, *latents[1:])
     batch = pack.objective.Batch(*(torch.randn(*shape, generator=generator).to(device()) for shape in shapes))
     plan = pack.objective.Objective(dropout="none")
-    draws = pack.objective.draw(plan, [1, 2, 3], latents[1:], 1000)
-    draws.no_image[1] = mixed
+    sample = pack.objective.sample_noise(plan, [1, 2, 3], latents[1:], 1000)
+    sample.no_image[1] = mixed
     found = {}
     for checkpointing in (False, True):
         with pack.gradients():
             bank = pack.Bank(bridge.model, model.model.diffusion_model)
             loss, kept = kept_bytes(
                 lambda bank=bank, on=checkpointing: pack.objective.losses(
-                    model.model, bank, batch, draws, plan, on
+                    model.model, bank, batch, sample, plan, on
                 ).sum()
             )
             found[checkpointing] = loss.detach(), torch.autograd.grad(loss, weights), kept

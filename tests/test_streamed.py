@@ -126,7 +126,7 @@ def test_training_gradient(
     texts = [small_models.conditioning(seed, batch=2)[0][0].to(device()) for seed in (3, 4)]
     batch = objective.Batch(source, edit, *texts, texts[0][:1] * 0, source[:1] * 0)
     how = objective.Objective(dropout="none")
-    draws = objective.draw(how, [1, 2], (4, 16, 16), 1000)
+    sample = objective.sample_noise(how, [1, 2], (4, 16, 16), 1000)
     start = random_bridge(host, model, direction=direction, reference_self_bridge=self_bridge).model
     found = {}
     for mode in BOTH:
@@ -135,7 +135,7 @@ def test_training_gradient(
             learned.load_state_dict(start.state_dict())
             weights = [weight.requires_grad_() for weight in learned.parameters()]
             bank = core.Bank(learned, model.model.diffusion_model)
-            losses = objective.losses(model.model, bank, batch, draws, how, checkpointing)
+            losses = objective.losses(model.model, bank, batch, sample, how, checkpointing)
             found[mode] = losses.detach(), *torch.autograd.grad(losses.mean(), weights)
     torch.testing.assert_close(found["streamed"], found["resident"], **CLOSE)
 

@@ -103,23 +103,23 @@ def test_first_loss_is_the_base_models(host: Host, training: Any, gradients: Any
     base.model_sampling = model.get_model_object("model_sampling")
     objective = training.objective.Objective(dropout="none")
     pairs = batch(training)
-    draws = training.objective.draw(objective, [1, 2, 3], (4, 16, 16), 1000)
+    sample = training.objective.sample_noise(objective, [1, 2, 3], (4, 16, 16), 1000)
     with gradients():
         found = training.objective.losses(
-            base, bank(host, model, fresh_bridge(host, model)), pairs, draws, objective
+            base, bank(host, model, fresh_bridge(host, model)), pairs, sample, objective
         )
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kept = (1 - betas).cumprod(0)[draws.timesteps].view(-1, 1, 1, 1)
-    noised = (kept.sqrt() * pairs.edit.cpu() + (1 - kept).sqrt() * draws.noise).float().to(device())
+    kept = (1 - betas).cumprod(0)[sample.timesteps].view(-1, 1, 1, 1)
+    noised = (kept.sqrt() * pairs.edit.cpu() + (1 - kept).sqrt() * sample.noise).float().to(device())
     with torch.no_grad(), gradients():
-        output = base.diffusion_model(noised, draws.timesteps.float().to(device()), context=pairs.edit_text)
-    target = draws.noise.double()
+        output = base.diffusion_model(noised, sample.timesteps.float().to(device()), context=pairs.edit_text)
+    target = sample.noise.double()
     if sampling == "v_prediction":
-        target = kept.sqrt() * draws.noise - (1 - kept).sqrt() * pairs.edit.cpu()
+        target = kept.sqrt() * sample.noise - (1 - kept).sqrt() * pairs.edit.cpu()
     expected = (output.double().cpu() - target).square().mean((1, 2, 3))
     torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=0)
-    off = training.objective.Draws(
-        draws.timesteps, draws.noise, draws.no_text, torch.ones(3, dtype=torch.bool), draws.no_edit
+    off = training.objective.NoiseSample(
+        sample.timesteps, sample.noise, sample.no_text, torch.ones(3, dtype=torch.bool), sample.no_edit
     )
     with gradients():
         without = training.objective.losses(
@@ -138,11 +138,11 @@ def test_dropped_rows(host: Host, model: Any, training: Any, gradients: Any) -> 
     learned = bank(host, model, bridge_edit.random_bridge(host, model))
     no = torch.tensor([False, True, False])
     never = torch.zeros(3, dtype=torch.bool)
-    draws = training.objective.draw(objective, [1, 2, 3], (4, 16, 16), 1000)
+    sample = training.objective.sample_noise(objective, [1, 2, 3], (4, 16, 16), 1000)
 
     def run(which: Any, how: Any, **changes: torch.Tensor) -> torch.Tensor:
         parts = {"no_text": never, "no_image": never, "no_edit": never, **changes}
-        drawn = training.objective.Draws(draws.timesteps, draws.noise, **parts)
+        drawn = training.objective.NoiseSample(sample.timesteps, sample.noise, **parts)
         with gradients():
             return training.objective.losses(model.model, learned, which, drawn, how).detach()
 
@@ -176,8 +176,8 @@ def test_dropout_rates(training: Any) -> None:
     found = {}
     for name in ("paper", "release", "none"):
         objective = training.objective.Objective(dropout=name)
-        draws = training.objective.draw(objective, range(count), (1, 1, 1), 1000)
-        flags = torch.stack([draws.no_text, draws.no_image, draws.no_edit], dim=1).int()
+        sample = training.objective.sample_noise(objective, range(count), (1, 1, 1), 1000)
+        flags = torch.stack([sample.no_text, sample.no_image, sample.no_edit], dim=1).int()
         found[name] = {
             tuple(row): float((flags == torch.tensor(row)).all(1).float().mean())
             for row in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1))
@@ -196,8 +196,8 @@ def test_min_snr(host: Host, model: Any, training: Any, gradients: Any) -> None:
     """Protects: min-SNR weighs a pair's loss by min(SNR, limit) / SNR."""
     plain = training.objective.Objective(dropout="none")
     weighed = training.objective.Objective(dropout="none", min_snr=5.0)
-    draws = training.objective.draw(plain, [1, 2, 3], (4, 16, 16), 1000)
-    draws.timesteps.copy_(torch.tensor([10, 300, 900]))
+    sample = training.objective.sample_noise(plain, [1, 2, 3], (4, 16, 16), 1000)
+    sample.timesteps.copy_(torch.tensor([10, 300, 900]))
     found = []
     for objective in (plain, weighed):
         with gradients():
@@ -206,12 +206,12 @@ def test_min_snr(host: Host, model: Any, training: Any, gradients: Any) -> None:
                     model.model,
                     bank(host, model, fresh_bridge(host, model)),
                     batch(training),
-                    draws,
+                    sample,
                     objective,
                 ).detach()
             )
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kept = (1 - betas).cumprod(0)[draws.timesteps]
+    kept = (1 - betas).cumprod(0)[sample.timesteps]
     snr = kept / (1 - kept)
     torch.testing.assert_close(
         (found[1] / found[0]).double().cpu(), snr.clamp(max=5) / snr, rtol=1e-4, atol=0
@@ -222,8 +222,8 @@ def test_offset_noise(training: Any) -> None:
     """Protects: offset noise adds one number of the given deviation to a channel and changes nothing else
     that is drawn.
     """
-    plain = training.objective.draw(training.objective.Objective(), range(500), (4, 8, 8), 1000)
-    offset = training.objective.draw(
+    plain = training.objective.sample_noise(training.objective.Objective(), range(500), (4, 8, 8), 1000)
+    offset = training.objective.sample_noise(
         training.objective.Objective(offset_noise=0.5), range(500), (4, 8, 8), 1000
     )
     difference = offset.noise - plain.noise
@@ -309,9 +309,9 @@ def test_resume(
     assert again.losses == whole.losses
     for name, weight in whole.bridge.state_dict().items():
         assert torch.equal(weight, again.bridge.state_dict()[name]), name
-    with whole.averaged(), again.averaged():
-        for name, weight in whole.bridge.state_dict().items():
-            assert torch.equal(weight, again.bridge.state_dict()[name]), name
+    learned = again.learned().state_dict()
+    for name, weight in whole.learned().state_dict().items():
+        assert torch.equal(weight, learned[name]), name
     assert not list(tmp_path.glob("*.part"))
     other = trainer(host, training, model, pairs, **{**settings, "learning_rate": 2e-3})
     with pytest.raises(ValueError, match=r"another configuration: learning_rate 0.001 there, 0.002 here"):
@@ -329,7 +329,7 @@ def test_every_seed_trains(
     assert math.isfinite(learning.losses[0])
 
 
-def test_no_two_rows_share_their_draws(
+def test_no_two_rows_share_their_noise(
     host: Host, training: Any, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protects: other seeds, steps and rows have other random numbers, also where seed and step make up for
@@ -339,11 +339,11 @@ def test_no_two_rows_share_their_draws(
     seen: list[tuple[float, ...]] = []
 
     def note(objective: Any, seeds: list[int], shape: Any, schedule: int) -> Any:
-        draws = training.objective.draw(objective, seeds, shape, schedule)
-        seen.extend(tuple(noise.flatten()[:4].tolist()) for noise in draws.noise)
-        return draws
+        sample = training.objective.sample_noise(objective, seeds, shape, schedule)
+        seen.extend(tuple(noise.flatten()[:4].tolist()) for noise in sample.noise)
+        return sample
 
-    monkeypatch.setattr(training.trainer, "draw", note)
+    monkeypatch.setattr(training.trainer, "sample_noise", note)
     monkeypatch.setattr(training.trainer, "losses", lambda *_: torch.zeros(2))
     for seed in (0, 1, 2, 65_536, 2**32, 2**32 + 1):
         learning = trainer(host, training, model, pairs, seed=seed)
@@ -353,39 +353,18 @@ def test_no_two_rows_share_their_draws(
     assert len(set(seen)) == len(seen)
 
 
-def test_an_old_checkpoint_keeps_its_draws(
-    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("version", [None, 99])
+def test_a_checkpoint_of_another_version(
+    host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any, version: int | None
 ) -> None:
-    """Protects: a checkpoint from before the draws were hashed goes on with the numbers it was made with,
-    and so does one that is made of it; a checkpoint of a newer pack is refused.
-    """
-    pairs = encoded(training, tmp_path)
-    seeds: list[int] = []
-
-    def note(objective: Any, used: list[int], *rest: Any) -> Any:
-        seeds.extend(used)
-        return training.objective.draw(objective, used, *rest)
-
-    def marked(mark: int | None) -> Path:
-        state = torch.load(tmp_path / "state.pt", weights_only=True)
-        state.pop("draws")
-        torch.save(state if mark is None else {**state, "draws": mark}, tmp_path / "other.pt")
-        return tmp_path / "other.pt"
-
-    with gradients():
-        learning = trainer(host, training, model, pairs, seed=7)
-        learning.run_step()
-        learning.save(tmp_path / "state.pt")
-        monkeypatch.setattr(training.trainer, "draw", note)
-        for path in (marked(None), tmp_path / "again.pt"):
-            old = trainer(host, training, model, pairs, seed=7)
-            old.load(path)
-            old.run_step()
-            old.save(tmp_path / "again.pt")
-    places = [(7 * 1_000_003 + place) * 65_537 for place in (1, 2)]
-    assert seeds == [place + row for place in places for row in (0, 1)]
-    with pytest.raises(ValueError, match=r"other.pt is a checkpoint of a newer version of the pack"):
-        trainer(host, training, model, pairs, seed=7).load(marked(99))
+    """Protects: a checkpoint of an older or newer version of the pack is refused, with what to do."""
+    path = tmp_path / "state.pt"
+    learning = trainer(host, training, model, encoded(training, tmp_path))
+    learning.save(path)
+    learning.load(path)
+    torch.save({**torch.load(path, weights_only=True), "format": version}, path)
+    with pytest.raises(ValueError, match=r"state\.pt is a checkpoint of another version .* move the check"):
+        learning.load(path)
 
 
 @pytest.mark.parametrize(("stored", "cast"), [(torch.float16, None), (torch.bfloat16, torch.float16)])
@@ -474,19 +453,19 @@ def test_no_image_at_all(host: Host, training: Any, gradients: Any, tmp_path: Pa
     """
     learning = trainer(host, training, model, encoded(training, tmp_path), batch=1, weight_decay=0.1)
     start = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}
-    draw = training.objective.draw
+    sample_noise = training.objective.sample_noise
 
     def without(*args: Any) -> Any:
-        draws = draw(*args)
-        draws.no_image.fill_(True)
-        return draws
+        sample = sample_noise(*args)
+        sample.no_image.fill_(True)
+        return sample
 
-    training.trainer.draw = without
+    training.trainer.sample_noise = without
     try:
         with gradients():
             learning.run_step()
     finally:
-        training.trainer.draw = draw
+        training.trainer.sample_noise = sample_noise
     for name, weight in learning.bridge.state_dict().items():
         torch.testing.assert_close(weight, start[name] * (1 - 1e-3 * 0.1), rtol=1e-6, atol=0)
 

@@ -1,4 +1,4 @@
-"""What is encoded of edit pairs, how often, and the index that joins the shares of many processes."""
+"""What is encoded of edit pairs, how often, and the index that joins the shards of many processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Counted:
 
 
 class Encoders:
-    """What `encode_share` loads."""
+    """What `encode_shard` loads."""
 
     def __init__(self, studio: Any) -> None:
         self.clip, self.vae = Counted(studio[1], "encode_from_tokens"), Counted(studio[2], "encode")
@@ -90,16 +90,16 @@ def refuse(*_: Any) -> Any:
     raise AssertionError
 
 
-def test_shares_make_the_whole(cache: Any, data: Any, tmp_path: Path, encoders: Encoders) -> None:
+def test_shards_make_the_whole(cache: Any, data: Any, tmp_path: Path, encoders: Encoders) -> None:
     """Protects: however many processes encode, the pairs are the same in the same order, without the bad one;
-    until the last share is there, there is no whole.
+    until the last shard is there, there is no whole.
     """
     found = []
     for world in (1, 2, 3, 8):
         folder = tmp_path / f"of{world}"
         for rank in reversed(range(world)):
             assert cache.indexed_pairs(data, "tiny", folder) is None
-            cache.encode_share(data, "tiny", encoders, folder, (rank, world))
+            cache.encode_shard(data, "tiny", encoders, folder, (rank, world))
         pairs = cache.indexed_pairs(data, "tiny", folder)
         assert {str(path.relative_to(folder)) for path in folder.glob("??/*")} == {
             *(file for files in pairs.files for file in files),
@@ -120,13 +120,13 @@ def test_nothing_twice(
     """
     folder = tmp_path / "encoded"
     told = []
-    cache.encode_share(data, "tiny", encoders, folder, report=told.append)
+    cache.encode_shard(data, "tiny", encoders, folder, report=told.append)
     assert told == [1, 2, 3, 4, 5, 6]
     assert encoders.calls == (2 * 6 + 2, len(TEXTS) + 1)
     pairs = cache.indexed_pairs(data, "tiny", folder)
     monkeypatch.setattr(cache, "read_pairs", refuse)
-    for share in ((0, 1), (1, 2)):
-        cache.encode_share(data, "tiny", refuse, folder, share)
+    for shard in ((0, 1), (1, 2)):
+        cache.encode_shard(data, "tiny", refuse, folder, shard)
     assert cache.indexed_pairs(data, "tiny", folder) == pairs
 
 
@@ -135,14 +135,14 @@ def test_what_changes(cache: Any, data: Any, tmp_path: Path, encoders: Encoders,
     and encoders have an index of their own.
     """
     folder = tmp_path / "encoded"
-    cache.encode_share(data, "tiny", encoders, folder)
+    cache.encode_shard(data, "tiny", encoders, folder)
     before = cache.indexed_pairs(data, "tiny", folder)
     assert cache.indexed_pairs(data, "other", folder) is None
     assert cache.indexed_pairs(replace(data, limit=2), "tiny", folder) is None
     write_pair(tmp_path / "pairs", 5, "a square")
     assert cache.indexed_pairs(data, "tiny", folder) is None
     captions = Encoders(studio)
-    cache.encode_share(data, "tiny", captions, folder)
+    cache.encode_shard(data, "tiny", captions, folder)
     assert captions.calls == (0, 1)
     after = cache.indexed_pairs(data, "tiny", folder)
     assert after.files[4][:3] == before.files[4][:3]
@@ -150,22 +150,22 @@ def test_what_changes(cache: Any, data: Any, tmp_path: Path, encoders: Encoders,
     assert after.files[:4] + after.files[5:] == before.files[:4] + before.files[5:]
     Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "pairs" / "005_edit.png")
     pictures = Encoders(studio)
-    cache.encode_share(data, "tiny", pictures, folder)
+    cache.encode_shard(data, "tiny", pictures, folder)
     assert pictures.calls == (1, 0)
 
 
-def test_too_many_bad_in_all_shares(cache: Any, data: Any, tmp_path: Path, encoders: Encoders) -> None:
+def test_too_many_bad_in_all_shards(cache: Any, data: Any, tmp_path: Path, encoders: Encoders) -> None:
     """Protects: two bad samples that different processes met are refused as they are when one meets both."""
     (tmp_path / "pairs" / "004_edit.png").unlink()
     message = (
         "2 of 7 edit pairs in pairs cannot be used, more than 1%; the first is 003: there is no 003_edit"
     )
     with pytest.raises(ValueError, match=message):
-        cache.encode_share(data, "tiny", encoders, tmp_path / "whole")
+        cache.encode_shard(data, "tiny", encoders, tmp_path / "whole")
     for rank in range(2):
-        cache.encode_share(data, "tiny", encoders, tmp_path / "shares", (rank, 2))
+        cache.encode_shard(data, "tiny", encoders, tmp_path / "shards", (rank, 2))
     with pytest.raises(ValueError, match=message):
-        cache.indexed_pairs(data, "tiny", tmp_path / "shares")
+        cache.indexed_pairs(data, "tiny", tmp_path / "shards")
 
 
 @pytest.mark.parametrize("full", [5, 19])
@@ -192,14 +192,14 @@ def test_a_full_disk(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", write)
         with pytest.raises(OSError, match="the disk is full: what is encoded is kept") as raised:
-            cache.encode_share(data, "tiny", encoders, folder)
+            cache.encode_shard(data, "tiny", encoders, folder)
     assert raised.value.errno == errno.ENOSPC
     kept = [path for path in folder.rglob("*") if path.is_file()]
     assert len(kept) == full - 1
     for path in kept:
         safetensors.torch.load_file(path)
     again = Encoders(studio)
-    cache.encode_share(data, "tiny", again, folder)
+    cache.encode_shard(data, "tiny", again, folder)
     assert sum(again.calls) == 18 - len(kept)
     assert len(cache.indexed_pairs(data, "tiny", folder)) == 6
 
@@ -207,7 +207,7 @@ def test_a_full_disk(
 def test_damaged_files(cache: Any, data: Any, tmp_path: Path, encoders: Encoders, studio: Any) -> None:
     """Protects: training on a file that cannot be read says what to do, and doing it makes the file again."""
     folder = tmp_path / "encoded"
-    cache.encode_share(data, "tiny", encoders, folder)
+    cache.encode_shard(data, "tiny", encoders, folder)
     pairs = cache.indexed_pairs(data, "tiny", folder)
     content = [(folder / file).read_bytes() for file in pairs.files[0][:2]]
     (folder / pairs.files[0][0]).write_bytes(content[0][:50])
@@ -218,7 +218,7 @@ def test_damaged_files(cache: Any, data: Any, tmp_path: Path, encoders: Encoders
     for path in folder.glob("index-*.json"):
         path.unlink()
     again = Encoders(studio)
-    cache.encode_share(data, "tiny", again, folder)
+    cache.encode_shard(data, "tiny", again, folder)
     assert again.calls == (2, 0)
     assert [(folder / file).read_bytes() for file in pairs.files[0][:2]] == content
 
@@ -232,7 +232,7 @@ def test_numbers_that_are_not_finite(cache: Any, data: Any, tmp_path: Path, stud
 
     folder = tmp_path / "encoded"
     with pytest.raises(ValueError, match="the source of 000 is encoded to numbers that are not finite"):
-        cache.encode_share(data, "tiny", lambda: (Broken(studio[2], "encode"), studio[1]), folder)
+        cache.encode_shard(data, "tiny", lambda: (Broken(studio[2], "encode"), studio[1]), folder)
     assert len([path for path in folder.rglob("*") if path.is_file()]) == 1
 
 

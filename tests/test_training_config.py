@@ -17,7 +17,7 @@ from training_settings import settings, write
 @pytest.fixture(scope="module")
 def training(host: Host) -> Any:
     """The pack's training modules."""
-    names = ("config", "run", "objective")
+    names = ("config", "command", "objective")
     return SimpleNamespace(**{name: host.pack_module(f"training.{name}") for name in names})
 
 
@@ -123,7 +123,7 @@ def test_numbers_as_people_write_them(training: Any, tmp_path: Path, data: Path)
 def test_prints_its_settings(training: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: --print-config prints the documented defaults."""
     monkeypatch.setattr(sys, "argv", ["training", "--print-config"])
-    training.run.main()
+    training.command.main()
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["train"]["objective"] == asdict(training.objective.Objective())
     assert printed["bridge"]["rank"] == 64

@@ -31,7 +31,7 @@ from training_settings import settings, write
 @pytest.fixture(scope="module")
 def training(host: Host) -> Any:
     """The pack's training modules."""
-    names = ("config", "run", "checkpoints", "trainer", "objective")
+    names = ("config", "command", "checkpoints", "trainer", "objective")
     return SimpleNamespace(**{name: host.pack_module(f"training.{name}") for name in names})
 
 
@@ -55,7 +55,7 @@ def make_run(training: Any, tmp_path: Path, data: Path, name: str = "run", **cha
     """A run in this process, ready to train."""
     file = write(tmp_path / f"{name}.yaml", settings(data, tmp_path / name, **changes))
     config = training.config.read_config(file)
-    return training.run.Run(config, training.run.accelerator_for(config))
+    return training.command.Run(config, training.command.accelerator_for(config))
 
 
 def start(config: Path, log: Path, **environment: str) -> subprocess.Popen:
@@ -138,7 +138,7 @@ def test_validation_shows_the_edit(training: Any, tmp_path: Path, data: Path) ->
         for weight in run.trainer.bridge.parameters():
             generator = torch.Generator().manual_seed(weight.numel())
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-        run.trainer._average = [weight.clone() for weight in run.trainer.bridge.parameters()]
+        run.trainer.average.update(run.trainer.bridge.state_dict(), 0.0)
     other = np.asarray(run.validation.picture(run.trainer, run.model, run.base)).astype(int)
     assert (other[:, :152] == first[:, :152]).all()
     assert np.abs(other[8:72, 152:216] - first[8:72, 152:216]).mean() > 1
@@ -191,21 +191,21 @@ def test_the_hosts_device(training: Any, tmp_path: Path, data: Path, monkeypatch
         num_processes = 1
 
         def __init__(self, **_: Any) -> None:
-            self.there = training.run.accelerator_for(run.config)
+            self.there = training.command.accelerator_for(run.config)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.there, name)
 
     run = make_run(training, tmp_path, data, steps=1)
     elsewhere = Elsewhere()
-    again = training.run.Run(run.config, elsewhere)
+    again = training.command.Run(run.config, elsewhere)
     assert again.train()
     assert {weight.device for weight in again.trainer.bridge.parameters()} == {device()}
     monkeypatch.setattr(accelerate, "Accelerator", lambda **_: elsewhere)
-    training.run.accelerator_for(run.config)
+    training.command.accelerator_for(run.config)
     elsewhere.num_processes = 2
     with pytest.raises(ValueError, match=rf"computes on {device()} but accelerate's processes meet on meta"):
-        training.run.accelerator_for(run.config)
+        training.command.accelerator_for(run.config)
 
 
 def test_processes_that_differ_are_found(training: Any, tmp_path: Path, data: Path) -> None:
@@ -238,7 +238,7 @@ def test_killed_at_any_moment(tmp_path: Path, data: Path, whole: Path) -> None:
     assert left
     assert "step-000006.pt" not in left
     assert start(config, tmp_path / "second.log").wait(600) == 0, (tmp_path / "second.log").read_text()
-    assert "going on from step-00000" in (tmp_path / "second.log").read_text()
+    assert "continuing from step-00000" in (tmp_path / "second.log").read_text()
     assert same_bits(*(torch.tensor(state(made)["losses"]) for made in (output, whole)))
     for name, weight in tensors(whole).items():
         assert same_bits(tensors(output)[name], weight), name
@@ -263,7 +263,7 @@ def test_told_to_stop(
 
     run.trainer.run_step = told
     assert not run.train()
-    assert "told to stop: step 2 is saved" in capsys.readouterr().out
+    assert "stopped: step 2 is saved" in capsys.readouterr().out
     assert not (tmp_path / "run" / "bridge.safetensors").exists()
     again = make_run(training, tmp_path, data, train__accumulate=2, checkpoint__every=100)
     assert again.train()
@@ -358,9 +358,9 @@ def test_a_loss_that_is_not_finite(training: Any, tmp_path: Path, data: Path) ->
 )
 def test_what_torch_cannot_do(training: Any, device: str, dtype: torch.dtype, said: str) -> None:
     """Protects: a card that this torch cannot use, and a dtype that it has not, are named in one line."""
-    training.run.check_device(torch.device("cpu"), torch.bfloat16)
+    training.command.check_device(torch.device("cpu"), torch.bfloat16)
     with pytest.raises(ValueError, match=rf"torch .* cannot compute in {said} \(.*\): install a torch"):
-        training.run.check_device(torch.device(device), dtype)
+        training.command.check_device(torch.device(device), dtype)
 
 
 def test_no_memory_left(training: Any, tmp_path: Path, data: Path) -> None:
@@ -376,7 +376,7 @@ def test_no_memory_left(training: Any, tmp_path: Path, data: Path) -> None:
         return losses(place)
 
     run.trainer.loss = loss
-    with pytest.raises(MemoryError, match=r"no memory left in step 3 .* Set train.checkpointing to true"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left in step 3, the steps .* checkpointing"):
         run.train()
     assert state(tmp_path / "run")["step"] == 2
     again = make_run(training, tmp_path, data, steps=3, train__checkpointing=True)
@@ -407,7 +407,7 @@ def test_command_says_what_is_wrong(
         file = write(tmp_path / "wrong.yaml", settings(data, tmp_path / "out", **changes))
         monkeypatch.setattr(sys, "argv", ["training", "--config", str(file)])
         with pytest.raises(SystemExit) as stopped:
-            training.run.main()
+            training.command.main()
         assert stopped.value.code == 1
         said = capsys.readouterr().err.strip()
         assert said.startswith("training: ")
@@ -425,7 +425,7 @@ def test_base_from_a_checkpoint(host: Host, tmp_path: Path, monkeypatch: pytest.
     safetensors.torch.save_file({f"{prefix}{name}": weight for name, weight in weights.items()}, path)
     families = [small_models._SmallSD15, *small_models.comfy.supported_models.models]
     monkeypatch.setattr(small_models.comfy.supported_models, "models", families)
-    base = host.pack_module("training.base").Base(str(path))
+    base = host.pack_module("training.base_model").BaseModelLoader(str(path))
     unet = base.unet(torch.bfloat16).model.diffusion_model
     for name, weight in unet.named_parameters():
         assert torch.equal(weight.cpu(), weights[name].bfloat16()), name
@@ -439,7 +439,7 @@ def test_tiny_base_in_the_dtype(host: Host) -> None:
     """Protects: the Tiny Studio comes in the dtype that is asked for, as a checkpoint's UNet does, wherever
     the host would choose another, and so does what the host loads anew in its place.
     """
-    base = host.pack_module("training.base").Base("tiny_studio")
+    base = host.pack_module("training.base_model").BaseModelLoader("tiny_studio")
     for dtype in (torch.float32, torch.bfloat16):
         model = base.unet(dtype)
         load, arguments = model.cached_patcher_init

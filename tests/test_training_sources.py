@@ -1,4 +1,4 @@
-"""Edit pairs from a folder, shards and data sets, and their shares."""
+"""Edit pairs from a folder, shards and data sets, split among processes."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_the_shipped_example(sources: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares(sources: Any, tmp_path: Path, kind: str) -> None:
+def test_shards_of_processes(sources: Any, tmp_path: Path, kind: str) -> None:
     """Protects: processes split the samples without gap or overlap, and none decodes another's pictures."""
     samples = draw(8)
     where = write(kind, tmp_path / "data", samples)
@@ -201,7 +201,7 @@ def test_shares(sources: Any, tmp_path: Path, kind: str) -> None:
         reading = sources.read_pairs(data, (rank, 3))
         check(list(reading), samples[rank::3])
         assert reading.numbers == list(range(rank, 8, 3))
-    with pytest.raises(ValueError, match="share is 3 of 3"):
+    with pytest.raises(ValueError, match="shard is 3 of 3"):
         sources.read_pairs(data, (3, 3))
     samples[1].files[0] = b"not a picture"
     write(kind, tmp_path / "data", samples)

@@ -148,7 +148,7 @@ def test_the_pack_loads_without_muon(host: Host) -> None:
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["done"]
     assert found["nodes"] == sorted(host.node_ids())
-    later = {"trainer", "cache", "pairs", "sources", "run", "config", "validation", "memory"}
+    later = {"trainer", "cache", "pairs", "sources", "command", "config", "validation", "memory"}
     assert not {f"training.{name}" for name in later} & set(found["modules"])
 
 

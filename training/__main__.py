@@ -1,4 +1,4 @@
-"""`python -m training` and `accelerate launch -m training`, from the pack's own folder: see `run`."""
+"""`python -m training` and `accelerate launch -m training`, from the pack's own folder: see `command`."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ def comfyui() -> Path:
 
 if __name__ == "__main__":
     os.environ["COMFYUI_PATH"] = str(comfyui())
-    run_inside("training.run", sys.argv[1:])
+    run_inside("training.command", sys.argv[1:])

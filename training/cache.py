@@ -5,7 +5,7 @@ changes is encoded again and nothing else is, and a caption that many pairs shar
 fp16, which rounds a value by at most 1/2048 of it.
 
 An index names a data set's files in their order. With it a run reads neither the data nor an encoder; each
-process of a run encodes its share and writes an index of it, and all of them together are the whole.
+process of a run encodes its shard and writes an index of it, and all of them together are the whole.
 """
 
 from __future__ import annotations
@@ -110,15 +110,15 @@ def encode_pairs(
     )
 
 
-def encode_share(
+def encode_shard(
     data: DataConfig,
     encoders: str,
     load: Callable[[], tuple[Any, Any]],
     folder: Path,
-    share: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
     report: Callable[[int], None] | None = None,
 ) -> None:
-    """Encode a share, (rank, world), of the data's pairs into `folder`, and write its index.
+    """Encode a shard, (rank, world), of the data's pairs into `folder`, and write its index.
 
     encoders: what VAE and text encoder are, such as `file_fingerprint` of their checkpoint. load: gives the
     VAE and the CLIP. Where the index is there already, or that of all pairs, nothing is read and `load` not
@@ -126,11 +126,11 @@ def encode_share(
 
     Raises what `read_pairs` and `encode_pairs` raise.
     """
-    rank, world = share
+    rank, world = shard
     path = folder / f"index-{_index_digest(data, encoders)}-{rank}-of-{world}.json"
     if path.exists() or indexed_pairs(data, encoders, folder) is not None:
         return
-    reading = read_pairs(data, share)
+    reading = read_pairs(data, shard)
     pairs = encode_pairs(reading, *load(), folder, report)
     index = {
         "samples": reading.seen,
@@ -143,9 +143,9 @@ def encode_share(
 
 
 def indexed_pairs(data: DataConfig, encoders: str, folder: Path) -> EncodedPairs | None:
-    """The encoded pairs, from the indexes of all shares; None if one is missing, or the data has changed.
+    """The encoded pairs, from the indexes of all shards; None if one is missing, or the data has changed.
 
-    However many shares there were, the pairs are in the order of the samples, without the bad ones: a share's
+    However many shards there were, the pairs are in the order of the samples, without the bad ones: a shard's
     i-th sample is number rank + i * world. Data of the hub without a `revision` counts as unchanged.
 
     Raises ValueError if more than 1% of the samples cannot be used.

@@ -1,4 +1,4 @@
-"""A run's checkpoints: a folder of `step-000123.pt`, the last few kept, the newest whole one gone on from."""
+"""A run's checkpoints: `step-000123.pt` in a folder. The last few stay; a run continues from the newest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from ..models.files import PART
-from .trainer import BrokenCheckpoint, Trainer
+from .state import BrokenState
+from .trainer import Trainer
 
 _NAME = re.compile(r"step-(\d+)\.pt")
 
@@ -47,7 +48,7 @@ class Checkpoints:
         for path in files:
             try:
                 trainer.load(path)
-            except BrokenCheckpoint as problem:
+            except BrokenState as problem:
                 logging.warning("%s: trying the one before", problem)
             else:
                 return path

@@ -1,9 +1,9 @@
-"""What a bridge learns (DescriptiveEdit, arXiv 2508.20505): to denoise the edited picture with the source as
+"""What a bridge learns (DescriptiveEdit, arXiv 2508.20505): to denoise the edited image with the source as
 reference.
 
-Only the edited latent is noised; the reference stays clean and is read at timestep 0, so the two have noise
-levels of their own (Diffusion Forcing). Text and image are dropped at random, so that the trained bridge
-knows every prediction that dual guidance asks for.
+Only the edited latent is noised. The reference stays clean and is read at timestep 0, so each has a noise
+level of its own (Diffusion Forcing). Text and image are dropped at random, so that the bridge learns every
+prediction that dual guidance needs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import comfy.model_sampling
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 
 from ..patches.bridge.core import Bank, Feeding
 from ..patches.host.checkpointing import checkpointed
@@ -26,9 +28,12 @@ _MORE_CHANNELS = {5: "an inpainting model", 4: "an instruct-pix2pix model"}
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Encoded pairs of one size. source, edit: latents in the model's own space, [pairs, channels, height,
-    width]. source_text, edit_text: [pairs, tokens, width]. empty_text: [1, tokens, width]. white: a white
-    picture's latent, [1, channels, height, width].
+    """Encoded pairs of one size.
+
+    source, edit: latents in the model's own space, [pairs, channels, height, width].
+    source_text, edit_text: [pairs, tokens, width].
+    empty_text: [1, tokens, width].
+    white: a white image's latent, [1, channels, height, width].
     """
 
     source: torch.Tensor
@@ -40,9 +45,13 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
-    """What is random in a step. timesteps: [pairs]. noise: as the latents. no_text, no_image, no_edit:
-    [pairs] of bool, the last one where the target is the reference itself.
+class NoiseSample:
+    """What is random in a forward.
+
+    timesteps: [pairs].
+    noise: as the latents.
+    no_text, no_image: [pairs] of bool, where the text or the image is dropped.
+    no_edit: [pairs] of bool, where the target is the reference itself.
     """
 
     timesteps: torch.Tensor
@@ -52,9 +61,9 @@ class Draws:
     no_edit: torch.Tensor
 
 
-def check_trainable(model: Any) -> None:
-    """Raise ValueError for a ModelPatcher that the objective does not know: one whose UNet
-    takes more than a latent and a text, or that predicts neither noise nor v at the UNet's own timesteps.
+def check_trainable(model: ModelPatcher) -> None:
+    """Raises ValueError for a model that the objective does not know: its UNet takes more than a latent and a
+    text, or it predicts neither noise nor v at the UNet's own timesteps.
     """
     unet, family = model.model.diffusion_model, type(model.model.model_config).__name__
     channels = model.get_model_object("latent_format").latent_channels
@@ -83,10 +92,13 @@ def check_trainable(model: Any) -> None:
         )
 
 
-def draw(objective: Objective, seeds: Sequence[int], shape: Sequence[int], timesteps: int) -> Draws:
-    """Draws for one pair a seed, on the CPU: the same for a pair however a batch is split.
+def sample_noise(
+    objective: Objective, seeds: Sequence[int], shape: Sequence[int], timesteps: int
+) -> NoiseSample:
+    """One pair per seed, on the CPU: the same for a pair however a batch is split.
 
-    shape: of one latent. timesteps: how many the schedule has.
+    shape: of one latent.
+    timesteps: how many the schedule has.
     """
     times, noises, texts, images, edits = [], [], [], [], []
     for seed in seeds:
@@ -109,7 +121,7 @@ def draw(objective: Objective, seeds: Sequence[int], shape: Sequence[int], times
         texts.append(text)
         images.append(image)
         edits.append(edit)
-    return Draws(
+    return NoiseSample(
         torch.stack(times),
         torch.stack(noises),
         *(torch.tensor(values) for values in (texts, images, edits)),
@@ -117,17 +129,23 @@ def draw(objective: Objective, seeds: Sequence[int], shape: Sequence[int], times
 
 
 def losses(
-    model: Any, bank: Bank, batch: Batch, draws: Draws, objective: Objective, checkpointing: bool = False
+    model: BaseModel,
+    bank: Bank,
+    batch: Batch,
+    sample: NoiseSample,
+    objective: Objective,
+    checkpointing: bool = False,
 ) -> torch.Tensor:
     """Each pair's loss, [pairs], with a gradient for the bridge where one is enabled.
 
-    model: the host's BaseModel, whose UNet predicts noise or v. checkpointing: layers are computed again for
-    their gradient instead of kept; `bank` must then not be used for anything else before that.
+    model: its UNet predicts noise or v.
+    checkpointing: layers are computed again for their gradient instead of kept; `bank` must then not be used
+        for anything else before that.
     """
     device, sampling, unet = batch.edit.device, model.model_sampling, model.diffusion_model
-    no_image, no_text = draws.no_image.to(device), draws.no_text.to(device)
-    steps, noise = draws.timesteps.to(device), draws.noise.to(batch.edit)
-    target = torch.where(_wide(draws.no_edit.to(device)), batch.source, batch.edit)
+    no_image, no_text = sample.no_image.to(device), sample.no_text.to(device)
+    steps, noise = sample.timesteps.to(device), sample.noise.to(batch.edit)
+    target = torch.where(_wide(sample.no_edit.to(device)), batch.source, batch.edit)
     sigma = _wide(sampling.sigmas.to(device)[steps]).to(target)
     kept = 1 / (1 + sigma.square())  # the schedule's cumulative alpha
     noised = kept.sqrt() * target + (1 - kept).sqrt() * noise
@@ -137,8 +155,8 @@ def losses(
     if objective.dropped_image == "white":
         reference = torch.where(_wide(no_image), batch.white, reference)
         reference_text = torch.where(no_image[:, None, None], batch.empty_text, reference_text)
-    elif draws.no_image.any():
-        rows = (~draws.no_image).nonzero().flatten().to(device) if not draws.no_image.all() else None
+    elif sample.no_image.any():
+        rows = (~sample.no_image).nonzero().flatten().to(device) if not sample.no_image.all() else None
     times = steps.float() if objective.reference_time == "same" else None
     text = torch.where(no_text[:, None, None], batch.empty_text, batch.edit_text)
 

@@ -73,15 +73,15 @@ class Sample(NamedTuple):
 
 
 class Reading:
-    """The usable pairs of a share of the samples, in their order; to be iterated once.
+    """The usable pairs of a shard of the samples, in their order; to be iterated once.
 
-    share: (rank, world), every world-th sample from the rank-th on; the others' pictures are not decoded.
+    shard: (rank, world), every world-th sample from the rank-th on; the others' pictures are not decoded.
     total: how many samples there are, None for a stream. numbers: the places of the pairs so far among all
     samples. bad: place and problem of those that cannot be used. seen: samples so far, with the others'.
 
     Iterating raises ValueError, naming the first, when more than 1% of all samples and at least two are bad,
     or all are: of `total` where it is known, else of those seen at the end, and until then of those seen but
-    at least a thousand. A share knows its own bad ones only: `too_many_bad` judges all shares' together.
+    at least a thousand. A shard knows its own bad ones only: `too_many_bad` judges all shards' together.
     """
 
     def __init__(
@@ -91,18 +91,18 @@ class Reading:
         resolution: int,
         step: int,
         total: int | None = None,
-        share: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self.where = where
         self.numbers: list[int] = []
         self.bad: list[tuple[int, str]] = []
         self.seen = 0
         self.total = total
-        self._samples, self._share = samples, share
+        self._samples, self._shard = samples, shard
         self._buckets = buckets(resolution, step)
 
     def __iter__(self) -> Iterator[EditPair]:
-        rank, world = self._share
+        rank, world = self._shard
         for number, sample in enumerate(self._samples):
             self.seen = number + 1
             if number % world != rank:

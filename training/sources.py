@@ -1,7 +1,7 @@
 """Where edit pairs come from: a folder, WebDataset shards, or a Hugging Face data set, streamed or not.
 
 All three give the same pairs for the same pictures and texts, count bad samples the same way, and can be
-shared out among processes. Pictures are read by Pillow and texts as UTF-8 or JSON; nothing in the data is
+split among processes. Pictures are read by Pillow and texts as UTF-8 or JSON; nothing in the data is
 executed.
 """
 
@@ -32,8 +32,8 @@ SHARD_MEMBERS = {
 TAR_BLOCK = 512
 
 
-def read_pairs(data: DataConfig, share: tuple[int, int] = (0, 1)) -> Reading:
-    """The usable pairs of a share, (rank, world): of the samples rank, rank + world, rank + 2 world, ...
+def read_pairs(data: DataConfig, shard: tuple[int, int] = (0, 1)) -> Reading:
+    """The usable pairs of a shard, (rank, world): of the samples rank, rank + world, rank + 2 world, ...
 
     Every process passes over all samples, but decodes its own pictures only.
 
@@ -43,9 +43,9 @@ def read_pairs(data: DataConfig, share: tuple[int, int] = (0, 1)) -> Reading:
     Raises ValueError for data that is not there, and ImportError, with the command that installs it, if a
     library is missing.
     """
-    rank, world = share
+    rank, world = shard
     if not 0 <= rank < world:
-        raise ValueError(f"share is {rank} of {world}, which cannot be")
+        raise ValueError(f"shard is {rank} of {world} but must be 0 to {world - 1}")
     total = None
     match data.kind:
         case "folder":
@@ -59,7 +59,7 @@ def read_pairs(data: DataConfig, share: tuple[int, int] = (0, 1)) -> Reading:
     if data.limit:
         samples = itertools.islice(samples, data.limit)
         total = min(total, data.limit) if total else None
-    return Reading(data.name, samples, data.resolution, data.step, total, share)
+    return Reading(data.name, samples, data.resolution, data.step, total, shard)
 
 
 def local_files(data: DataConfig) -> list[Path]:

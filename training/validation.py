@@ -1,4 +1,4 @@
-"""Fixed edits on the way: what the bridge has learned so far, through the host's sampler, as a picture."""
+"""Fixed edits during training: what the bridge has learned so far, by the host's sampler, as a picture."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management
 import comfy.samplers
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from PIL import Image, ImageDraw, ImageFont
 
-from ..models.bridge import AttentionBridge, manage
+from ..models.bridge import manage
 from ..models.files import replacing
 from ..patches.bridge.apply import apply_bridge
 from ..patches.bridge.guidance import DualGuidance, DualGuider
 from ..patches.bridge.run import BridgeSetup
-from .base import Base, to_device
+from .base_model import BaseModelLoader, to_device
 from .cache import EncodedPairs
 from .config import ValidationConfig
 from .pairs import EditPair
@@ -40,7 +40,11 @@ def validation_data(data: DataConfig, settings: ValidationConfig) -> DataConfig:
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """edits: pictures and texts. pairs: the same, encoded, from its first on."""
+    """Fixed edits.
+
+    edits: pictures and texts.
+    pairs: the same, encoded, from its first on.
+    """
 
     settings: ValidationConfig
     edits: Sequence[EditPair]
@@ -51,14 +55,12 @@ class Validation:
         """The first pairs of `data`, whose encoded ones are `pairs`."""
         return cls(settings, list(itertools.islice(read_pairs(data), settings.count)), pairs)
 
-    def picture(self, trainer: Trainer, model: Any, base: Base) -> Image.Image:
-        """Source, target and what is sampled with the averaged bridge, a row for each edit. model: the
-        ModelPatcher that is trained on, which is on its device again afterwards.
+    def picture(self, trainer: Trainer, model: ModelPatcher, base: BaseModelLoader) -> Image.Image:
+        """Source, target and what is sampled with the averaged bridge, a row for each edit.
+
+        model: the one that is trained on, which is on its device again afterwards.
         """
-        with trainer.averaged():
-            bridge = AttentionBridge(trainer.bridge.settings, torch.float32)
-            bridge.load_state_dict(trainer.bridge.state_dict())
-        managed = manage(bridge)
+        managed = manage(trainer.learned())
         try:
             with torch.inference_mode():
                 latents = [self._sample(number, model, managed) for number in range(len(self.edits))]
@@ -69,7 +71,7 @@ class Validation:
             to_device(model)
         return sheet(self.edits, sampled, f"after step {trainer.step}")
 
-    def _sample(self, number: int, model: Any, bridge: Any) -> torch.Tensor:
+    def _sample(self, number: int, model: ModelPatcher, bridge: ModelPatcher) -> torch.Tensor:
         """A latent in the VAE's scale, from noise that is the same every time."""
         pair = self.pairs.batch([number], torch.device("cpu"), lambda latent: latent)
         setup = BridgeSetup(bridge, pair.source, [[pair.source_text, {}]])
@@ -77,12 +79,12 @@ class Validation:
         guider = DualGuider(apply_bridge(model, setup), guidance)
         guider.set_conds([[pair.edit_text, {}]], [[pair.empty_text, {}]])
         noise = torch.randn(pair.source.shape, generator=torch.Generator().manual_seed(number))
-        levels = comfy.samplers.calculate_sigmas(
+        sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), "normal", self.settings.steps
         )
         sampler = comfy.samplers.sampler_object("euler")
         start = torch.zeros_like(pair.source)
-        return guider.sample(noise, start, sampler, levels, disable_pbar=True, seed=number)
+        return guider.sample(noise, start, sampler, sigmas, disable_pbar=True, seed=number)
 
 
 def sheet(edits: Sequence[EditPair], sampled: Sequence[torch.Tensor], title: str) -> Image.Image:

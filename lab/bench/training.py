@@ -27,7 +27,7 @@ from ...models.bridge import AttentionBridge, BridgeSettings, widths_of
 from ...models.operations import disable_weight_init
 from ...models.sites import find_sites
 from ...patches.bridge.core import Bank
-from ...training.objective import Batch, Draws, losses
+from ...training.objective import Batch, NoiseSample, losses
 from ...training.settings import PRECISIONS, Objective
 from .measuring import device, now, on_card
 from .random_sd15 import UNET
@@ -64,13 +64,13 @@ def row_loss(
     batch = Batch(picture, picture, text, text, text[:1], picture[:1])
     never = torch.zeros(rows, dtype=torch.bool, device=device)
     times = torch.full((rows,), 500, device=device)
-    draws = Draws(times, torch.zeros(latents, device=device), never, never, never)
+    sample = NoiseSample(times, torch.zeros(latents, device=device), never, never, never)
     # With it no branch asks for a row's content.
     objective = Objective(dropout="none", dropped_image="white")
     dtype = PRECISIONS[precision]
     with torch.autocast(device.type, dtype) if dtype else nullcontext():
         bank = Bank(bridge, model.diffusion_model)
-        return losses(model, bank, batch, draws, objective, checkpointing).mean()
+        return losses(model, bank, batch, sample, objective, checkpointing).mean()
 
 
 @cache

@@ -114,8 +114,13 @@ def train(name: str, work: Path) -> None:
         trainer.load(path)
     begin = saved = time.monotonic()
     first = trainer.step
-    while trainer.step < variant.steps:
-        trainer.run_step()
+
+    def keep() -> str:
+        trainer.save(path)
+        return f"{path} is saved"
+
+    def on_step() -> None:
+        nonlocal saved
         if trainer.step % 50 == 0:
             rate = (trainer.step - first) / (time.monotonic() - begin)
             recent = trainer.losses[-200:]
@@ -124,12 +129,13 @@ def train(name: str, work: Path) -> None:
                 f"{rate:.2f} steps/s, {(variant.steps - trainer.step) / rate / 60:.0f} min left"
             )
         if time.monotonic() - saved > SAVE_EVERY or trainer.step == variant.steps:
-            trainer.save(path)
+            keep()
             saved = time.monotonic()
-    with trainer.averaged():
-        packed = AttentionBridge(bridge.settings, torch.float16)
-        packed.load_state_dict(bridge.state_dict())
-    save_bridge(packed, studio.BRIDGE if name == SHIPPED else COMPARED / f"{name}.safetensors")
+
+    trainer.run(variant.steps, on_step, keep)
+    save_bridge(
+        trainer.learned(torch.float16), studio.BRIDGE if name == SHIPPED else COMPARED / f"{name}.safetensors"
+    )
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
     accelerate launch -m training --config FILE                 as `accelerate config` says
     python dev.py train --config FILE                           with dev.py's ComfyUI
 
-The first two from the pack's own folder, with ComfyUI's Python. The same command again goes on from the last
-checkpoint. Every setting is shown by --print-config.
+Run the first two in the pack's own folder, with ComfyUI's Python. The same command again continues from
+the last checkpoint. --print-config shows every setting.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import hashlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import numpy as np
@@ -28,14 +28,18 @@ import torch
 from ..models.bridge import AttentionBridge, BridgeSettings, widths_of
 from ..models.bridge_file import save_bridge
 from ..models.sites import find_sites
-from .base import Base, free
-from .cache import EncodedPairs, encode_share, indexed_pairs
+from ..patches.host.out_of_memory import OutOfMemory
+from .base_model import BaseModelLoader, free
+from .cache import EncodedPairs, encode_shard, indexed_pairs
 from .checkpoints import Checkpoints
 from .config import Config, documented, read_config
 from .libraries import library
 from .settings import PRECISIONS, DataConfig
-from .trainer import Team, Trainer
+from .trainer import ProcessGroup, Trainer
 from .validation import Validation, save_picture, validation_data
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 BRIDGE = "bridge.safetensors"
 # A process may wait for another one's pictures or its encoding.
@@ -43,24 +47,24 @@ PATIENCE = timedelta(hours=24)
 
 
 class Run:
-    """One run of the command. accelerator: of Hugging Face accelerate.
+    """One run of the command.
 
-    Raises ValueError for settings, data or checkpoints that do not fit, OSError if nothing can be written,
-    FloatingPointError, naming the step, for a loss that is not finite, and MemoryError where memory runs out:
-    in both cases the state before that step is saved.
+    accelerator: of Hugging Face accelerate.
+
+    Raises ValueError for settings, data or checkpoints that do not fit, and OSError if nothing can be
+    written.
     """
 
-    def __init__(self, config: Config, accelerator: Any) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         device = comfy.model_management.get_torch_device()
         self.output = Path(config.output)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.base = Base(config.base)
+        self.base = BaseModelLoader(config.base)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint.keep)
         self._encoders = self.base.fingerprint()
         pairs, self.validation = self._data()
-        dtype = PRECISIONS[config.train.precision] or torch.float32
-        self.model = self.base.unet(dtype)
+        self.model = self.base.unet(PRECISIONS[config.train.precision] or torch.float32)
         unet = self.model.model.diffusion_model
         family = type(self.model.model.model_config).__name__
         settings = BridgeSettings(family, widths_of(find_sites(unet)), **vars(config.bridge))
@@ -71,64 +75,67 @@ class Run:
             pairs,
             config.train,
             device,
-            Team(accelerator.process_index, accelerator.num_processes, self._total),
+            ProcessGroup(accelerator.process_index, accelerator.num_processes, self._sum),
             {
                 "base": self._encoders,
                 "bridge": vars(config.bridge),
-                "pairs": f"{len(pairs)} ({_digest(repr(pairs.files).encode())})",
+                "pairs": f"{len(pairs)} ({hashlib.sha256(repr(pairs.files).encode()).hexdigest()[:8]})",
             },
         )
 
     def train(self) -> bool:
-        """Go on until the last step, or until the process is told to stop; whether it was the last."""
-        config, trainer, accelerator = self.config, self.trainer, self.accelerator
+        """Continue until the last step, or until a signal stops the process. Returns whether it was the last.
+
+        Raises what `Trainer.run` raises; the steps before are then saved.
+        """
+        trainer = self.trainer
         found = self.checkpoints.resume(trainer)
         self._check_same()
         if found:
-            self.say(f"going on from {found.name}")
-        if config.logging.tensorboard:
+            self.say(f"continuing from {found.name}")
+        if self.config.logging.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        progress = _Progress(config, self.accelerator.num_processes, trainer.step)
-        with _signals() as told:
-            while trainer.step < config.steps:
-                try:
-                    trainer.run_step()
-                except FloatingPointError:
-                    self._save()
-                    raise
-                except Exception as error:
-                    if not comfy.model_management.is_oom(error):
-                        raise
-                    if accelerator.is_main_process:  # the others may wait for this step's gradient
-                        self.checkpoints.save(trainer)
-                    raise MemoryError(
-                        f"no memory left in step {trainer.step + 1} ({str(error).partition(chr(10))[0]}); "
-                        "the steps before are saved. Set train.checkpointing to true, with which the same "
-                        "command goes on, or begin anew with a smaller batch or resolution"
-                    ) from None
-                stop = bool(self._total(torch.tensor(float(told()), device=trainer.device)) > 0)
-                last = stop or trainer.step == config.steps
-                if last or trainer.step % config.logging.every == 0:
-                    self._log(progress)
-                if last or trainer.step % config.checkpoint.every == 0:
-                    self._save()
-                if self._due():
-                    self._validate()
-                if stop and trainer.step < config.steps:
-                    self.say(f"told to stop: step {trainer.step} is saved, the same command goes on")
-                    return False
+        progress = _Progress(self.config, self.accelerator.num_processes, trainer.step)
+        with _signals() as stopped:
+            done = trainer.run(self.config.steps, lambda: self._after_step(progress, stopped()), self._keep)
+        if not done:
+            self.say(f"stopped: step {trainer.step} is saved, the same command continues")
+            return False
         if self.accelerator.is_main_process:
-            with trainer.averaged():
-                save_bridge(trainer.bridge, self.output / BRIDGE)
+            save_bridge(trainer.learned(), self.output / BRIDGE)
         self.say(f"done: {self.output / BRIDGE}")
         return True
+
+    def _after_step(self, progress: _Progress, stopped: bool) -> bool:
+        """Log, save and validate where it is time to. Returns whether any process was told to stop."""
+        config, step = self.config, self.trainer.step
+        stop = bool(self._sum(torch.tensor(float(stopped), device=self.trainer.device)) > 0)
+        last = stop or step == config.steps
+        if last or step % config.logging.every == 0:
+            line, metrics = progress.line(self.trainer)
+            self.say(line)
+            self.accelerator.log(metrics, step)
+        if last or step % config.checkpoint.every == 0:
+            self._check_same()
+            if self.accelerator.is_main_process:
+                self.checkpoints.save(self.trainer)
+        every = config.validation.every
+        if self.validation is not None and every and (step % every == 0 or step == config.steps):
+            self._validate(self.validation)
+        return stop
+
+    def _keep(self) -> str:
+        """Without a word to the other processes, which may wait for this step's gradient."""
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.trainer)
+        return "the steps before are saved and the same command continues"
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     def _data(self) -> tuple[EncodedPairs, Validation | None]:
-        """Every process encodes its share, and all read the whole."""
+        """Every process encodes its shard, and all read the whole."""
         config = self.config
         pairs = self._encoded(config.data)
         if not config.validation.every:
@@ -141,13 +148,13 @@ class Run:
     def _encoded(self, data: DataConfig) -> EncodedPairs:
         config, accelerator = self.config, self.accelerator
         cache = Path(config.cache) if config.cache else self.output / "encoded"
-        share = accelerator.process_index, accelerator.num_processes
+        shard = accelerator.process_index, accelerator.num_processes
 
         def report(done: int) -> None:
             if done % 100 == 0:
-                self.say(f"encoded {done * share[1]} pairs of {data.name}")
+                self.say(f"encoded {done * shard[1]} pairs of {data.name}")
 
-        encode_share(data, self._encoders, self.base.encoders, cache, share, report)
+        encode_shard(data, self._encoders, self.base.encoders, cache, shard, report)
         free()
         accelerator.wait_for_everyone()
         pairs = indexed_pairs(data, self._encoders, cache)
@@ -158,13 +165,8 @@ class Run:
             )
         return pairs
 
-    def _total(self, values: torch.Tensor) -> torch.Tensor:
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum")
-
-    def _save(self) -> None:
-        self._check_same()
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self.trainer)
 
     def _check_same(self) -> None:
         """Raises ValueError if the processes have not all the same step and weights."""
@@ -180,19 +182,8 @@ class Run:
                 "machines the output folder must be one that all of them see"
             )
 
-    def _log(self, progress: _Progress) -> None:
-        line, figures = progress.line(self.trainer)
-        self.say(line)
-        self.accelerator.log(figures, self.trainer.step)
-
-    def _due(self) -> bool:
-        every, step = self.config.validation.every, self.trainer.step
-        return bool(every) and (step % every == 0 or step == self.config.steps)
-
-    def _validate(self) -> None:
-        if self.validation is None:
-            return
-        picture = self.validation.picture(self.trainer, self.model, self.base)
+    def _validate(self, validation: Validation) -> None:
+        picture = validation.picture(self.trainer, self.model, self.base)
         path = self.output / "validation" / f"step-{self.trainer.step:06}.png"
         save_picture(picture, path)
         self.say(f"validation: {path}")
@@ -211,51 +202,52 @@ class _Progress:
         self._first, self._begin = step, time.monotonic()
 
     def line(self, trainer: Trainer) -> tuple[str, dict[str, float]]:
-        """A line for people, and the curves' points: the loss is the mean since the line before."""
+        """A line to print, and the curves' points: the loss is the mean since the line before."""
         recent = trainer.losses[-self._every :]
         speed = (trainer.step - self._first) / (time.monotonic() - self._begin)
         left = timedelta(seconds=round((self._steps - trainer.step) / speed))
-        figures = {
+        metrics = {
             "loss": sum(recent) / len(recent),
             "gradient_norm": trainer.gradient_norm,
             "learning_rate": trainer.settings.rate(trainer.step - 1),
             "samples_per_second": speed * self._pairs,
         }
         return (
-            f"step {trainer.step}/{self._steps}  loss {figures['loss']:.4f}  "
-            f"{figures['samples_per_second']:.2f} samples/s  {left} left",
-            figures,
+            f"step {trainer.step}/{self._steps}  loss {metrics['loss']:.4f}  "
+            f"{metrics['samples_per_second']:.2f} samples/s  {left} left",
+            metrics,
         )
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether the process was told to stop by Ctrl-C or SIGTERM; a second time stops it at once."""
-    told: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals() -> Generator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came; a second one stops the process at once."""
+    came: list[int] = []
 
     def note(number: int, _: Any) -> None:
-        told.append(number)
+        came.append(number)
         signal.signal(number, before[number])
 
+    before: dict[int, Any] = {
+        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        for number in before:
-            signal.signal(number, note)
-        yield lambda: bool(told)
+        yield lambda: bool(came)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def accelerator_for(config: Config) -> Any:
-    """The processes, each of which learns on the host's device. Raises ValueError without a GPU where one is
-    asked for, with one that torch cannot use, and for many processes that would exchange what they learn on
-    another device; ImportError, with the command that installs it, without a library that is needed.
+def accelerator_for(config: Config) -> Accelerator:
+    """The processes, each of which learns on the host's device.
+
+    Raises ValueError if a GPU is asked for and there is none, if torch cannot use the device, and if several
+    processes would exchange gradients on another device. Raises ImportError, with the command that installs
+    it, if a library is missing.
     """
     accelerate = library("accelerate")
     if config.logging.tensorboard:
         library("tensorboard")
-
     cpu = comfy.model_management.cpu_mode()
     if cpu and config.device == "cuda":
         raise ValueError("device is cuda but torch finds no GPU here: install a torch for it, or take auto")
@@ -290,10 +282,6 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
         ) from None
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -310,7 +298,7 @@ def main() -> None:
         accelerator = accelerator_for(config)
         Run(config, accelerator).train()
         accelerator.end_training()
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, OutOfMemory) as error:
         print(f"training: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
