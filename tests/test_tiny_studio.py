@@ -81,6 +81,36 @@ def test_the_judge_reads_two_objects(scenes: ModuleType, judge: Any) -> None:
     assert np.mean(whole) < 0.1
 
 
+def test_edits_of_two_objects_are_measured(host: Any, scenes: ModuleType, judge: Any) -> None:
+    """Protects the studies and the benchmark on two objects: the true edit is a success, the source is none,
+    nor is the edit of the other object; and pictures of both kinds can be read together.
+    """
+    bench = host.pack_module("lab.studies.tiny_benchmark")
+    tiny = bench.Studio.load()
+    cases = bench.draw_cases(tiny, held_out=True, a_type=10, types=("colour", scenes.TWO))
+    assert [pair.edit_type for pair in cases.pairs] == ["colour"] * 10 + [scenes.TWO] * 10
+    assert bench.successes(cases, cases.target).all()
+    assert not bench.successes(cases, cases.source).any()
+    values = {
+        "left_shape": "circle",
+        "left_colour": "red",
+        "left_texture": "plain",
+        "right_shape": "square",
+        "right_colour": "blue",
+        "right_texture": "plain",
+        "background": "white",
+        "style": "flat",
+    }
+    scene = scenes.Scene("two", values)
+    other = scene.changed(left_colour="yellow", right_colour="red")
+    pictures = drawings(scenes, [scene, other, scene.objects()[0]])
+    assert judge.read_as(["two", "two", "object"], pictures) == [
+        {"kind": "two", **scene.values},
+        {"kind": "two", **other.values},
+        {"kind": "object", **scene.objects()[0].values},
+    ]
+
+
 def test_the_vae_keeps_held_out_scenes(host: Any, studio: Any, scenes: ModuleType) -> None:
     """Protects the VAE: reconstruction of held-out scenes and latents of about unit variance, through the
     stock nodes. The full measurement, 30 dB, is `dev.py studio --report`; this is a sample of it.

@@ -77,7 +77,7 @@ class Meter:
         if case.expected is not None:
             self._judge = self._judge or judge.load()
             seen = edited.resize((drawing.SIZE, drawing.SIZE))
-            (read,) = self._judge.read(_image(seen))
+            (read,) = self._judge.read_as([case.expected["kind"]], _image(seen))
             numbers["success"] = float(read == case.expected)
         return {name: None if math.isnan(value) else value for name, value in numbers.items()}
 

@@ -6,7 +6,7 @@ are chosen on tuning cases alone, whose combinations were trained on, though not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,13 +86,15 @@ class Cases:
 
 
 @torch.inference_mode()
-def draw_cases(tiny: Studio, held_out: bool, a_type: int | None = None) -> Cases:
+def draw_cases(
+    tiny: Studio, held_out: bool, a_type: int | None = None, types: Sequence[str] = scenes.EDIT_TYPES
+) -> Cases:
     """The held-out cases or the tuning cases, `a_type` of each edit type, half of them with short texts."""
     a_type = a_type or (HELD_OUT_A_TYPE if held_out else TUNING_A_TYPE)
     first = 0 if held_out else TUNING_SEED
     pairs = tuple(
         scenes.sample_edit(edit_type, first + number, scenes.WORDINGS[number % 2], held_out)
-        for edit_type in scenes.EDIT_TYPES
+        for edit_type in types
         for number in range(a_type)
     )
     source, target = (
@@ -198,13 +200,13 @@ class Scores:
         return float(values.nanmean())
 
     def worst_type(self) -> float:
-        return min(self.mean("success", edit_type) for edit_type in scenes.EDIT_TYPES)
+        return min(self.mean("success", edit_type) for edit_type in set(self.types))
 
 
 def successes(cases: Cases, pictures: torch.Tensor) -> torch.Tensor:
     """[cases] of bool: the judge reads the asked attribute as changed and all others as they were."""
-    read = judge.load().read(pictures)
     wanted = [{"kind": pair.target.kind, **pair.target.values} for pair in cases.pairs]
+    read = judge.load().read_as([values["kind"] for values in wanted], pictures)
     return torch.tensor([seen == values for seen, values in zip(read, wanted, strict=True)])
 
 

@@ -70,6 +70,15 @@ class Judge(torch.nn.Module):
             found.append({"kind": kind, **read})
         return found
 
+    def read_as(self, kinds: list[str], pictures: np.ndarray | torch.Tensor) -> list[dict[str, str]]:
+        """The same, with two objects sought in the pictures whose kind should be "two"."""
+        batch = torch.as_tensor(np.asarray(pictures, np.float32))
+        found = self.read(batch)
+        two = [row for row, kind in enumerate(kinds) if kind == "two"]
+        for row, read in zip(two, self.read_two(batch[two]) if two else [], strict=True):
+            found[row] = read
+        return found
+
     def read_two(self, pictures: np.ndarray | torch.Tensor) -> list[dict[str, str]]:
         """The same for pictures of two objects, each read alone. An object that is not seen as a small one
         on its side has no attributes; background and style are what both halves agree on.
