@@ -20,7 +20,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -69,15 +69,16 @@ def run_step(step: str, command: Sequence[str | Path], cause: str) -> None:
     words = [str(word) for word in command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    out, err = subprocess.PIPE, subprocess.STDOUT
     try:
-        process = subprocess.Popen(words, env=environment, **pipes)
+        process = subprocess.Popen(
+            words, env=environment, stdout=out, stderr=err, text=True, errors="replace"
+        )
     except OSError as error:
         raise DevError(f"step failed: {step}\n  command: {' '.join(words)}\n  {error}") from error
     tail: collections.deque[str] = collections.deque(maxlen=15)
-    reader = threading.Thread(
-        target=lambda: tail.extend(line.rstrip() for line in process.stdout if line.strip())
-    )
+    lines = process.stdout or ()
+    reader = threading.Thread(target=lambda: tail.extend(line.rstrip() for line in lines if line.strip()))
     reader.start()
     while process.poll() is None:
         try:
@@ -95,7 +96,7 @@ def run_step(step: str, command: Sequence[str | Path], cause: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Generator[None]:
     """Hold an exclusive lock on `path`; the system releases it if this process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:

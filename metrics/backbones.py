@@ -21,7 +21,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, no
 from ..models.operations import manual_cast
 
 FOLDER = "descriptive_edit"  # in the host's models folder: the files of DINO and LPIPS
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+_MEAN, _DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
@@ -51,19 +51,22 @@ class _Block(torch.nn.Module):
     def __init__(self, width: int, operations: Any) -> None:
         super().__init__()
         self.norm1 = operations.LayerNorm(width, eps=1e-6)
-        self.attn = torch.nn.Module()
-        self.attn.qkv = operations.Linear(width, 3 * width)
-        self.attn.proj = operations.Linear(width, width)
+        self.attn = torch.nn.ModuleDict(
+            {"qkv": operations.Linear(width, 3 * width), "proj": operations.Linear(width, width)}
+        )
         self.norm2 = operations.LayerNorm(width, eps=1e-6)
-        self.mlp = torch.nn.Module()
-        self.mlp.fc1 = operations.Linear(width, 4 * width)
-        self.mlp.fc2 = operations.Linear(4 * width, width)
+        self.mlp = torch.nn.ModuleDict(
+            {"fc1": operations.Linear(width, 4 * width), "fc2": operations.Linear(4 * width, width)}
+        )
         self._heads = width // 64
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.attn.qkv(self.norm1(tokens)).chunk(3, dim=-1)
-        tokens = tokens + self.attn.proj(optimized_attention(q, k, v, self._heads))
-        return tokens + self.mlp.fc2(torch.nn.functional.gelu(self.mlp.fc1(self.norm2(tokens))))
+        tokens = tokens + self.attn["proj"](optimized_attention(*self.qkv(tokens), self._heads))
+        return tokens + self.mlp["fc2"](torch.nn.functional.gelu(self.mlp["fc1"](self.norm2(tokens))))
+
+    def qkv(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each [images, tokens, width], all heads concatenated."""
+        return self.attn["qkv"](self.norm1(tokens)).chunk(3, dim=-1)
 
 
 class Dino(torch.nn.Module):
@@ -90,8 +93,7 @@ class Dino(torch.nn.Module):
         super().__init__()
         self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + positions, width))
-        self.patch_embed = torch.nn.Module()
-        self.patch_embed.proj = operations.Conv2d(3, width, patch, patch)
+        self.patch_embed = torch.nn.ModuleDict({"proj": operations.Conv2d(3, width, patch, patch)})
         self.blocks = torch.nn.ModuleList(_Block(width, operations) for _ in range(depth))
         self.norm = operations.LayerNorm(width, eps=1e-6)
         self._patch, self._keys = patch, keys
@@ -102,15 +104,16 @@ class Dino(torch.nn.Module):
 
         Pixels beyond whole patches are cut off.
         """
-        grid = self.patch_embed.proj(images)
+        grid = self.patch_embed["proj"](images)
         first = repeat(self.cls_token.to(grid), "1 1 c -> b 1 c", b=len(grid))
         tokens = torch.cat([first, rearrange(grid, "b c h w -> b (h w) c")], dim=1)
         tokens = tokens + self._positions(*grid.shape[-2:]).to(tokens)
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         last = self.blocks[-1]
+        assert isinstance(last, _Block)
         if self._keys:
-            return last.attn.qkv(last.norm1(tokens)).chunk(3, dim=-1)[1]
+            return last.qkv(tokens)[1]
         return self.norm(last(tokens))
 
     def _positions(self, height: int, width: int) -> torch.Tensor:
@@ -198,12 +201,12 @@ def _self_similarity(keys: torch.Tensor) -> torch.Tensor:
 
 
 def _square(images: torch.Tensor) -> torch.Tensor:
-    resized = resize(images.movedim(-1, 1), 256, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    return normalize(center_crop(resized, 224), _MEAN, _DEVIATION)
+    resized = resize(images.movedim(-1, 1), [256], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    return normalize(center_crop(resized, [224]), _MEAN, _DEVIATION)
 
 
 def _whole(image: torch.Tensor) -> torch.Tensor:
-    resized = resize(image.movedim(-1, 0)[None], 224, max_size=480, antialias=True)
+    resized = resize(image.movedim(-1, 0)[None], [224], max_size=480, antialias=True)
     return normalize(resized, _MEAN, _DEVIATION)
 
 

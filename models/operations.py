@@ -14,8 +14,8 @@ import torch
 
 
 class _TorchLoader(torch.nn.Module):
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class manual_cast(comfy.ops.manual_cast):

@@ -48,6 +48,7 @@ class naming:
     ) -> None:
         if isinstance(error, _Named) or not isinstance(error, (ValueError, OutOfMemory)):
             return
+        assert traceback is not None
         while traceback.tb_next is not None:
             traceback = traceback.tb_next
         if not traceback.tb_frame.f_globals["__name__"].startswith(_PACK):
@@ -65,5 +66,6 @@ def named(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         with naming(cls):
             return execute(cls, *args, **inputs)
 
-    node.execute = classmethod(within)
+    changed: Any = node  # a type checker takes methods as they are in the class
+    changed.execute = classmethod(within)
     return node

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from PIL import ImageDraw, ImageFont
 
@@ -48,7 +49,7 @@ class _Face:
         return all(self._drawn(character) != self._nothing for character in text if not _is_silent(character))
 
     def _drawn(self, character: str) -> tuple[tuple[int, int], bytes]:
-        mask = self._plain.getmask(character)
+        mask: Any = self._plain.getmask(character)
         return mask.size, bytes(mask)
 
 
@@ -56,7 +57,9 @@ class Lettering:
     """Draws lines of text at one size."""
 
     def __init__(self, size: int) -> None:
-        self._own = ImageFont.load_default(size)
+        own = ImageFont.load_default(size)
+        assert isinstance(own, ImageFont.FreeTypeFont)  # as for every size that is given
+        self._own = own
         self._faces, self._others = [_Face(self._own)], _system_faces(size)
         self.height = self._own.getbbox("A")[3]
         self._known: dict[str, list[tuple[str, _Font]]] = {}

@@ -15,7 +15,7 @@ _CROSS = "#303030"
 
 
 def draw_curves(
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Sequence[float] | np.ndarray],
     ends: tuple[str, str] = ("noise", "image"),
     width: int = 512,
     height: int = 288,
@@ -30,7 +30,7 @@ def draw_curves(
     axes = _Axes(ImageDraw.Draw(picture), (0, 0, width, height), floor, ceiling)
     axes.frame(ends)
     for number, (label, curve) in enumerate(curves.items()):
-        axes.curve(number, label, [index / (len(curve) - 1) for index in range(len(curve))], curve)
+        axes.curve(number, label, [index / (len(curve) - 1) for index in range(len(curve))], [*curve])
     return _image(picture)
 
 

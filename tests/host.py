@@ -139,7 +139,7 @@ class Host:
         nodes = self._nodes.NODE_CLASS_MAPPINGS.items()
         return [name for name, node in nodes if getattr(node, "RELATIVE_PYTHON_MODULE", None) == wanted]
 
-    def node(self, node_id: str) -> type:
+    def node(self, node_id: str) -> Any:
         """A node class, ours or the host's own."""
         return self._nodes.NODE_CLASS_MAPPINGS[node_id]
 
@@ -181,7 +181,7 @@ class Host:
         return asyncio.run(_outputs(executor, prompt))
 
 
-def _defaults(node: type) -> dict[str, Any]:
+def _defaults(node: Any) -> dict[str, Any]:
     found = {}
     for group in ("required", "optional"):
         for name, (kind, *options) in node.INPUT_TYPES().get(group, {}).items():

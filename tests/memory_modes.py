@@ -5,7 +5,7 @@ The fixture `memory_mode` of conftest.py runs what asks for it once in every mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ _REAL = comfy_aimdo.control.init_devices(d.index for d in comfy.model_management
 
 
 @contextmanager
-def _dynamic(enabled: bool, patcher: type) -> Iterator[None]:
+def _dynamic(enabled: bool, patcher: type) -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.memory_management, "aimdo_enabled", enabled)
         patch.setattr(comfy.model_patcher, "CoreModelPatcher", patcher)
@@ -112,7 +112,7 @@ class _Buffers:
 
 
 @contextmanager
-def streamed() -> Iterator[None]:
+def streamed() -> Generator[None]:
     """Memory is short, and no weight is on the device: each layer is given a view of a buffer for the time of
     its call.
     """

@@ -100,7 +100,7 @@ def small_unet(
     Half-precision weights stay half and are cast to float32 layer by layer, which is what the host does on a
     CPU.
     """
-    family = _SmallSDXL if layout and "adm_in_channels" in layout else _SmallSD15
+    family: Any = _SmallSDXL if layout and "adm_in_channels" in layout else _SmallSD15
     comfy.supported_models.models.insert(0, family)  # the loader finds model classes only in this list
     try:
         with torch.inference_mode():

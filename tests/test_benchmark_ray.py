@@ -83,7 +83,7 @@ def test_worker_killed_in_the_middle(tmp_path: Path) -> None:
         writer = wait_for_reader(pipe, job)
         if writer is not None:
             break
-    assert writer is not None, job.stdout.read().decode()
+    assert writer is not None, job.communicate()[0].decode()
     try:
         workers = [child for child in family(str(out)) if "MapWorker" in " ".join(child.cmdline())]
         assert len(workers) == 2

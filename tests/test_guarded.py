@@ -22,6 +22,7 @@ def test_ends_with_a_killed_holder() -> None:
     """Protects: whoever started a ComfyUI may be killed outright, and no process is left."""
     words = [sys.executable, "-c", HOLDER, sys.executable, str(server.GUARD), sys.executable, "-c", COMMAND]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
         left = [psutil.Process(int(pid)) for pid in holder.stdout.readline().split()]
         assert len(left) == 2
         assert all(process.is_running() for process in left)
@@ -34,6 +35,7 @@ def test_ends_with_the_guard(how: str) -> None:
     """Protects: a guard that is stopped or killed takes its command along, while the pipe is still held."""
     words = [sys.executable, str(server.GUARD), sys.executable, "-c", COMMAND]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guard:
+        assert guard.stdout is not None
         command = psutil.Process(int(guard.stdout.readline()))
         getattr(guard, how)()
         assert not psutil.wait_procs([command], timeout=20)[1]

@@ -111,8 +111,9 @@ class _Control(unify_edit.FakeControl):
     def __init__(self, seen: list) -> None:
         self.seen = seen
 
-    def get_control(self, x: torch.Tensor, t: Any, cond: dict, batched: int, options: dict) -> dict:
+    def get_control(self, x: torch.Tensor, *inputs: Any) -> dict[str, list[Any]]:
         """Residuals as the host's UNet takes them."""
+        _, cond, batched, options = inputs
         assert cond["transformer_options"]["cond_or_uncond"] == options["cond_or_uncond"]
         self.seen.append((list(options["cond_or_uncond"]), list(options["uuids"])))
         act = [float(i == 1) for i in options["cond_or_uncond"]]
@@ -387,7 +388,7 @@ def test_two_devices(host: Host, model: Any) -> None:
     which = dual(host, adapted(model), 1.5, 3.0)
     expected = sample(host, which)
 
-    def spread(executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def spread(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         guider = executor.class_obj
         guider.model_options["multigpu_clones"] = {
             torch.device(device().type): guider.model_patcher,

@@ -225,7 +225,7 @@ def spread(model: Any) -> Any:
     """The MODEL as the host runs it on two GPUs; two names of the CPU stand for them."""
     patched = model.clone()
 
-    def devices(executor: Callable, *args: Any, **kwargs: Any) -> Any:
+    def devices(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
         guider.model_options["multigpu_clones"] = dict.fromkeys(
             [torch.device(device().type), torch.device(device().type, 0)], guider.model_patcher

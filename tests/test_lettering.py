@@ -73,7 +73,9 @@ def test_plain_text_needs_no_font(host: Host, folder: Path) -> None:
     """Protects: unaccented labels look as they did, whatever fonts there are."""
     shutil.copy(DEJAVU, folder)
     text = "a red circle, jumping (1.5)!"
-    assert np.array_equal(drawn(host, text), by_pillow(text, ImageFont.load_default(SIZE)))
+    font = ImageFont.load_default(SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    assert np.array_equal(drawn(host, text), by_pillow(text, font))
 
 
 @pytest.mark.parametrize("text", ["naïf", "nai\u0308f", "Жук", "Ωmega", "קטן גדול", "قطة صغيرة", "😀"])

@@ -61,9 +61,9 @@ def test_whole_image(metrics: Any) -> None:
     close(found["l1"], np.abs(difference).mean(axis=(1, 2, 3)))
     close(found["l2"], (difference**2).mean(axis=(1, 2, 3)))
     for number in range(len(source)):
-        pair = [channels_first(images[number : number + 1]) for images in (edited, source)]
-        close(found["psnr"][number], peak_signal_noise_ratio(*pair, data_range=1.0))
-        close(found["ssim"][number], structural_similarity_index_measure(*pair, data_range=1.0))
+        first, second = (channels_first(images[number : number + 1]) for images in (edited, source))
+        close(found["psnr"][number], peak_signal_noise_ratio(first, second, data_range=1.0))
+        close(found["ssim"][number], structural_similarity_index_measure(first, second, data_range=1.0))
 
 
 def test_regions(metrics: Any) -> None:
@@ -79,9 +79,9 @@ def test_regions(metrics: Any) -> None:
         chosen = difference[:, region[0].bool().numpy()]
         close(found[f"l1_{name}"], np.abs(chosen).mean(axis=(1, 2)))
         close(found[f"psnr_{name}"], -10 * np.log10((chosen**2).mean(axis=(1, 2))))
-        shown = [channels_first(images * region[..., None]) for images in (edited, source)]
+        first, second = (channels_first(images * region[..., None]) for images in (edited, source))
         _, full = structural_similarity_index_measure(
-            *shown, data_range=1.0, return_full_image=True, reduction="none"
+            first, second, data_range=1.0, return_full_image=True, reduction="none"
         )
         close(found[f"ssim_{name}"], full[..., region[0].bool()].mean(dim=(1, 2)))
     touched = torch.where(mask[..., None] > 0, edited, source)
@@ -135,6 +135,7 @@ def test_lpips(host: Host, net: str) -> None:
     with torch.no_grad():
         for mine, layer in zip(ours._patcher.model.convolutions, backbone, strict=True):
             layer.weight.copy_(mine.weight)
+            assert layer.bias is not None
             layer.bias.copy_(mine.bias)
         source, edited = pictures()
         expected = theirs(channels_first(edited), channels_first(source), normalize=True).flatten()
@@ -142,7 +143,7 @@ def test_lpips(host: Host, net: str) -> None:
     assert float(expected.min()) > 0.01
     assert ours(source, source).tolist() == [0, 0]
     for mine, head in zip(ours._patcher.model.heads, theirs.lins, strict=True):
-        assert torch.equal(mine.weight.cpu(), head.model[-1].weight)
+        assert torch.equal(mine.weight.cpu(), [*head.parameters()][-1])
 
 
 def test_lpips_weights(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_structure_distance(host: Host, dino_folder: Path) -> None:
     distance = host.pack_module("metrics.backbones").StructureDistance()
     source, edited = pictures(images=1, size=(224, 224))
     keys: list[torch.Tensor] = []
-    projection = network.layers[-1].attention.k_proj
+    projection = [module for name, module in network.named_modules() if name.endswith("k_proj")][-1]
     handle = projection.register_forward_hook(lambda module, args, output: keys.append(output[0].double()))
     with torch.no_grad():
         network(imagenet(edited))
@@ -311,7 +312,7 @@ def clip_model() -> CLIPModel:
 
 
 @pytest.fixture(scope="module")
-def clip_vision(clip_model: CLIPModel) -> Any:
+def clip_vision(clip_model: Any) -> Any:
     """Its image half as the host's CLIP_VISION."""
     shape = clip_model.config.vision_config.to_dict()
     vision = comfy.clip_vision.ClipVisionModel(
@@ -322,7 +323,7 @@ def clip_vision(clip_model: CLIPModel) -> Any:
     return vision
 
 
-def load_clip(path: Path, clip_model: CLIPModel, projection: bool) -> Any:
+def load_clip(path: Path, clip_model: Any, projection: bool) -> Any:
     """Its text half as the host's CLIP, from a file with or without the projection."""
     names = ("text_model.", "text_projection.") if projection else ("text_model.",)
     weights = {name: weight for name, weight in clip_model.state_dict().items() if name.startswith(names)}
@@ -377,8 +378,8 @@ def test_clip_refusals(host: Host, clip_model: CLIPModel, clip_vision: Any, tmp_
 
 def real_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Source and edited IMAGE of a template that came with ComfyUI."""
-    spec = importlib.util.find_spec("comfyui_workflow_templates_media_image")
-    folder = Path(spec.submodule_search_locations[0]) / "templates"
+    (package,) = importlib.import_module("comfyui_workflow_templates_media_image").__path__
+    folder = Path(package) / "templates"
     images = []
     for number in (2, 1):
         with Image.open(folder / f"{name}-{number}.webp") as image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ def model() -> Any:
 
 
 @contextmanager
-def no_memory(model: Any, call: int, phase: str) -> Iterator[list[weakref.ref]]:
+def no_memory(model: Any, call: int, phase: str) -> Generator[list[weakref.ref]]:
     """The UNet's `call`-th forward runs out of memory, or the `call`-th gradient from its middle; gives what
     was alive then.
     """

@@ -199,8 +199,9 @@ def compiled_first(host: Host) -> Any:
 def compiled(model: Any) -> Any:
     """MODEL as TorchCompileModel makes it, with a backend that takes no time."""
     patched = model.clone()
+    options: Any = {"guard_filter_fn": skip_torch_compile_dict}
     comfy_api.torch_helpers.torch_compile.set_torch_compile_wrapper(
-        model=patched, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict}
+        model=patched, backend="eager", options=options
     )
     return patched
 

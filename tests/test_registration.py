@@ -62,6 +62,7 @@ def test_project_file(host: Host) -> None:
     from comfy_config import config_parser
 
     project = config_parser.extract_node_configuration(str(ROOT))
+    assert project is not None
     assert "comfyui" not in project.project.name.lower()
     assert project.project.dependencies == []
     assert project.project.license.file == "LICENSE"

@@ -5,6 +5,7 @@ Shapes are signed distances in pixels, painted by coverage. An image is a pure f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,10 @@ def _paint(image: np.ndarray, distance: np.ndarray, colour: tuple[float, ...] | 
 
 def _ellipse(cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
     return (np.hypot((_X - cx) / rx, (_Y - cy) / ry) - 1.0) * min(rx, ry)
+
+
+def _array(values: Sequence[float] | Sequence[Sequence[float]]) -> np.ndarray:
+    return np.asarray(values, np.float32)
 
 
 def _polygon(points: np.ndarray) -> np.ndarray:
@@ -122,25 +127,25 @@ def _background(name: str, variant: int) -> np.ndarray:
         return np.broadcast_to(np.asarray(_BACKGROUNDS[name], np.float32), (SIZE, SIZE, 3))
     match name:
         case "sky":
-            image = np.float32([0.30, 0.60, 0.95]) + down * np.float32([0.40, 0.25, 0.03])
+            image = _array([0.30, 0.60, 0.95]) + down * _array([0.40, 0.25, 0.03])
             for cx, cy in ((20.0, 18.0), (84.0, 26.0), (40.0, 112.0), (108.0, 104.0)):
                 cx = (cx + shift) % SIZE
                 for ox, oy, r in ((-9.0, 2.0, 7.0), (0.0, -2.0, 9.0), (9.0, 2.0, 7.0)):
                     _paint(image, np.hypot(_X - cx - ox, _Y - cy - oy) - r, (0.99, 0.99, 1.0))
         case "grass":
-            image = np.float32([0.36, 0.70, 0.22]) - down * np.float32([0.12, 0.18, 0.08])
+            image = _array([0.36, 0.70, 0.22]) - down * _array([0.12, 0.18, 0.08])
             for row in range(5):
                 for column in range(4):
                     cx, cy = (32.0 * column + 16.0 * (row % 2) + 12.0 + shift) % SIZE, 12.0 + 24.0 * row
-                    blade = np.float32([[cx - 4, cy + 6], [cx + 4, cy + 6], [cx, cy - 7]])
+                    blade = _array([[cx - 4, cy + 6], [cx + 4, cy + 6], [cx, cy - 7]])
                     _paint(image, _polygon(blade), (0.16, 0.42, 0.12))
         case "sand":
             ripple = 0.5 + 0.5 * np.sin(
                 (_Y + 3.0 * np.sin((_X + shift) * (2 * np.pi / 64.0))) * (2 * np.pi / 16.0)
             )
-            image = np.float32([0.93, 0.80, 0.52]) - ripple[..., None] * np.float32([0.13, 0.14, 0.15])
+            image = _array([0.93, 0.80, 0.52]) - ripple[..., None] * _array([0.13, 0.14, 0.15])
         case _:
-            image = np.float32([0.05, 0.06, 0.22]) + down * np.float32([0.06, 0.05, 0.16])
+            image = _array([0.05, 0.06, 0.22]) + down * _array([0.06, 0.05, 0.16])
             for cx, cy in (
                 (12, 20),
                 (44, 10),
@@ -211,17 +216,17 @@ def _draw_face(image: np.ndarray, scene: Scene) -> None:
 def _stylised(image: np.ndarray, style: str) -> np.ndarray:
     match style:
         case "sketch":
-            light = image @ np.float32([0.299, 0.587, 0.114])
+            light = image @ _array([0.299, 0.587, 0.114])
             padded = np.pad(light, 1, mode="edge")
             slope = np.hypot(padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1])
-            paper = 0.55 * np.float32([0.97, 0.96, 0.92]) + 0.45 * image
+            paper = 0.55 * _array([0.97, 0.96, 0.92]) + 0.45 * image
             line = np.clip(slope * 2.2 - 0.12, 0.0, 0.85)[..., None]
             return paper * (1.0 - line) + 0.25 * line
         case "negative":
             return 1.0 - image
         case "sepia":
-            grey = (image @ np.float32([0.299, 0.587, 0.114]))[..., None]
-            tinted = np.clip(grey * np.float32([0.85, 0.68, 0.46]) + np.float32([0.13, 0.09, 0.03]), 0, 1)
+            grey = (image @ _array([0.299, 0.587, 0.114]))[..., None]
+            tinted = np.clip(grey * _array([0.85, 0.68, 0.46]) + _array([0.13, 0.09, 0.03]), 0, 1)
             return 0.55 * tinted + 0.45 * image
         case _:
             return image

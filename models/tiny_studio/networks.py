@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import comfy.ops
 import torch
 from comfy.clip_model import CLIPTextModel
@@ -46,11 +48,11 @@ class PixelBlocks(comfy.ops.disable_weight_init.Conv2d):
     channels are slow at full resolution.
     """
 
-    def __init__(self, channels: int, colours: int, *args: int, **kwargs: int) -> None:
+    def __init__(self, channels: int, colours: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(channels, colours * 16, *args, **kwargs)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pixel_shuffle(super().forward(x), 4)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.nn.functional.pixel_shuffle(super().forward(*args, **kwargs), 4)
 
 
 _IMAGE = {
@@ -76,16 +78,21 @@ VAE = {
 LATENT_SCALE = 0.18215  # comfy.latent_formats.SD15
 
 
-def initialise(module: torch.nn.Module) -> torch.nn.Module:
+_Network = TypeVar("_Network", bound=torch.nn.Module)
+# torch's own classes: the host's `reset_parameters` does nothing.
+_LAYERS: tuple[Any, ...] = (
+    torch.nn.Linear,
+    torch.nn.Conv2d,
+    torch.nn.GroupNorm,
+    torch.nn.LayerNorm,
+    torch.nn.Embedding,
+)
+
+
+def initialise(module: _Network) -> _Network:
     """Give every layer torch's default initial values: the host creates its layers empty, for loading."""
     for layer in module.modules():
-        for kind in (
-            torch.nn.Linear,
-            torch.nn.Conv2d,
-            torch.nn.GroupNorm,
-            torch.nn.LayerNorm,
-            torch.nn.Embedding,
-        ):
+        for kind in _LAYERS:
             if isinstance(layer, kind):
                 kind.reset_parameters(layer)
     return module
@@ -109,7 +116,7 @@ def new_unet() -> UNetModel:
     """A UNet whose residual branches start at zero, as SD's do."""
     unet = initialise(UNetModel(**UNET, operations=disable_weight_init))
     _zero(unet, "out_layers.3", "proj_out")
-    _zero(unet.out, "2")
+    _zero(unet.get_submodule("out"), "2")
     return unet
 
 

@@ -179,7 +179,7 @@ def chinese(browser: Browser, site: Site) -> Iterator[Site]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_call(item: pytest.Function) -> Iterator[None]:
     """Keep what the page showed at the end of a test, whether it passed or not."""
     try:
         return (yield)
