@@ -1,11 +1,11 @@
 """Pairs encoded once, on disk: training never needs the VAE and the text encoder beside the UNet.
 
-Each picture and each text has a file of its own, named after its content and its encoder's weights: what
-changes is encoded again and nothing else is, and a caption that many pairs share is encoded once. Files hold
-fp16, which rounds a value by at most 1/2048 of it.
+Each image and each text has a file of its own, named after its content and its encoder's weights. So only
+what changes is encoded again, and a caption that many pairs share is encoded once. Files hold fp16, which
+rounds a value by at most 1/2048 of it.
 
-An index names a data set's files in their order. With it a run reads neither the data nor an encoder; each
-process of a run encodes its shard and writes an index of it, and all of them together are the whole.
+An index lists a data set's files in order. A run that finds it reads neither the data nor an encoder. Each
+process of a run encodes its shard and writes the shard's index; together they are the whole.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 class EncodedPairs:
     """EDIT_PAIRS: each pair's files of latents (as the VAE gives them) and texts, and its latent size.
 
-    files: source, edit, source text, edit text of each. whites: by latent size, a white picture's latent.
-    empty_text: the empty text's file.
+    files: source, edit, source text and edit text of each pair.
+    sizes: (height, width) of each pair's latents.
+    whites: by latent size, the file of a white image's latent.
+    empty_text: the file of the empty text.
     """
 
     folder: Path
@@ -74,17 +76,20 @@ class EncodedPairs:
 def encode_pairs(
     pairs: Iterable[EditPair], vae: Any, clip: Any, folder: Path, report: Callable[[int], None] | None = None
 ) -> EncodedPairs:
-    """Encode what is not in `folder` yet. `report` is told after each pair how many are done.
+    """Encode what is not in `folder` yet.
+
+    report: called after each pair with the number of pairs done.
 
     Raises OSError, naming the folder, if its disk is full: what was encoded until then stays. Raises
-    ValueError for a picture or text that an encoder gives no finite numbers for, naming the pair.
+    ValueError, naming the pair, for an image or text that is encoded to numbers that are not finite.
     """
     vae_mark, clip_mark = _fingerprint(vae.first_stage_model), _fingerprint(clip.cond_stage_model)
 
     def latent(what: str, picture: torch.Tensor) -> tuple[str, Size]:
         name = _name("latent", vae_mark, picture)
         stored = _stored(folder, name, what, lambda: vae.encode(picture[None]))
-        return name, tuple(stored.shape[-2:])
+        height, width = stored.shape[-2:]
+        return name, (height, width)
 
     def embedding(what: str, text: str) -> str:
         name = _name("text", clip_mark, text)
@@ -118,11 +123,14 @@ def encode_shard(
     shard: tuple[int, int] = (0, 1),
     report: Callable[[int], None] | None = None,
 ) -> None:
-    """Encode a shard, (rank, world), of the data's pairs into `folder`, and write its index.
+    """Encode a shard of the data's pairs into `folder`, and write its index.
 
-    encoders: what VAE and text encoder are, such as `file_fingerprint` of their checkpoint. load: gives the
-    VAE and the CLIP. Where the index is there already, or that of all pairs, nothing is read and `load` not
-    called.
+    Where the index is there already, or that of all pairs, nothing is read and `load` is not called.
+
+    encoders: identifies VAE and text encoder, such as by `file_fingerprint` of their checkpoint.
+    load: returns the VAE and the CLIP.
+    shard: (rank, world).
+    report: as of `encode_pairs`.
 
     Raises what `read_pairs` and `encode_pairs` raise.
     """
@@ -145,8 +153,8 @@ def encode_shard(
 def indexed_pairs(data: DataConfig, encoders: str, folder: Path) -> EncodedPairs | None:
     """The encoded pairs, from the indexes of all shards; None if one is missing, or the data has changed.
 
-    However many shards there were, the pairs are in the order of the samples, without the bad ones: a shard's
-    i-th sample is number rank + i * world. Data of the hub without a `revision` counts as unchanged.
+    However many shards there were, the pairs are in the order of the samples, without the bad ones. Data of
+    the hub without a `revision` counts as unchanged.
 
     Raises ValueError if more than 1% of the samples cannot be used.
     """

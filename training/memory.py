@@ -1,11 +1,15 @@
-"""What training takes of memory, so that the host can make room for it.
+"""Memory that training needs, so that the host can make room for it.
 
-Counted is what autograd keeps of a forward that feeds a bridge, as `lab.bench.training` finds it on
-the real modules: of a ResBlock three times its inputs and outputs; of a transformer 32 times its tokens (two
-norms and projections around it, queries, keys, values, attention and gated feed-forward, and the bridge's
-share) and its text's keys and values, and of a checkpointed one its input and what the bridge reads of the
-reference, with one layer that is computed again and is on the way back. On top of it come the weights that
-are no longer what the host keeps: cast to another dtype, or copied because the host streams them.
+Counted is what autograd keeps of a forward with a bridge, as `lab.bench.training` measures it on the real
+modules:
+
+- of a ResBlock, three times its inputs and outputs;
+- of a transformer, 32 times its tokens (norms, projections, queries, keys, values, attention, gated
+  feed-forward and the bridge's part) and its text's keys and values;
+- of a checkpointed layer, its input and what the bridge reads of the reference, and once the largest layer
+  that is computed again, with its gradient.
+
+To this come copies of weights: those cast to another dtype, and those that the host streams.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+from comfy.model_base import BaseModel
 
 from ..models.bridge import AttentionBridge
 from ..models.sites import find_sites
@@ -29,7 +34,7 @@ _LEARNED = 4
 
 
 def training_bytes(
-    model: Any,
+    model: BaseModel,
     bridge: AttentionBridge,
     settings: TrainSettings,
     sizes: Sequence[tuple[int, int]],
@@ -66,7 +71,7 @@ def _kept(unet: torch.nn.Module, size: tuple[int, int], checkpointing: bool) -> 
             inputs += tokens * module.channels
             inside.append(_RESBLOCK * tokens * (module.channels + module.out_channels))
         elif isinstance(module, SpatialTransformer):
-            blocks = module.transformer_blocks
+            blocks: Any = module.transformer_blocks
             width = blocks[0].n_heads * blocks[0].d_head
             inputs += tokens * width * (1 + _BANK * len(blocks))
             inside.append((_TRANSFORMER * tokens + _TEXT) * width * len(blocks))

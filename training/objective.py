@@ -77,7 +77,8 @@ def check_trainable(model: ModelPatcher) -> None:
         raise ValueError(
             f"{family} is a model with pooled text (SDXL), which cannot be trained yet: use SD1.x or SD2.x"
         )
-    sampling, known = model.get_model_object("model_sampling"), comfy.model_sampling
+    known = comfy.model_sampling
+    sampling: Any = model.get_model_object("model_sampling")
     predicts = type(sampling).calculate_denoised
     last = len(getattr(sampling, "sigmas", ())) - 1
     if (

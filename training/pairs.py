@@ -1,10 +1,10 @@
-"""Edit pairs: samples made into pictures of one size and their two descriptions, and batches of them.
+"""Edit pairs: two images of one size with their descriptions, made from samples, and batches of them.
 
-A sample that cannot be used is counted, logged with its name and skipped; more than 1% of them stops.
+A sample that cannot be used is counted, logged with its name and skipped; more than 1% of them stop the run.
 
-A folder holds `name_source.png`, `name_edit.png` and `name.json` with both descriptions, {"source": "what the
-first shows", "edit": "what the second shows"}, for each pair. Pictures may be png, jpg or webp, endings in
-small letters or capitals, and texts in UTF-8, UTF-16 or UTF-32.
+A folder holds for each pair `name_source.png`, `name_edit.png` and `name.json` with both descriptions:
+{"source": "what the first shows", "edit": "what the second shows"}. Images may be png, jpg or webp,
+extensions in lower or upper case, and texts UTF-8, UTF-16 or UTF-32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class EditPair:
-    """source, edit: pictures of one size, [height, width, 3], 0 to 1; and the descriptions of both."""
+    """source, edit: images of one size, [height, width, 3], 0 to 1, and the descriptions of both."""
 
     name: str
     source: torch.Tensor
@@ -50,14 +50,14 @@ class BadPair(ValueError):
 
 
 class Picture(NamedTuple):
-    """A picture that nobody has read yet."""
+    """An image that is not read yet."""
 
     name: str
     open: Callable[[], Image.Image]
 
 
 class Parts(NamedTuple):
-    """What a sample consists of."""
+    """What a sample holds. source_text, edit_text: whatever the data has there."""
 
     source: Picture
     edit: Picture
@@ -66,7 +66,7 @@ class Parts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample before anything of it is decoded. parts: raises BadPair if there is one missing."""
+    """One sample before anything of it is decoded. parts: raises BadPair if one is missing."""
 
     name: str
     parts: Callable[[], Parts]
@@ -75,13 +75,14 @@ class Sample(NamedTuple):
 class Reading:
     """The usable pairs of a shard of the samples, in their order; to be iterated once.
 
-    shard: (rank, world), every world-th sample from the rank-th on; the others' pictures are not decoded.
-    total: how many samples there are, None for a stream. numbers: the places of the pairs so far among all
-    samples. bad: place and problem of those that cannot be used. seen: samples so far, with the others'.
+    shard: (rank, world), every world-th sample from the rank-th on; the others' images are not decoded.
+    total: how many samples there are, None for a stream.
+    numbers: of the pairs so far, their indices among all samples.
+    bad: index and problem of the samples that cannot be used.
+    seen: samples so far, those of other shards too.
 
-    Iterating raises ValueError, naming the first, when more than 1% of all samples and at least two are bad,
-    or all are: of `total` where it is known, else of those seen at the end, and until then of those seen but
-    at least a thousand. A shard knows its own bad ones only: `too_many_bad` judges all shards' together.
+    Iterating raises ValueError, see `too_many_bad`, for the bad samples of this shard: of `total` where it is
+    known, else of those seen at the end, and until then of those seen but at least a thousand.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class Reading:
 
 
 def too_many_bad(where: str, bad: Sequence[tuple[int, str]], samples: int, at_least: int = 0) -> None:
-    """Raises ValueError if more than 1% of the samples, and more than one, or all of them are bad.
+    """Raises ValueError, naming the first, if more than 1% of the samples and at least two are bad, or all.
 
-    at_least: a number of samples to reckon with although fewer have been seen.
+    at_least: count on so many samples although fewer have been seen.
     """
     reckoned = max(samples, at_least)
     if len(bad) > max(1.0, BAD_SHARE * reckoned) or len(bad) == reckoned:

@@ -1,8 +1,10 @@
-"""Where edit pairs come from: a folder, WebDataset shards, or a Hugging Face data set, streamed or not.
+"""Sources of edit pairs: a folder, WebDataset tar files, or whatever the library `datasets` reads.
 
-All three give the same pairs for the same pictures and texts, count bad samples the same way, and can be
-split among processes. Pictures are read by Pillow and texts as UTF-8 or JSON; nothing in the data is
-executed.
+All give the same pairs for the same images and texts, count bad samples the same way, and can be split among
+processes. Images are read by Pillow and texts as UTF-8 or JSON; nothing in the data is executed.
+
+Tar files are read here and not by `datasets`: there one text that is not JSON stops the run, a damaged header
+ends a file without a word, and one damaged file stops all others.
 """
 
 from __future__ import annotations
@@ -33,15 +35,16 @@ TAR_BLOCK = 512
 
 
 def read_pairs(data: DataConfig, shard: tuple[int, int] = (0, 1)) -> Reading:
-    """The usable pairs of a shard, (rank, world): of the samples rank, rank + world, rank + 2 world, ...
+    """The usable pairs of a shard: of the samples rank, rank + world, rank + 2 world, ...
 
-    Every process passes over all samples, but decodes its own pictures only.
+    Every process passes over all samples, but decodes its own images only.
 
-    Iterating raises ValueError when more than 1% of the samples cannot be used (`pairs.Reading` says when) or
-    more than 1% of the shards are damaged. A damaged shard is logged, and read up to the damage: with fewer
-    than a hundred shards the first one stops.
+    shard: (rank, world).
+
     Raises ValueError for data that is not there, and ImportError, with the command that installs it, if a
-    library is missing.
+    library is missing. Iterating raises ValueError when more than 1% of the samples cannot be used (see
+    `pairs.Reading`) or more than 1% of the tar files are damaged. A damaged tar file is logged and read up to
+    the damage: with fewer than a hundred files the first one stops.
     """
     rank, world = shard
     if not 0 <= rank < world:
@@ -51,7 +54,7 @@ def read_pairs(data: DataConfig, shard: tuple[int, int] = (0, 1)) -> Reading:
         case "folder":
             samples: Iterable[Sample] = folder_samples(_folder(data))
         case "webdataset":
-            samples = _shard_samples(_files(data.path), {**SHARD_MEMBERS, **data.columns})
+            samples = _tar_samples(_files(data.path), {**SHARD_MEMBERS, **data.columns})
         case _:
             samples, total = _row_samples(data)
     if isinstance(samples, list):
@@ -63,7 +66,7 @@ def read_pairs(data: DataConfig, shard: tuple[int, int] = (0, 1)) -> Reading:
 
 
 def local_files(data: DataConfig) -> list[Path]:
-    """The files on this machine that the pairs come from; none for a data set of the hub."""
+    """The files on this machine that the pairs come from; empty for a data set of the hub."""
     match data.kind:
         case "folder":
             return sorted(path for path in _folder(data).iterdir() if path.is_file())
@@ -83,7 +86,7 @@ def _folder(data: DataConfig) -> Path:
 
 
 def _files(path: str | Sequence[str]) -> list[Path]:
-    """The files of patterns, in their order."""
+    """The files that patterns name, in their order. Raises ValueError for a pattern that names none."""
     expand = library("braceexpand").braceexpand
     found: list[Path] = []
     missing = []
@@ -99,7 +102,7 @@ def _files(path: str | Sequence[str]) -> list[Path]:
     return found
 
 
-def _shard_samples(shards: Sequence[Path], members: Mapping[str, str]) -> Iterator[Sample]:
+def _tar_samples(shards: Sequence[Path], members: Mapping[str, str]) -> Iterator[Sample]:
     group = library("webdataset.tariterators").group_by_keys
     damaged = 0
     for shard in shards:
@@ -124,8 +127,8 @@ def _shard_samples(shards: Sequence[Path], members: Mapping[str, str]) -> Iterat
 def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
     """The files in an uncompressed tar, unread, as the library's grouping expects them.
 
-    tarfile takes a damaged header for the end of the archive, webdataset's own reader with it: here the end
-    must be there.
+    Raises tarfile.ReadError if the archive does not end as one: tarfile, and webdataset's reader with it,
+    takes a damaged header for the end.
     """
     end = 0
     for member in tar:
