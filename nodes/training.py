@@ -52,14 +52,14 @@ class DescEditEditPairs(io.ComfyNode):
             display_name="Edit Pairs from Folder",
             category=CATEGORY,
             description=(
-                "Reads edit pairs from a folder inside ComfyUI's input folder and encodes them once: for "
-                'each pair name_source.png, name_edit.png and name.json with {"source": text, "edit": text}. '
+                "Reads edit pairs from a folder in ComfyUI's input folder and encodes them once. Each pair "
+                'has name_source.png, name_edit.png and name.json with {"source": text, "edit": text}. '
                 "Encoded pairs stay in the temp folder until ComfyUI restarts."
             ),
             search_aliases=[*ALIASES, "dataset"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The base model's VAE."),
-                io.Clip.Input("clip", tooltip="The base model's text encoder."),
+                io.Vae.Input("vae", tooltip="The VAE of the base model."),
+                io.Clip.Input("clip", tooltip="The text encoder of the base model."),
                 io.String.Input(
                     "folder", default="edit_pairs", tooltip="A folder in ComfyUI's input folder."
                 ),
@@ -69,8 +69,8 @@ class DescEditEditPairs(io.ComfyNode):
                     min=64,
                     max=2048,
                     step=64,
-                    tooltip="Pictures are scaled and cropped to about resolution x resolution pixels, 64 to "
-                    "2048, in the shape nearest to their own from 1:2 to 2:1.",
+                    tooltip="Images are scaled and cropped to about resolution x resolution pixels, 64 to "
+                    "2048, in the nearest aspect ratio from 1:2 to 2:1.",
                 ),
             ],
             outputs=[EditPairsType.Output("pairs")],
@@ -113,27 +113,27 @@ class DescEditTrainBridge(io.ComfyNode):
             display_name="Train Attention Bridge",
             category=CATEGORY,
             description=(
-                "Trains a bridge on edit pairs; the model itself does not change. Whatever stops it, what "
-                "was learned so far is kept as a file in models/attention_bridges."
+                "Trains a bridge on edit pairs. The model itself does not change. If the training stops "
+                "early, for any reason, what was learned so far is saved in models/attention_bridges."
             ),
             search_aliases=["DescriptiveEdit attention bridge training", *ALIASES],
             inputs=[
-                io.Model.Input("model", tooltip="The base model. LoRAs on it are trained with."),
-                BridgeType.Input("bridge", tooltip="Where to begin: a new bridge, or one to train further."),
+                io.Model.Input("model", tooltip="The base model. LoRAs on it are active during training."),
+                BridgeType.Input("bridge", tooltip="The start: a new bridge, or one to train further."),
                 EditPairsType.Input("pairs", tooltip="From Edit Pairs from Folder, with this model's VAE."),
                 io.Int.Input(
                     "steps",
                     default=1000,
                     min=1,
                     max=1_000_000,
-                    tooltip="Optimiser steps, 1 to a million. The authors' run has 100,000.",
+                    tooltip="Optimiser steps, 1 to 1,000,000. The authors train for 100,000.",
                 ),
                 io.Int.Input(
                     "batch",
                     default=default.batch,
                     min=1,
                     max=256,
-                    tooltip="Pairs a forward, 1 to 256. More needs more memory.",
+                    tooltip="Pairs per forward, 1 to 256. More needs more memory.",
                 ),
                 io.Int.Input(
                     "accumulate",
@@ -141,7 +141,7 @@ class DescEditTrainBridge(io.ComfyNode):
                     min=1,
                     max=1024,
                     advanced=True,
-                    tooltip="Forwards a step, 1 to 1024: as if the batch were so many times larger.",
+                    tooltip="Forwards per step, 1 to 1024. Equals a batch that many times larger.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -150,20 +150,20 @@ class DescEditTrainBridge(io.ComfyNode):
                     max=1.0,
                     step=1e-6,
                     round=False,
-                    tooltip="AdamW's learning rate. The paper uses 1e-5; a small run may need more.",
+                    tooltip="Learning rate of AdamW. The paper uses 1e-5; a short run may need more.",
                 ),
                 io.Combo.Input(
                     "dropout",
                     options=list(DROPOUTS),
                     advanced=True,
-                    tooltip="paper: text and image are left out in 5% of the pairs each. release: as in the "
-                    "authors' code. none: never, which leaves dual guidance untrained.",
+                    tooltip="paper: text and image are each dropped in 5% of the pairs. release: as in the "
+                    "authors' code. none: never, so dual guidance is not trained.",
                 ),
                 io.Combo.Input(
                     "dropped_image",
                     options=list(DROPPED_IMAGES),
                     advanced=True,
-                    tooltip="What a pair without image gets: off, no bridge, as in sampling; white, a white "
+                    tooltip="What a pair without image gets. off: no bridge, as in sampling. white: a white "
                     "reference.",
                 ),
                 io.Combo.Input(
@@ -177,27 +177,28 @@ class DescEditTrainBridge(io.ComfyNode):
                     default=default.seed,
                     min=0,
                     max=0xFFFFFFFF,
-                    tooltip="Of the order of pairs and of the noise. The same seed takes the same steps.",
+                    tooltip="Seed of the order of pairs and of the noise. The same seed gives the same "
+                    "steps.",
                 ),
                 io.String.Input(
                     "name",
                     default="trained",
                     advanced=True,
-                    tooltip="If the training is stopped, the bridge so far is kept under this name and the "
-                    "number of its steps: a plain file name, without folder and ending.",
+                    tooltip="If the training stops early, the bridge is saved under this name and its "
+                    "number of steps. A plain file name, without folder and extension.",
                 ),
                 io.Boolean.Input(
                     "checkpointing",
                     default=default.checkpointing,
                     optional=True,
                     advanced=True,
-                    tooltip="Computes layers again for their gradient instead of keeping what they need for "
-                    "it: slower, with much less memory. The result is the same.",
+                    tooltip="Recomputes layers for their gradient instead of storing their activations: "
+                    "slower, with much less memory. Same result.",
                 ),
             ],
             outputs=[
-                BridgeType.Output("bridge", tooltip="The trained bridge; the one that came in is unchanged."),
-                io.Image.Output("plot", tooltip="The loss from the first step to the last, smoothed."),
+                BridgeType.Output("bridge", tooltip="The trained bridge. The input bridge is unchanged."),
+                io.Image.Output("plot", tooltip="The smoothed loss from the first step to the last."),
             ],
         )
 

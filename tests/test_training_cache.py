@@ -231,7 +231,7 @@ def test_numbers_that_are_not_finite(cache: Any, data: Any, tmp_path: Path, stud
             return self._encoder.encode(pixels) * 1e6
 
     folder = tmp_path / "encoded"
-    with pytest.raises(ValueError, match="the source of 000 is encoded to numbers that are not finite"):
+    with pytest.raises(ValueError, match="the encoded source of 000 has values that are not finite"):
         cache.encode_shard(data, "tiny", lambda: (Broken(studio[2], "encode"), studio[1]), folder)
     assert len([path for path in folder.rglob("*") if path.is_file()]) == 1
 

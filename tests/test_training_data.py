@@ -100,7 +100,7 @@ def test_pictures_are_fitted(
         ("sizes", "the source is 64x64 and the edit 96x64"),
         ("tiny", "smaller than 64 pixels"),
         ("broken", "cannot be read"),
-        ("sixteen bits", "has I;16 pixels but must have 8 bits a channel"),
+        ("sixteen bits", "has I;16 pixels but must have 8 bits per channel"),
         ("no text", 'no "source" and "edit" texts'),
         ("empty text", "a description is empty"),
         ("no json", 'no "source" and "edit" texts'),
@@ -243,7 +243,7 @@ def test_animations(host: Host, folder: Path, kind: str) -> None:
     (folder / "a_source.png").unlink()
     first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     first.save(folder / f"a_source.{kind.lower()}", kind, save_all=True, append_images=[second])
-    with pytest.raises(ValueError, match=r"a_source.\w+ is an animation of 2 pictures"):
+    with pytest.raises(ValueError, match=r"a_source.\w+ is an animation of 2 frames"):
         list(host.pack_module("training.pairs").read_folder(folder, 64, 64))
 
 

@@ -1,4 +1,4 @@
-"""`python -m training` and `accelerate launch -m training`, from the pack's own folder: see `command`."""
+"""`python -m training` and `accelerate launch -m training`, from the pack's folder: see `command`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from .inside import ROOT, run_inside
 
 
 def comfyui() -> Path:
-    """The variable COMFYUI_PATH, the ComfyUI whose custom_nodes folder the pack is in, or dev.py's."""
+    """The ComfyUI to use: COMFYUI_PATH, else the one whose custom_nodes folder the pack is in, else
+    dev.py's.
+    """
     named = os.environ.get("COMFYUI_PATH")
     places = [Path(named)] if named else [ROOT.parent.parent, ROOT / ".comfyui" / "ComfyUI"]
     for place in places:

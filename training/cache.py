@@ -1,4 +1,4 @@
-"""Pairs encoded once, on disk: training never needs the VAE and the text encoder beside the UNet.
+"""Caches encoded pairs on disk, so that training never needs the VAE and the text encoder beside the UNet.
 
 Each image and each text has a file of its own, named after its content and its encoder's weights. So only
 what changes is encoded again, and a caption that many pairs share is encoded once. Files hold fp16, which
@@ -34,7 +34,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """EDIT_PAIRS: each pair's files of latents (as the VAE gives them) and texts, and its latent size.
+    """EDIT_PAIRS: the encoded pairs' files and latent sizes.
 
     files: source, edit, source text and edit text of each pair.
     sizes: (height, width) of each pair's latents.
@@ -151,12 +151,12 @@ def encode_shard(
 
 
 def indexed_pairs(data: DataConfig, encoders: str, folder: Path) -> EncodedPairs | None:
-    """The encoded pairs, from the indexes of all shards; None if one is missing, or the data has changed.
+    """The encoded pairs, from the indexes of all shards; None if one is missing or the data has changed.
 
     However many shards there were, the pairs are in the order of the samples, without the bad ones. Data of
     the hub without a `revision` counts as unchanged.
 
-    Raises ValueError if more than 1% of the samples cannot be used.
+    Raises ValueError if too many samples are bad (`pairs.too_many_bad`).
     """
     digest = _index_digest(data, encoders)
     for first in sorted(folder.glob(f"index-{digest}-0-of-*.json")):
@@ -183,7 +183,7 @@ def _merged(where: str, folder: Path, indexes: Sequence[dict[str, Any]]) -> Enco
 
 
 def file_fingerprint(path: Path) -> str:
-    """Of a file's content."""
+    """Fingerprint of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
@@ -192,7 +192,9 @@ def file_fingerprint(path: Path) -> str:
 
 
 def _index_digest(data: DataConfig, encoders: str) -> str:
-    """Of everything that decides which pairs there are: the data's files by name, size and time of change."""
+    """Digest of everything that determines the pairs, such as the data's files by name, size and time of
+    change.
+    """
     stats = ((file.name, file.stat()) for file in local_files(data))
     files = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
     return _digest(json.dumps(asdict(data), sort_keys=True), encoders, *files)
@@ -216,11 +218,13 @@ def _load(path: Path) -> torch.Tensor:
 
 def _stored(folder: Path, name: str, what: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     path = folder / name
-    with contextlib.suppress(FileNotFoundError, safetensors.SafetensorError):  # a damaged one is made again
+    with contextlib.suppress(
+        FileNotFoundError, safetensors.SafetensorError
+    ):  # a damaged file is written again
         return _load(path)
     value = make().to("cpu", torch.float16).contiguous()
     if not value.isfinite().all():
-        raise ValueError(f"the {what} is encoded to numbers that are not finite: run the encoder in fp32")
+        raise ValueError(f"the encoded {what} has values that are not finite: run the encoder in fp32")
     _write(path, safetensors.torch.save({"value": value}))
     return value.float()
 
@@ -239,7 +243,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _fingerprint(module: torch.nn.Module) -> str:
-    """Of a network's weights: all the small ones, which every finetune changes."""
+    """Fingerprint of a network's weights: of all the small ones, which every finetune changes."""
     small = (weight for weight in module.state_dict().values() if weight.numel() <= 4096)
     return _digest(*(weight.float().cpu() for weight in small))
 

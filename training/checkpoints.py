@@ -1,4 +1,6 @@
-"""A run's checkpoints: `step-000123.pt` in a folder. The last few stay; a run continues from the newest."""
+"""Checkpoints of a run: `step-000123.pt` in a folder. The last few are kept; a run continues from the
+newest.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 
 class Checkpoints:
-    """keep: how many of the last ones stay."""
+    """keep: how many of the last ones are kept."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -27,8 +29,9 @@ class Checkpoints:
         ]
 
     def save(self, trainer: Trainer) -> Path:
-        """A checkpoint of now; older ones go only when it is in its place. Raises OSError if it cannot be
-        written.
+        """Save a checkpoint; older ones are deleted only after it is complete.
+
+        Raises OSError if it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{trainer.step:06}.pt"
@@ -40,9 +43,10 @@ class Checkpoints:
         return path
 
     def resume(self, trainer: Trainer) -> Path | None:
-        """Load the newest that can be read; a broken one is skipped with a warning. None if there are none.
+        """Load the newest checkpoint that can be read, skipping broken ones with a warning. None if there are
+        none.
 
-        Raises ValueError if there are some and none can be read, or if it is of another configuration.
+        Raises ValueError if none of them can be read, or if it belongs to another configuration.
         """
         files = self.files()
         for path in files:
@@ -54,7 +58,7 @@ class Checkpoints:
                 return path
         if files:
             raise ValueError(
-                f"none of the {len(files)} checkpoints in {self.folder} can be read: move them away to begin "
-                "anew"
+                f"none of the {len(files)} checkpoints in {self.folder} can be read: move them away to "
+                "start again"
             )
         return None

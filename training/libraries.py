@@ -1,4 +1,4 @@
-"""Libraries that only a training needs: training/requirements.txt lists them."""
+"""Libraries that only training needs; training/requirements.txt lists them."""
 
 from __future__ import annotations
 

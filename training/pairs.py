@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST = 64
 WIDE = "IF"  # first letters of Pillow's modes with more than 8 bits
-ONE_PICTURE = ("MPO",)  # formats whose further pictures are a camera's own, such as a smaller copy
+ONE_PICTURE = ("MPO",)  # formats whose extra images are the camera's, such as a smaller copy
 BAD_SHARE = 0.01
 FIRST_OF_A_STREAM = 1000
 
@@ -73,7 +73,7 @@ class Sample(NamedTuple):
 
 
 class Reading:
-    """The usable pairs of a shard of the samples, in their order; to be iterated once.
+    """The usable pairs of a shard of the samples, in order; can be iterated once.
 
     shard: (rank, world), every world-th sample from the rank-th on; the others' images are not decoded.
     total: how many samples there are, None for a stream.
@@ -147,8 +147,10 @@ def read_folder(folder: Path, resolution: int, step: int) -> Reading:
 def folder_samples(folder: Path) -> list[Sample]:
     """The samples of a folder, by name. Raises ValueError if there are none."""
     files: dict[tuple[str, str], Path] = {}
-    for file in sorted(folder.iterdir()):  # of two that differ in capitals, the ending in small letters
-        if not file.name.startswith("."):  # such as macOS's notes on each file
+    for file in sorted(
+        folder.iterdir()
+    ):  # of two names that differ in case, the one with the lower-case extension
+        if not file.name.startswith("."):  # such as macOS's metadata files
             files[file.stem, file.suffix.lower()] = file
     names = sorted(stem for stem, suffix in files if suffix == ".json")
     if not names:
@@ -174,8 +176,9 @@ def _folder_parts(files: Mapping[tuple[str, str], Path], name: str) -> Parts:
 
 
 def decoded_text(content: bytes) -> str:
-    """Text as editors write it: UTF-8, 16 or 32, with a byte order mark or not. Raises ValueError for another
-    encoding.
+    """Decodes UTF-8, 16 or 32, with or without a byte order mark.
+
+    Raises ValueError for other encodings.
     """
     try:
         return content.decode(json.detect_encoding(content))
@@ -194,7 +197,7 @@ def buckets(resolution: int, step: int) -> list[Size]:
 
 
 def fitted(picture: torch.Tensor, size: Size) -> torch.Tensor:
-    """[height, width, 3] scaled to cover `size` and cropped to it around the middle."""
+    """[height, width, 3], scaled to cover `size` and centre-cropped to it."""
     height, width = picture.shape[:2]
     if (height, width) == size:
         return picture
@@ -219,8 +222,8 @@ def _pair(sample: Sample, sizes: Sequence[Size]) -> EditPair:
 
 
 def _decoded(picture: Picture) -> torch.Tensor:
-    """[height, width, 3], 0 to 1, upright. What is transparent lies on white: no colour is learned that
-    nobody sees.
+    """[height, width, 3], 0 to 1, upright. Transparent areas become white, so that no invisible colour is
+    learned.
     """
     try:
         with picture.open() as file:
@@ -230,22 +233,23 @@ def _decoded(picture: Picture) -> torch.Tensor:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-    except Exception as error:  # Pillow raises nearly anything for broken bytes
+    except Exception as error:  # Pillow raises almost any exception for broken bytes
         raise BadPair(f"{picture.name} cannot be read ({error})") from None
     if mode[0] in WIDE:  # Pillow would clip it
-        raise BadPair(f"{picture.name} has {mode} pixels but must have 8 bits a channel")
+        raise BadPair(f"{picture.name} has {mode} pixels but must have 8 bits per channel")
     if frames > 1:
-        raise BadPair(f"{picture.name} is an animation of {frames} pictures but must be one picture")
+        raise BadPair(f"{picture.name} is an animation of {frames} frames but must be one image")
     if min(pixels.shape[:2]) < SMALLEST:
         raise BadPair(f"{picture.name} is smaller than {SMALLEST} pixels")
     return torch.from_numpy(pixels)
 
 
 def batches(sizes: Sequence[Size], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """An epoch's batches of pair numbers, each of one size, shuffled; the same for the same seed and epoch.
+    """An epoch's batches of pair numbers, each of one image size, shuffled; the same for the same seed and
+    epoch.
 
-    Pairs that do not fill a batch are left out of this epoch, unless a size has fewer than one batch: then
-    some of them come twice.
+    Pairs that do not fill a batch are left out of this epoch. If a size has less than one batch, some of its
+    pairs are repeated.
     """
     rng = np.random.default_rng([seed, epoch])
     found = []

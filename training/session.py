@@ -1,4 +1,4 @@
-"""Training inside a running ComfyUI: on a MODEL that the host manages, with memory that it makes room for."""
+"""Training inside a running ComfyUI, on a MODEL and with memory that the host manages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Settings of a training run that nodes and command share. Wrong ones raise pydantic's ValidationError, which
-is a ValueError and names the setting.
+"""Settings of a training run that nodes and command share.
+
+Invalid ones raise pydantic's ValidationError, which is a ValueError and names the setting.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ class Objective:
     offset_noise: float = Field(
         0.0,
         ge=0,
-        description="Standard deviation of a number added to each channel's noise, for a base that was "
+        description="Standard deviation of an offset added to each channel's noise, for a base that was "
         "trained with it. 0 for none, as in the paper.",
     )
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainSettings:
-    """How a bridge is trained; the defaults are the paper's, where it says."""
+    """How a bridge is trained. The defaults are the paper's where it gives them."""
 
     batch: int = Field(4, ge=1, description="Pairs per forward, from 1.")
     accumulate: int = Field(1, ge=1, description="Forwards per step, from 1.")
@@ -165,6 +166,6 @@ class DataConfig:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name for messages."""
         path = self.path if isinstance(self.path, str) else self.path[0]
         return Path(path).name if self.kind == "folder" else path

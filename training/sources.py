@@ -157,7 +157,7 @@ def _member_parts(found: Mapping[str, Any], members: Mapping[str, str]) -> Parts
 
 
 def _member(found: Mapping[str, Any], extensions: str) -> tuple[str, Callable[[], Any]]:
-    for extension in extensions.lower().split(";"):  # the library's grouping gives them in small letters
+    for extension in extensions.lower().split(";"):  # the library's grouping makes them lower-case
         if extension in found:
             return f"{found['__key__']}.{extension}", found[extension]
     raise BadPair(f"there is no {found['__key__']}.{extensions.split(';')[0]}")

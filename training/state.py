@@ -1,4 +1,4 @@
-"""A training's state: on disk, and the average of its weights."""
+"""Saves and loads a training state, and averages weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ..models.files import replacing
 
 
 class BrokenState(Exception):
-    """A file that is not, or not wholly, a training's state."""
+    """A file that is not a complete training state."""
 
 
 def write_state(path: Path, state: Any) -> None:
-    """Write tensors and plain values. Raises OSError if that fails: what was at `path` is then still
-    there.
+    """Write tensors and plain values.
+
+    Raises OSError if that fails; the old file at `path` is then unchanged.
     """
     try:
         with replacing(path) as part, part.open("wb") as file:
@@ -42,7 +43,7 @@ def read_state(path: Path) -> Any:
 
 
 class MovingAverage:
-    """Exponential moving average of weights, by name. It starts at the weights."""
+    """Exponential moving average of weights, by name, initialised with the weights."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         self.values = {name: weight.detach().clone() for name, weight in weights.items()}

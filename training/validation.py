@@ -1,4 +1,4 @@
-"""Fixed edits during training: what the bridge has learned so far, by the host's sampler, as a picture."""
+"""Samples fixed edits during training and draws them: what the bridge has learned so far."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GAP, TEXT_SIZE, LINES = 8, 13, 5
 
 
 def validation_data(data: DataConfig, settings: ValidationConfig) -> DataConfig:
-    """Where the fixed edits come from: their own folder, or the training data."""
+    """The source of the fixed edits: their own folder, or the training data."""
     if not settings.folder:
         return data
     return replace(data, kind="folder", path=settings.folder, columns={}, limit=0)
@@ -42,8 +42,8 @@ def validation_data(data: DataConfig, settings: ValidationConfig) -> DataConfig:
 class Validation:
     """Fixed edits.
 
-    edits: pictures and texts.
-    pairs: the same, encoded, from its first on.
+    edits: images and texts.
+    pairs: the same, encoded, from the first on.
     """
 
     settings: ValidationConfig
@@ -112,6 +112,6 @@ def sheet(edits: Sequence[EditPair], sampled: Sequence[torch.Tensor], title: str
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """As PNG, beside `path` first and then into place."""
+    """Save as PNG, under a temporary name first."""
     with replacing(path) as part:
         picture.save(part, "PNG")
