@@ -186,9 +186,10 @@ def psnr_outside(edit: Edited) -> float | None:
 def succeeded(edits: Sequence[Edited]) -> list[bool]:
     """Whether the judge reads what should have changed as changed, and everything else as it was."""
     read = judge.load().read(np.stack([edit.edited for edit in edits]))
+    wanted = [edit.pair.target.values for edit in edits if edit.pair is not None]
     return [
-        all(seen.get(name) == value for name, value in edit.pair.target.values.items())
-        for seen, edit in zip(read, edits, strict=True)
+        all(seen.get(name) == value for name, value in values.items())
+        for seen, values in zip(read, wanted, strict=True)
     ]
 
 

@@ -255,8 +255,7 @@ class Server(Client):
 
     def stop(self) -> None:
         """Stop the server and remove its base directory."""
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # closes the pipe, at which the guard ends the server
         shutil.rmtree(self.base, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from ...models.files import replacing
 from ...models.tiny_studio import drawing, networks, scenes, studio, words
 from . import attribute_classifier as judge
 from . import train_diffusion, train_vae
-from .training_tools import resume, save, say
+from .training_tools import load, resume, save, say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio"
 POOL = 24_000
@@ -52,7 +52,7 @@ def encode_pool(work: Path, pictures: np.ndarray) -> None:
     if (work / "latents.pt").exists():
         return
     vae = networks.new_vae()
-    vae.load_state_dict(resume(work / "vae.pt")["average"])
+    vae.load_state_dict(load(work / "vae.pt")["average"])
     latents = torch.empty(len(pictures), 4, 16, 16)
     for start in range(0, len(pictures), 50):
         image = torch.from_numpy(pictures[start : start + 50]).permute(0, 3, 1, 2) / 127.5 - 1.0
@@ -70,7 +70,7 @@ def packed_vae(work: Path) -> dict[str, torch.Tensor]:
     host's SD1.5 latent scale gives unit variance. The log-variance, which nothing here uses, is set to
     that of a sharp code.
     """
-    state = dict(resume(work / "vae.pt")["average"])
+    state = dict(load(work / "vae.pt")["average"])
     if better := resume(work / "refine.pt"):
         state = dict(better["average"])
     stored = torch.load(work / "latents.pt", weights_only=True)
@@ -87,7 +87,7 @@ def packed_vae(work: Path) -> dict[str, torch.Tensor]:
 
 def pack(work: Path, path: Path = studio.FILE) -> None:
     """All networks as float16 in one file, and the judge in another."""
-    average = resume(work / "diffusion.pt")["average"]
+    average = load(work / "diffusion.pt")["average"]
     state = {f"vae.{k}": v for k, v in packed_vae(work).items()}
     state |= {k: v for k, v in average.items() if k.startswith("unet.")}
     state |= {k: v for k, v in average.items() if k.startswith("text.")}
@@ -99,7 +99,7 @@ def pack(work: Path, path: Path = studio.FILE) -> None:
     state["text.tokens"] = torch.tensor(words.vocabulary())
     for target, tensors in ((path, state), (judge.FILE, None)):
         if tensors is None:
-            tensors = {k: v.contiguous() for k, v in resume(work / "judge.pt")["model"].items()}
+            tensors = {k: v.contiguous() for k, v in load(work / "judge.pt")["model"].items()}
         with replacing(target) as part:
             safetensors.torch.save_file(tensors, part)
         say(f"wrote {target.name}, {target.stat().st_size / 1e6:.1f} MB")

@@ -43,8 +43,8 @@ class TextAndUNet(torch.nn.Module):
         torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.3)
         for layer in self.text.text_model.encoder.layers:
             # The host adds to its hidden state in place, which a layer's saved input must not see.
-            for norm in (layer.layer_norm1, layer.layer_norm2):
-                norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+            for norm in ("layer_norm1", "layer_norm2"):
+                layer.get_submodule(norm).register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
         self.table = torch.nn.Parameter(torch.randn(len(vocabulary), networks.TEXT["hidden_size"]))
 
     def context(self, rows: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def train(
         model.load_state_dict(state["model"])
         average.values, step = state["average"], state["step"]
         optimiser.load_state_dict(state["optimiser"])
-    alpha_bar = 1 / (ModelSamplingDiscrete().sigmas.float() ** 2 + 1)
+    alpha_bar = 1 / (ModelSamplingDiscrete().get_buffer("sigmas").float() ** 2 + 1)
     rng = np.random.default_rng(2000 + step)
     torch.manual_seed(2000 + step)
     begin = saved = time.time()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -17,7 +18,7 @@ import torch
 from ...models.files import replacing
 from ...models.tiny_studio import networks, scenes, studio
 from . import train_diffusion
-from .training_tools import resume, save, say
+from .training_tools import load, save, say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "two"
 POOL = 20_000
@@ -35,7 +36,7 @@ def encode_pool(path: Path, pool: list[scenes.Scene], start: Path) -> None:
     """The scenes' latents under the packed studio's VAE, as the UNet sees them."""
     if path.exists():
         return
-    vae = studio.load_vae(start).first_stage_model
+    vae: Any = studio.load_vae(start).first_stage_model
     latents = torch.empty(len(pool), 4, 16, 16, dtype=torch.float16)
     for first in range(0, len(pool), 50):
         image = torch.from_numpy(np.stack([scene.draw() for scene in pool[first : first + 50]]))
@@ -54,7 +55,7 @@ def rate(step: int, steps: int) -> float:
 
 def pack(work: Path, start: Path, path: Path) -> None:
     """The averaged weights beside the VAE of `start`, as float16 in one file."""
-    average = resume(work / "diffusion.pt")["average"]
+    average = load(work / "diffusion.pt")["average"]
     state = safetensors.torch.load_file(start)
     for name in state:
         if not name.startswith("vae.") and name != "text.tokens":

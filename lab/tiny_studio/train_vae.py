@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from comfy.ldm.models.autoencoder import AutoencoderKL
 
 from ...models.tiny_studio import drawing, networks
-from .training_tools import Average, Optimiser, learning_rate, resume, save, say
+from .training_tools import Average, Optimiser, learning_rate, load, resume, save, say
 
 CROP, BATCH = 64, 8
 LATENT_NOISE = 0.1
@@ -35,7 +36,7 @@ def crops(pictures: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(batch).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-def _latent(vae: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+def _latent(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
     return vae.quant_conv(vae.encoder(image)).chunk(2, dim=1)[0].float()
 
 
@@ -53,12 +54,12 @@ def train(work: Path, pictures: np.ndarray, steps: int, refine: bool = False) ->
         average.values = state["average"]
         optimiser.load_state_dict(state["optimisers"])
     elif refine:
-        average.values = resume(work / "vae.pt")["average"]
+        average.values = load(work / "vae.pt")["average"]
         vae.load_state_dict(average.values)
     known = None
     if refine:
         known = networks.new_vae().requires_grad_(False)
-        known.load_state_dict(resume(work / "vae.pt")["average"])
+        known.load_state_dict(load(work / "vae.pt")["average"])
     rng = np.random.default_rng(1000 + step)
     begin = saved = time.time()
     first = step

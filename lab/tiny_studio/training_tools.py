@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,8 +25,13 @@ def save(path: Path, value: dict) -> None:
         torch.save(value, part)
 
 
-def resume(path: Path) -> dict | None:
-    return torch.load(path, weights_only=True) if path.exists() else None
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def resume(path: Path) -> dict[str, Any] | None:
+    """The checkpoint, None if there is none."""
+    return load(path) if path.exists() else None
 
 
 def learning_rate(step: int, steps: int, warm: int = 100) -> float:
@@ -75,6 +81,7 @@ class Optimiser:
         hold.
         """
         for view, parameter in zip(self.views, self.inner, strict=True):
+            assert parameter.grad is not None
             view.grad = parameter.grad.view_as(view)
         for part, peak in zip(self.parts, self.peaks, strict=True):
             part.param_groups[0]["lr"] = peak * share

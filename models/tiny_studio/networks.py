@@ -29,7 +29,7 @@ UNET = {
     "use_linear_in_transformer": False,
     "legacy": False,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 128,
     "intermediate_size": 256,

@@ -94,7 +94,7 @@ def load_clip(path: Path = FILE) -> comfy.sd.CLIP:
     """The text encoder. Words outside the training have a zero embedding, so they have no effect."""
     state = _part(path, "text.")
     rows, table = state.pop("tokens"), state.pop("table")
-    full = torch.zeros(int(networks.TEXT["vocab_size"]), table.shape[1], dtype=table.dtype)
+    full = torch.zeros(networks.TEXT["vocab_size"], table.shape[1], dtype=table.dtype)
     full[rows] = table
     state["text_model.embeddings.token_embedding.weight"] = full
     parameters = comfy.utils.calculate_parameters(state)
