@@ -16,7 +16,7 @@ from bridge_edit import apply_bridge, half_mask, layouts, random_bridge, sample
 from host import Host, device
 from memory_modes import MODES
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-7}
 BOTH = ("resident", "streamed")
 # How a weight [4, 4] meets an activation [4, 4] in the layers of the host and of other packs.
 FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

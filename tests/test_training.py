@@ -64,7 +64,7 @@ def encoded(training: Any, folder: Path, pairs: int = 5) -> Any:
     files, sizes = [], []
     for number in range(pairs):
         size = (16, 16) if number < 3 else (8, 24)
-        shapes = dict.fromkeys(("source", "edit"), (1, 4, *size))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("source", "edit"), (1, 4, *size))
         shapes |= dict.fromkeys(("source_text", "edit_text"), (1, TOKENS, WIDTH))
         files.append(
             tuple(

@@ -284,7 +284,7 @@ def test_encoded_once(host: Host, folder: Path, studio: Any) -> None:
         assert found.source.shape == found.edit.shape == (2, 4, 8, 8)
         with Image.open(folder / "a_source.png") as file:
             source = torch.from_numpy(np.asarray(file, np.float32) / 255)
-        fp16 = {"rtol": 1 / 2048, "atol": 1e-6}
+        fp16: dict[str, Any] = {"rtol": 1 / 2048, "atol": 1e-6}
         torch.testing.assert_close(found.source[:1], 0.18215 * vae.encode(source[None]), **fp16)
         text = clip.encode_from_tokens(clip.tokenize("a large blue circle"), return_pooled=False)
         torch.testing.assert_close(found.edit_text[:1], text, **fp16)

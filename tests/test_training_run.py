@@ -93,7 +93,7 @@ def test_what_a_run_leaves(host: Host, training: Any, tmp_path: Path, data: Path
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    changes = {"validation__every": 3, "validation__steps": 1, "validation__count": 2}
+    changes: dict[str, Any] = {"validation__every": 3, "validation__steps": 1, "validation__count": 2}
     run = make_run(training, tmp_path, data, logging__tensorboard=True, train__precision="bf16", **changes)
     before = {name: weight.clone() for name, weight in run.model.model.state_dict().items()}
     assert run.train()
@@ -124,7 +124,7 @@ def test_validation_shows_the_edit(training: Any, tmp_path: Path, data: Path) ->
     """Protects: the picture has the source, the target and a sampled picture side by side, from a folder of
     its own where one is named, and the sampled one follows the bridge's weights and nothing else.
     """
-    changes = {"validation__every": 1, "validation__steps": 2, "validation__count": 1}
+    changes: dict[str, Any] = {"validation__every": 1, "validation__steps": 2, "validation__count": 1}
     run = make_run(training, tmp_path, data, validation__folder=str(data / "pairs"), **changes)
     first, again = (
         np.asarray(run.validation.picture(run.trainer, run.model, run.base)).astype(int) for _ in range(2)

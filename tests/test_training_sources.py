@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.config
 import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import webdataset
 import yaml
 from host import Host
 from PIL import Image
+from webdataset.writer import TarWriter
 
 KINDS = ("folder", "webdataset", "huggingface")
 SIZE = 64
@@ -55,14 +56,14 @@ def draw(count: int, size: tuple[int, int] = (SIZE, SIZE)) -> list[Drawn]:
     rng = np.random.default_rng(5)
     found = []
     for number in range(count):
-        arrays = tuple(rng.integers(0, 256, (size[1], size[0], 3), np.uint8) for _ in range(2))
+        first, second = (rng.integers(0, 256, (size[1], size[0], 3), np.uint8) for _ in range(2))
         files = []
-        for array in arrays:
+        for array in (first, second):
             file = io.BytesIO()
             Image.fromarray(array).save(file, "png")
             files.append(file.getvalue())
         texts = [f"a red circle, number {number}", f"a blüe circle, number {number}"]
-        found.append(Drawn(f"pair{number:04d}", arrays, files, texts))
+        found.append(Drawn(f"pair{number:04d}", (first, second), files, texts))
     return found
 
 
@@ -79,7 +80,7 @@ def write(kind: str, folder: Path, samples: list[Drawn], per_shard: int = 3) -> 
     if kind == "webdataset":
         shards = range(0, len(samples), per_shard)
         for number, first in enumerate(shards):
-            with webdataset.TarWriter(str(folder / f"{number:03d}.tar")) as shard:
+            with TarWriter(str(folder / f"{number:03d}.tar")) as shard:
                 for sample in samples[first : first + per_shard]:
                     texts = dict(zip(("source", "edit"), sample.texts, strict=True))
                     names = {"source.png": sample.files[0], "edit.png": sample.files[1], "json": texts}
@@ -309,7 +310,7 @@ def test_a_damaged_shard_of_many(sources: Any, tmp_path: Path, caplog: pytest.Lo
 def test_members_of_shards(sources: Any, tmp_path: Path) -> None:
     """Protects: `columns` says which members of a shard are what, with alternatives and texts apart."""
     samples = draw(2)
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as shard:
+    with TarWriter(str(tmp_path / "a.tar")) as shard:
         for sample, first in zip(samples, ("before.png", "before.webp"), strict=True):
             members = {first: sample.files[0], "after.png": sample.files[1], "old.txt": sample.texts[0]}
             shard.write({"__key__": f"deep/{sample.name}", **members, "more.json": {"new": sample.texts[1]}})
