@@ -1,11 +1,12 @@
 """The attention bridge's learned parameters (DescriptiveEdit, arXiv 2508.20505).
 
-At every site: LoRA updates of the self-attention's q, k, v and output projections, and a Linear that fuses
+At every layer: LoRA updates of the self-attention's q, k, v and output projections, and a Linear that fuses
 what the reference gave into the picture. The frozen projections themselves stay in the host's UNet.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,11 @@ import comfy.model_patcher
 import torch
 
 from .operations import manual_cast
-from .sites import Site, SiteKey
 
 DIRECTIONS = ("edit_queries", "reference_queries")
 FUSIONS = ("linear", "add", "replace")
 PROJECTIONS = ("q", "k", "v", "out")
+_KEY = re.compile(r"(input|middle|output|[a-z]+_block)\.\d+\.\d+")
 
 
 def _described(default: Any, description: str) -> Any:
@@ -66,7 +67,7 @@ class BridgeOptions:
 @dataclass(frozen=True)
 class _Base:
     base: str
-    widths: Mapping[SiteKey, int]
+    widths: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class BridgeSettings(BridgeOptions, _Base):
     """What a bridge is, apart from its weights: its base, then the options.
 
     base: the host's name of the model family that it belongs to, such as `SD15`.
-    widths: channels at every site.
+    widths: channels of a token at every layer, by the layer's key, such as `output.3.0`.
 
     Raises ValueError for values that no bridge has.
     """
@@ -82,15 +83,18 @@ class BridgeSettings(BridgeOptions, _Base):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.widths:
-            raise ValueError("a bridge needs at least one site")
+            raise ValueError("a bridge needs at least one layer")
+        for key in self.widths:
+            if not _KEY.fullmatch(key):
+                raise ValueError(f"a layer is called {key!r} but must be called as in output.3.0")
 
     def shape(self) -> str:
         """The base's shape in a line, for messages."""
         counts: dict[int, int] = {}
         for width in self.widths.values():
             counts[width] = counts.get(width, 0) + 1
-        sites = ", ".join(f"{count} of width {width}" for width, count in sorted(counts.items()))
-        return f"{self.base} with {len(self.widths)} sites ({sites})"
+        layers = ", ".join(f"{count} of width {width}" for width, count in sorted(counts.items()))
+        return f"{self.base} with {len(self.widths)} layers ({layers})"
 
 
 class LowRank(torch.nn.Module):
@@ -106,8 +110,8 @@ class LowRank(torch.nn.Module):
         return self.up(self.down(x)) * self.scale
 
 
-class SiteBridge(torch.nn.Module):
-    """One site's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`."""
+class LayerBridge(torch.nn.Module):
+    """One layer's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`."""
 
     def __init__(self, width: int, settings: BridgeSettings, **placed: Any) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class SiteBridge(torch.nn.Module):
 
 
 class AttentionBridge(torch.nn.Module):
-    """All sites. The state dict's names are the bridge file's, with `.weight` behind them.
+    """All layers. The state dict's names are the bridge file's, with `.weight` behind them.
 
     The weights are there from the start, of this dtype and on this device, but without values: call `reset`
     or load a state dict.
@@ -132,17 +136,18 @@ class AttentionBridge(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        for (block, number, depth), width in settings.widths.items():
-            parent = self
-            for name in (block, str(number)):
+        for key, width in settings.widths.items():
+            parent: torch.nn.Module = self
+            *outer, last = key.split(".")
+            for name in outer:
                 if name not in parent._modules:
                     parent.add_module(name, torch.nn.Module())
-                parent = parent._modules[name]
-            site = SiteBridge(width, settings, dtype=dtype, device=device)
-            parent.add_module(str(depth), site)
+                parent = parent.get_submodule(name)
+            parent.add_module(last, LayerBridge(width, settings, dtype=dtype, device=device))
 
-    def site(self, key: SiteKey) -> SiteBridge:
-        return self.get_submodule(".".join(map(str, key)))
+    def layer(self, key: str) -> LayerBridge:
+        """The parameters at a layer."""
+        return self.get_submodule(key)
 
     @torch.no_grad()
     def reset(self, seed: int = 0) -> AttentionBridge:
@@ -157,10 +162,6 @@ class AttentionBridge(torch.nn.Module):
             else:
                 weight.zero_()
         return self
-
-
-def widths_of(sites: tuple[Site, ...]) -> dict[SiteKey, int]:
-    return {site.key: site.width for site in sites}
 
 
 def manage(bridge: AttentionBridge) -> comfy.model_patcher.ModelPatcher:

@@ -21,7 +21,6 @@ import torch
 
 from .bridge import AttentionBridge, BridgeSettings, manage
 from .files import replacing
-from .sites import SiteKey
 
 FORMAT, VERSION = "attention-bridge", "1"
 Tensors = dict[str, torch.Tensor]
@@ -56,7 +55,7 @@ def save_bridge(bridge: AttentionBridge, path: Path) -> None:
         "direction": settings.direction,
         "fusion": settings.fusion,
         "reference_self_bridge": str(settings.reference_self_bridge).lower(),
-        "sites": ",".join(".".join(map(str, key)) for key in settings.widths),
+        "layers": ",".join(settings.widths),
     }
     tensors = {
         name.removesuffix(".weight"): weight.detach().contiguous().cpu()
@@ -133,9 +132,9 @@ def _settings(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Brid
             f"version {VERSION}: update the pack"
         )
     try:
-        keys = [_key(name) for name in metadata["sites"].split(",")]
-        # q.up is [width, rank]; a site without it is found by the check of all names.
-        widths = {key: len(tensors.get(_tensor(key, "q.up"), ())) or 1 for key in keys}
+        layers = metadata.get("sites") or metadata["layers"]  # `sites` in the first files
+        # q.up is [width, rank]; a layer without it is found by the check of all names.
+        widths = {key: len(tensors.get(f"{key}.q.up", ())) or 1 for key in layers.split(",")}
         return BridgeSettings(
             base=metadata["base"],
             widths=widths,
@@ -148,15 +147,6 @@ def _settings(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Brid
     except (KeyError, ValueError) as error:
         reason = f"no or wrong entry {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path.name} is an attention bridge with damaged metadata: {reason}") from None
-
-
-def _key(name: str) -> SiteKey:
-    block, number, depth = name.split(".")
-    return block, int(number), int(depth)
-
-
-def _tensor(key: SiteKey, part: str) -> str:
-    return ".".join((*map(str, key), part))
 
 
 def _check(path: Path, tensors: Tensors, shapes: Mapping[str, torch.Size]) -> None:
@@ -229,8 +219,8 @@ def _read_release(path: Path, names: Sequence[str]) -> tuple[BridgeSettings, Ten
     found |= _release_tensors(path, _read(fuse, _fuse_names(both)))
     if fuse != lora:
         _check_same(path, fuse, found, _release_tensors(path, _read(fuse, _lora_names(both))))
-    keys = sorted({_key(name.rpartition(".fuse")[0]) for name in found if name.endswith(".fuse")})
-    widths = {key: len(found[_tensor(key, "fuse")]) for key in keys}
+    fuses = sorted((name for name in found if name.endswith(".fuse")), key=_natural)
+    widths = {name.removesuffix(".fuse"): len(found[name]) for name in fuses}
     ranks = {len(weight) for name, weight in found.items() if name.endswith(".down")}
     if len(ranks) != 1:
         raise ValueError(f"{path.name}: the LoRA weights have ranks {sorted(ranks)}, not one")
@@ -253,12 +243,17 @@ def _release_tensors(path: Path, tensors: Tensors) -> Tensors:
             raise ValueError(f"{path.name}: {name} belongs to no self-attention of SD1.5")
         block, number, *_ = inner.split(".")
         depth = match[1].rpartition(".")[2]
-        key = (block.partition("_")[0], 0 if block == "middle_block" else int(number), int(depth))
+        key = f"{block.partition('_')[0]}.{0 if block == 'middle_block' else number}.{depth}"
         part = f"{lora[3]}.{'down' if lora[4] in ('A', 'down') else 'up'}" if lora else "fuse"
-        if _tensor(key, part) in found:
+        if f"{key}.{part}" in found:
             raise ValueError(f"{path.name}: {name} is there a second time: keep one LoRA in the file")
-        found[_tensor(key, part)] = weight
+        found[f"{key}.{part}"] = weight
     return found
+
+
+def _natural(name: str) -> list[str]:
+    """To sort names by the numbers in them: output.3 before output.10."""
+    return [part.zfill(3) for part in name.split(".")]
 
 
 def _only(path: Path, candidates: Iterable[Path], fits: Callable[[list[str]], Any], what: str) -> Path:

@@ -9,9 +9,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, new_bridge, widths_of
+from ..models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, new_bridge
 from ..models.bridge_file import files_of, load_bridge, save_bridge
-from ..models.sites import find_sites
+from ..patches.attention.networks import network_of
 from ..patches.bridge.apply import apply_bridge
 from ..patches.bridge.run import BridgeSetup
 from ..patches.host.inputs import samples_of
@@ -149,11 +149,9 @@ class DescEditNewBridge(io.ComfyNode):
     def execute(
         cls, model: Any, rank: int, alpha: float, direction: str, fusion: str, reference_self_bridge: bool
     ) -> io.NodeOutput:
-        sites = find_sites(model.model.diffusion_model)
+        widths = network_of(model.model.diffusion_model).widths
         base = type(model.model.model_config).__name__
-        settings = BridgeSettings(
-            base, widths_of(sites), rank, alpha, direction, fusion, reference_self_bridge
-        )
+        settings = BridgeSettings(base, widths, rank, alpha, direction, fusion, reference_self_bridge)
         return io.NodeOutput(new_bridge(settings))
 
 

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 from einops import rearrange
 
-from ..patches.attention.maps import Place, look, paint
+from ..patches.attention.maps import LatentSource, capture_attention, overlay
 from ..patches.host.inputs import read_images, samples_of
 from ..patches.inversion import Inversion
 from ..patches.unify.tokens import EditTokens
@@ -19,7 +19,7 @@ CATEGORY = "descriptive edit/evaluation"
 
 
 class DescEditAttentionMaps(io.ComfyNode):
-    """Node: `patches.attention.maps.look`."""
+    """Node: `patches.attention.maps.capture_attention`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -132,17 +132,17 @@ class DescEditAttentionMaps(io.ComfyNode):
     ) -> io.NodeOutput:
         image = None if image is None else read_images("image", image)
         samples = None if latent is None else samples_of("latent", latent)
-        place = Place(percent, samples, inversion, seed)
-        view = look(model, conditioning, edit_tokens, place, word_side, structure_side)
-        rows = len(view.structure)
+        source = LatentSource(percent, samples, inversion, seed)
+        maps = capture_attention(model, conditioning, edit_tokens, source, word_side, structure_side)
+        rows = len(maps.structure)
         if image is not None and len(image) not in (1, rows):
             raise ValueError(f"image has {len(image)} images but {rows} are looked at: give one, or {rows}")
         shown = [] if image is None else [("image", image)]
-        for word, maps in view.words.items():
-            below = maps.new_zeros(1, *_size(maps, side), 3) if image is None else image
-            shown.append((word, paint(maps, below)))
-        structure = rearrange(view.structure, "b h w c -> b c h w")
-        structure = torch.nn.functional.interpolate(structure, _size(view.structure, side), mode="nearest")
+        for word, found in maps.words.items():
+            below = found.new_zeros(1, *_size(found, side), 3) if image is None else image
+            shown.append((word, overlay(found, below)))
+        structure = rearrange(maps.structure, "b h w c -> b c h w")
+        structure = torch.nn.functional.interpolate(structure, _size(maps.structure, side), mode="nearest")
         return io.NodeOutput(draw_sheet(shown, side), rearrange(structure, "b c h w -> b h w c"))
 
 

@@ -11,7 +11,7 @@ import latent_preview
 import torch
 from comfy.utils import model_trange
 
-from ..models.sites import find_sites
+from .attention.networks import network_of
 from .host.identity import ModelIdentity
 from .host.inputs import read_samples
 from .host.network_runs import NetworkRuns, refuse_cached_steps
@@ -145,7 +145,7 @@ def invert_virtually(
 
 def _checked(model: Any, samples: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The latent, and `sigmas` on the CPU; raises ValueError for what cannot be inverted."""
-    find_sites(model.model.diffusion_model)
+    network_of(model.model.diffusion_model)
     samples = read_samples("latent", samples, model)
     if torch.count_nonzero(samples) == 0:
         raise ValueError("latent is empty: encode the image to edit with VAEEncode")

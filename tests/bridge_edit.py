@@ -12,7 +12,7 @@ import torch
 from host import Host
 
 STEPS = 3
-SITES = 10
+LAYERS = 10
 LAYOUTS = (
     "plain",
     "three images",

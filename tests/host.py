@@ -133,6 +133,11 @@ class Host:
         """A module of the loaded pack, such as `patches.unify`."""
         return importlib.import_module(f".{name}", self.pack.__name__)
 
+    def network(self, model: Any) -> Any:
+        """A MODEL's network as the pack's methods see it."""
+        networks = self.pack_module("patches.attention.networks")
+        return networks.network_of(model.model.diffusion_model)
+
     def node_ids(self) -> list[str]:
         """The ids of the nodes that came from the pack."""
         wanted = f"custom_nodes.{server.PACK_FOLDER}"

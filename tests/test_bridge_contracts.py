@@ -213,7 +213,10 @@ class _Watched:
         if run is not None:
             self.kept += [weakref.ref(run)]
             self.kept += [
-                weakref.ref(item) for kept in run.bank.kept.values() for item in kept if torch.is_tensor(item)
+                weakref.ref(item)
+                for kept in run.cache.features.values()
+                for item in kept
+                if torch.is_tensor(item)
             ]
             if self.then is not None:
                 self.then()
@@ -230,7 +233,7 @@ def _fail() -> None:
 
 
 @pytest.mark.parametrize("end", ["whole", "interrupt", "error"])
-def test_the_bank_is_freed(host: Host, model: Any, bridge: Any, end: str) -> None:
+def test_the_cache_is_freed(host: Host, model: Any, bridge: Any, end: str) -> None:
     """Protects: nothing that a run keeps outlives it, however it ends; the next run gives the same bits."""
     patched = apply_bridge(host, model, bridge, REFERENCE)
     expected = sample(host, patched)
@@ -246,14 +249,14 @@ def test_the_bank_is_freed(host: Host, model: Any, bridge: Any, end: str) -> Non
         stopped = True
     alive = watched.close()
     assert stopped == (end != "whole")
-    assert len(watched.kept) > bridge_edit.SITES
+    assert len(watched.kept) > bridge_edit.LAYERS
     assert alive == []
     assert torch.equal(sample(host, patched), expected)
 
 
 def test_memory_is_asked_for(host: Host, model: Any, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects: the host's memory estimate grows by at least what the bank holds, and the bridge is among the
-    models that it loads.
+    """Protects: the host's memory estimate grows by at least what the cache holds, and the bridge is one of
+    the models that it loads.
     """
     asked: list[tuple[float, list[str]]] = []
     real = comfy.model_management.load_models_gpu
@@ -268,8 +271,8 @@ def test_memory_is_asked_for(host: Host, model: Any, bridge: Any, monkeypatch: p
         sample(host, which, steps=1)
     (plain, _), (bridged, loaded) = asked
     numbers = 0
-    for side, width, sites in ((16, 32, 3), (8, 64, 3), (4, 64, 4)):
-        numbers += sites * (2 * side * side * width + width * width)
+    for side, width, layers in ((16, 32, 3), (8, 64, 3), (4, 64, 4)):
+        numbers += layers * (2 * side * side * width + width * width)
     assert bridged - plain >= 4 * numbers
     assert "AttentionBridge" in loaded
 

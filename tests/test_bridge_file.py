@@ -14,10 +14,10 @@ import safetensors
 import safetensors.torch
 import small_models
 import torch
-from bridge_edit import SITES, random_bridge
+from bridge_edit import LAYERS, random_bridge
 from host import Host
 
-SD15_SITES = [
+SD15_LAYERS = [
     *(("input", number, 320) for number in (1, 2)),
     *(("input", number, 640) for number in (4, 5)),
     *(("input", number, 1280) for number in (7, 8)),
@@ -77,13 +77,13 @@ def test_round_trip(host: Host, model: Any, folder: Path, inputs: dict, parts: i
         assert torch.equal(weight, other), key
     with safetensors.safe_open(folder / name, "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
-    assert len(names) == SITES * parts
+    assert len(names) == LAYERS * parts
     assert "output.3.0.out.up" in names
     assert ("middle.0.0.fuse" in names) == (parts == 9)
     assert metadata["format"] == "attention-bridge"
     assert metadata["base"] == "_SmallSD15"
     assert (metadata["rank"], metadata["alpha"], metadata["version"]) == ("4", "8.0", "1")
-    assert metadata["sites"].split(",")[0] == "input.1.0"
+    assert metadata["layers"].split(",")[0] == "input.1.0"
 
 
 def test_a_file_in_half_precision(host: Host, model: Any, folder: Path) -> None:
@@ -97,14 +97,12 @@ def test_a_file_in_half_precision(host: Host, model: Any, folder: Path) -> None:
 
 
 def test_sd15_counts(host: Host) -> None:
-    """Protects: for SD1.5 at rank 64 a bridge has 16 sites and 18,780,160 learned parameters."""
-    bridges, sites = host.pack_module("models.bridge"), host.pack_module("models.sites")
+    """Protects: for SD1.5 at rank 64 a bridge has 16 layers and 18,780,160 learned parameters."""
+    bridges, networks = host.pack_module("models.bridge"), host.pack_module("patches.attention.networks")
     with torch.device("meta"):
-        unet = full_width_unet()
-        found = sites.find_sites(unet)
-        settings = bridges.BridgeSettings("SD15", bridges.widths_of(found))
-        bridge = bridges.AttentionBridge(settings)
-    assert [(site.key[0], site.key[1], site.width) for site in found] == SD15_SITES
+        widths = networks.network_of(full_width_unet()).widths
+        bridge = bridges.AttentionBridge(bridges.BridgeSettings("SD15", widths))
+    assert list(widths.items()) == [(f"{block}.{number}.0", width) for block, number, width in SD15_LAYERS]
     assert sum(weight.numel() for weight in bridge.parameters()) == 18_780_160
 
 
@@ -144,7 +142,7 @@ def write_release(folder: Path, down: str, up: str, rank: int = 2) -> dict[str, 
     """The authors' two files with random weights; returns what a bridge must hold, by this pack's names."""
     generator = torch.Generator().manual_seed(0)
     lora, fuse, expected = {}, {}, {}
-    for block, number, width in SD15_SITES:
+    for block, number, width in SD15_LAYERS:
         place = f"{DIFFUSERS[block](number)}.transformer_blocks.0"
         for name, projection in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
             for part, ending, shape in (("down", down, (rank, width)), ("up", up, (width, rank))):
@@ -163,7 +161,7 @@ def write_release(folder: Path, down: str, up: str, rank: int = 2) -> dict[str, 
 
 @pytest.mark.parametrize(("down", "up"), [("lora_A", "lora_B"), ("lora.down", "lora.up")])
 def test_release_layout(host: Host, folder: Path, down: str, up: str) -> None:
-    """Protects: the authors' layout is read from either of its files, with every weight at its site, whatever
+    """Protects: the authors' layout is read from either of its files, every weight at its layer, whatever
     diffusers called the LoRA's halves; it belongs to SD1.5 and its reference passes through the bridge.
     """
     expected = write_release(folder / "release", down, up)

@@ -1,4 +1,4 @@
-"""The bridge's numbers against a plain float64 computation of the design's formulas, site by site."""
+"""The bridge's numbers against a plain float64 computation of the design's formulas, layer by layer."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def model() -> Any:
 class Blocks:
     """What each transformer block of a UNet got and gave around its self-attention, call by call.
 
-    `normed[site]`: h, or r in the reference pass. `output[site]`: what the block added to its input.
+    `normed[layer]`: h, or r in the reference pass. `output[layer]`: what the block added to its input.
     """
 
     def __init__(self, host: Host, model: Any) -> None:
         unet = model.model.diffusion_model
-        self.sites = host.pack_module("models.sites").find_sites(unet)
-        self.normed: dict[str, list[torch.Tensor]] = {site.name: [] for site in self.sites}
-        self.output: dict[str, list[torch.Tensor]] = {site.name: [] for site in self.sites}
+        self.layers = tuple(host.network(model).layers.values())
+        self.normed: dict[str, list[torch.Tensor]] = {layer.key: [] for layer in self.layers}
+        self.output: dict[str, list[torch.Tensor]] = {layer.key: [] for layer in self.layers}
         self._handles = []
-        for site in self.sites:
-            block, entered = unet.get_submodule(site.path), {}
+        for layer in self.layers:
+            block, entered = unet.get_submodule(layer.path), {}
 
             def before(
-                _: Any, args: Any, result: torch.Tensor, name: str = site.name, x: Any = entered
+                _: Any, args: Any, result: torch.Tensor, name: str = layer.key, x: Any = entered
             ) -> None:
                 x["x"] = args[0].double().cpu()
                 self.normed[name].append(result.double().cpu())
 
-            def after(_: Any, args: Any, name: str = site.name, x: Any = entered) -> None:
+            def after(_: Any, args: Any, name: str = layer.key, x: Any = entered) -> None:
                 self.output[name].append(args[0].double().cpu() - x["x"])
 
             self._handles += [
@@ -65,20 +65,20 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return torch.cat(heads, -1)
 
 
-class Site:
-    """One site's weights in float64, and the formulas."""
+class Layer:
+    """One layer's weights in float64, and the formulas."""
 
-    def __init__(self, model: Any, bridge: Any, site: Any) -> None:
+    def __init__(self, model: Any, bridge: Any, layer: Any) -> None:
         base = {
             name: weight.double().cpu()
-            for name, weight in model.model.diffusion_model.get_submodule(site.path)
+            for name, weight in model.model.diffusion_model.get_submodule(layer.path)
             .attn1.state_dict()
             .items()
         }
         learned = {
-            name.removeprefix(f"{site.name}.").removesuffix(".weight"): weight.double().cpu()
+            name.removeprefix(f"{layer.key}.").removesuffix(".weight"): weight.double().cpu()
             for name, weight in bridge.model.state_dict().items()
-            if name.startswith(f"{site.name}.")
+            if name.startswith(f"{layer.key}.")
         }
         self.bias = base["to_out.0.bias"]
         self.base = {name: base[f"to_{name}.weight"] for name in "qkv"} | {"out": base["to_out.0.weight"]}
@@ -122,9 +122,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("direction", "fusion", "self_bridge"), CASES)
-def test_every_site(host: Host, model: Any, direction: str, fusion: str, self_bridge: bool) -> None:
-    """Protects: at every site, Z_out = Z + strength F(Z') with the direction's Q, K and V, in both rows of a
-    step, and in the reference pass only where the bridge was trained so. One step leaves some sites with
+def test_every_layer(host: Host, model: Any, direction: str, fusion: str, self_bridge: bool) -> None:
+    """Protects: at every layer, Z_out = Z + strength F(Z') with the direction's Q, K and V, in both rows of a
+    step, and in the reference pass only where the bridge was trained so. One step leaves some layers with
     merged matrices and some without.
     """
     bridge = bridge_edit.random_bridge(
@@ -133,29 +133,28 @@ def test_every_site(host: Host, model: Any, direction: str, fusion: str, self_br
     patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9), strength=0.7)
     with Blocks(host, model) as blocks:
         bridge_edit.sample(host, patched, steps=1)
-    for site in blocks.sites:
-        r, h = blocks.normed[site.name]
-        own = Site(model, bridge, site)
+    for layer in blocks.layers:
+        r, h = blocks.normed[layer.key]
+        own = Layer(model, bridge, layer)
         asking, answering = (h, r) if direction == "edit_queries" else (r, h)
         answer = own.bridged(asking.expand(len(h), -1, -1), answering.expand(len(h), -1, -1))
         expected = own.output(fusion, own.plain(h), answer, 0.7)
-        close(blocks.output[site.name][-1], expected)
+        close(blocks.output[layer.key][-1], expected)
         if self_bridge:
-            close(blocks.output[site.name][0], own.output(fusion, own.plain(r), own.bridged(r, r), 1.0))
-        elif len(blocks.output[site.name]) == 2:
-            close(blocks.output[site.name][0], own.plain(r))
+            close(blocks.output[layer.key][0], own.output(fusion, own.plain(r), own.bridged(r, r), 1.0))
+        elif len(blocks.output[layer.key]) == 2:
+            close(blocks.output[layer.key][0], own.plain(r))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
 def test_sdxl_layout(host: Host, prediction: str) -> None:
-    """Protects: SDXL's layout, with several blocks at a place and pooled text, and v-prediction: every site
+    """Protects: SDXL's layout, with several blocks at a place and pooled text, and v-prediction: every layer
     is found and follows the formula, and the reference is read at timestep 0.
     """
     model = small_models.small_unet(layout=small_models.SDXL_LAYOUT)
     (model,) = host.execute("ModelSamplingDiscrete", model=model, sampling=prediction, zsnr=False)
     bridge = bridge_edit.random_bridge(host, model)
-    names = [".".join(map(str, key)) for key in bridge.model.settings.widths]
-    assert names == [
+    assert list(bridge.model.settings.widths) == [
         *("input.3.0", "input.3.1"),
         *("middle.0.0", "middle.0.1", "middle.0.2"),
         *("output.0.0", "output.0.1", "output.1.0", "output.1.1"),
@@ -164,11 +163,11 @@ def test_sdxl_layout(host: Host, prediction: str) -> None:
     with Blocks(host, model) as blocks, bridge_edit.counted(model) as calls:
         bridge_edit.sample(host, patched, steps=1)
     assert (calls.rows, calls.timesteps[0]) == ([1, 2], 0)
-    for site in blocks.sites:
-        r, h = blocks.normed[site.name]
-        own = Site(model, bridge, site)
+    for layer in blocks.layers:
+        r, h = blocks.normed[layer.key]
+        own = Layer(model, bridge, layer)
         expected = own.output("linear", own.plain(h), own.bridged(h, r.expand(len(h), -1, -1)), 1.0)
-        close(blocks.output[site.name][-1], expected)
+        close(blocks.output[layer.key][-1], expected)
 
 
 def test_lora_reaches_both_readings(host: Host, model: Any) -> None:
@@ -187,13 +186,13 @@ def test_lora_reaches_both_readings(host: Host, model: Any) -> None:
     first = bridge_edit.sample(host, before, steps=1)
     with Blocks(host, model) as blocks:
         second = bridge_edit.sample(host, after, steps=1)
-        sites = [Site(model, bridge, site) for site in blocks.sites]  # the LoRA is on the weights now
+        weights = [Layer(model, bridge, layer) for layer in blocks.layers]  # the LoRA is on the weights now
     assert torch.equal(first, second)
-    assert not torch.equal(sites[0].base["v"], small_models_weight(model, blocks.sites[0]))
-    for site, own in zip(blocks.sites, sites, strict=True):
-        r, h = blocks.normed[site.name]
+    assert not torch.equal(weights[0].base["v"], small_models_weight(model, blocks.layers[0]))
+    for layer, own in zip(blocks.layers, weights, strict=True):
+        r, h = blocks.normed[layer.key]
         expected = own.output("linear", own.plain(h), own.bridged(h, r.expand(len(h), -1, -1)), 1.0)
-        close(blocks.output[site.name][-1], expected)
+        close(blocks.output[layer.key][-1], expected)
 
 
 def test_joined_references(host: Host, model: Any) -> None:
@@ -205,16 +204,16 @@ def test_joined_references(host: Host, model: Any) -> None:
     patched = bridge_edit.apply_bridge(host, model, bridge, references, references="all for every image")
     with Blocks(host, model) as blocks:
         bridge_edit.sample(host, patched, steps=1)
-    for site in blocks.sites:
-        r, h = blocks.normed[site.name]
-        own = Site(model, bridge, site)
+    for layer in blocks.layers:
+        r, h = blocks.normed[layer.key]
+        own = Layer(model, bridge, layer)
         together = torch.cat(list(r))[None].expand(len(h), -1, -1)
         expected = own.output("linear", own.plain(h), own.bridged(h, together), 1.0)
-        close(blocks.output[site.name][-1], expected)
+        close(blocks.output[layer.key][-1], expected)
 
 
 def test_mask_acts_place_by_place(host: Host, model: Any) -> None:
-    """Protects: a soft mask weighs the bridge at each place of each site, by the share of the place's area
+    """Protects: a soft mask weighs the bridge at each place of each layer, by the share of the place's area
     that it covers, also where a conditioning with an area shows the UNet only a part of the latent.
     """
     bridge = bridge_edit.random_bridge(host, model)
@@ -233,35 +232,34 @@ def test_mask_acts_place_by_place(host: Host, model: Any) -> None:
     for positive, window in ((None, mask), (area, mask[:, 16:112, 32:96])):
         with Blocks(host, model) as blocks:
             bridge_edit.sample(host, patched, positive, steps=1, cfg=1.0)
-        for site in blocks.sites:
-            r, h = blocks.normed[site.name][0], blocks.normed[site.name][-1]
-            side = window.shape[1] // 8 >> site.level, window.shape[2] // 8 >> site.level
+        for layer in blocks.layers:
+            r, h = blocks.normed[layer.key][0], blocks.normed[layer.key][-1]
+            side = window.shape[1] // 8 >> layer.level, window.shape[2] // 8 >> layer.level
             # Every place's mean over its pixels, by hand.
             places = window[0].reshape(side[0], window.shape[1] // side[0], side[1], -1).mean((1, 3))
-            own = Site(model, bridge, site)
+            own = Layer(model, bridge, layer)
             answer = own.bridged(h, r.expand(len(h), -1, -1))
             expected = own.output("linear", own.plain(h), answer, places.double().reshape(1, -1, 1))
-            close(blocks.output[site.name][-1], expected)
+            close(blocks.output[layer.key][-1], expected)
 
 
 def attention_lora(host: Host, model: Any) -> dict[str, torch.Tensor]:
     """A LoRA on every self-attention projection, in a format that the host's loaders read."""
     generator = torch.Generator().manual_seed(11)
     found = {}
-    unet = model.model.diffusion_model
-    for site in host.pack_module("models.sites").find_sites(unet):
+    for layer in host.network(model).layers.values():
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
-            key = f"diffusion_model.{site.path}.attn1.{name}"
+            key = f"diffusion_model.{layer.path}.attn1.{name}"
             found[f"{key}.lora_down.weight"] = (
-                torch.randn(4, site.width, generator=generator) / site.width**0.5
+                torch.randn(4, layer.width, generator=generator) / layer.width**0.5
             )
-            found[f"{key}.lora_up.weight"] = torch.randn(site.width, 4, generator=generator) / 4
+            found[f"{key}.lora_up.weight"] = torch.randn(layer.width, 4, generator=generator) / 4
     return found
 
 
-def small_models_weight(model: Any, site: Any) -> torch.Tensor:
+def small_models_weight(model: Any, layer: Any) -> torch.Tensor:
     """The V projection as it was before any LoRA, in float64."""
-    return small_models.unet_state_dict()[f"{site.path}.attn1.to_v.weight"].double()
+    return small_models.unet_state_dict()[f"{layer.path}.attn1.to_v.weight"].double()
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from bridge_edit import apply_bridge, counted, guided, random_bridge, sample
 from closeness import same, tolerance
 from host import Host, device
-from test_bridge_formula import Blocks, Site, attention_lora, close
+from test_bridge_formula import Blocks, Layer, attention_lora, close
 from unify_edit import Edit
 
 REFERENCE = small_models.latent(9)
@@ -114,7 +114,7 @@ def test_control_net_as_the_source(host: Host, model: Any, bridged: Any) -> None
 
 def test_other_packs_patches_are_chained(host: Host, model: Any) -> None:
     """Protects: attn1_replace, attn1_patch, attn1_output_patch and attn2 patches of other packs, set before
-    or after the bridge as IP-Adapter does, keep working: at their site Z is theirs and Z' is added to it.
+    or after the bridge as IP-Adapter does, keep working: at their layer Z is theirs and Z' is added to it.
     """
 
     def doubled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
@@ -148,14 +148,14 @@ def test_other_packs_patches_are_chained(host: Host, model: Any) -> None:
         second = sample(host, before, steps=1)
     assert torch.equal(first, second)
     assert images == [2, 2]  # the reference pass, of one row, is not among them
-    for site in blocks.sites:
-        r, h = blocks.normed[site.name][0], blocks.normed[site.name][-1] + 0.1
-        own = Site(model, bridge, site)
+    for layer in blocks.layers:
+        r, h = blocks.normed[layer.key][0], blocks.normed[layer.key][-1] + 0.1
+        own = Layer(model, bridge, layer)
         plain = own.plain(h)
-        if site.name == "output.3.0":
+        if layer.key == "output.3.0":
             plain = 2 * (h @ own.base["v"].T) @ own.base["out"].T + own.bias
         expected = own.output("linear", plain, own.bridged(h, r.expand(len(h), -1, -1)), 1.0) / 2
-        close(blocks.output[site.name][-1], expected)
+        close(blocks.output[layer.key][-1], expected)
 
 
 def test_attention_override_is_asked(host: Host, bridged: Any) -> None:
@@ -171,8 +171,8 @@ def test_attention_override_is_asked(host: Host, bridged: Any) -> None:
     patched = bridged.clone()
     patched.model_options["transformer_options"]["optimized_attention_override"] = override
     assert torch.equal(sample(host, patched, steps=1), sample(host, bridged, steps=1))
-    reading = 2 * bridge_edit.SITES - 1  # self- and cross-attention, up to the last site's self-attention
-    assert len(asked) == reading - 1 + 3 * bridge_edit.SITES
+    reading = 2 * bridge_edit.LAYERS - 1  # self- and cross-attention, up to the last layer's self-attention
+    assert len(asked) == reading - 1 + 3 * bridge_edit.LAYERS
 
 
 def test_hooks(host: Host, model: Any, bridged: Any) -> None:
@@ -286,7 +286,7 @@ def test_tiny_studio(host: Host) -> None:
 
 @memory_modes.only("resident")
 def test_full_width_sd15(host: Host) -> None:
-    """Protects: on SD1.5's own module tree, with random weights, all 16 sites fire, the reference is read
+    """Protects: on SD1.5's own module tree, with random weights, all 16 layers fire, the reference is read
     once, a fresh bridge leaves every bit as it is, and the contracts hold.
     """
     model = host.pack_module("lab.bench.random_sd15").random_sd15()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import bridge_edit
@@ -74,13 +75,13 @@ def test_another_base(host: Host, bridge: Any) -> None:
     studio, *_ = host.execute("DescEditTinyStudio")
     with pytest.raises(
         ValueError,
-        match=r"for _SmallSD15 with 10 sites \(3 of width 32, 7 of width 64\), but .* is TinySD15 with",
+        match=r"for _SmallSD15 with 10 layers \(3 of width 32, 7 of width 64\), but .* is TinySD15 with",
     ):
         apply_bridge(host, studio, bridge, REFERENCE)
     settings = bridge.model.settings
     other = type(settings)("SDXL", settings.widths, settings.rank, settings.alpha)
     bridges = host.pack_module("models.bridge")
-    with pytest.raises(ValueError, match=r"the bridge is for SDXL with 10 sites"):
+    with pytest.raises(ValueError, match=r"the bridge is for SDXL with 10 layers"):
         apply_bridge(host, small_models.small_unet(), bridges.new_bridge(other), REFERENCE)
 
 
@@ -186,7 +187,7 @@ def test_a_model_call_outside_of_a_sampling(host: Host, model: Any, bridge: Any)
     """Protects: a call of the patched model where no reference was read is an error, not a plain picture."""
     options = host.pack_module("patches.bridge.apply")
     with pytest.raises(RuntimeError, match="outside of a sampling"):
-        options._apply_model(lambda *_: None, torch.zeros(1), None, None, None, None, {})
+        options._ApplyModel(nullcontext())(lambda *_: None, torch.zeros(1), None, None, None, None, {})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def pack(host: Host) -> Any:
         checkpointed=host.pack_module("patches.host.checkpointing").checkpointed,
         gradients=host.pack_module("patches.host.autograd").gradients,
         objective=host.pack_module("training.objective"),
-        Bank=host.pack_module("patches.bridge.core").Bank,
+        ReferenceCache=host.pack_module("patches.bridge.core").ReferenceCache,
     )
 
 
@@ -109,10 +109,10 @@ def test_with_a_bridge(
     found = {}
     for checkpointing in (False, True):
         with pack.gradients():
-            bank = pack.Bank(bridge.model, model.model.diffusion_model)
+            cache = pack.ReferenceCache(bridge.model, host.network(model))
             loss, kept = kept_bytes(
-                lambda bank=bank, on=checkpointing: pack.objective.losses(
-                    model.model, bank, batch, sample, plan, on
+                lambda cache=cache, on=checkpointing: pack.objective.losses(
+                    model.model, cache, batch, sample, plan, on
                 ).sum()
             )
             found[checkpointing] = loss.detach(), torch.autograd.grad(loss, weights), kept

@@ -176,7 +176,9 @@ def test_cached_steps(host: Host, model: Any, bridge: Any) -> None:
         if wrapper is skip:
             assert sample(host, patched).isfinite().all()
             continue
-        with pytest.raises(ValueError, match="Apply Attention Bridge: no layer was fed in any step"):
+        with pytest.raises(
+            ValueError, match="Apply Attention Bridge: the bridge acted at no layer in any step"
+        ):
             sample(host, patched)
 
 
@@ -215,7 +217,7 @@ def test_compiled_before_a_bridge(host: Host, compiled_first: Any) -> None:
     for late in (apply_bridge(host, compiled(model), bridge, REFERENCE), compiled(bridged)):
         with pytest.raises(
             ValueError,
-            match=r"Apply Attention Bridge: no layer was fed.*TorchCompileModel.*restart ComfyUI",
+            match=r"Apply Attention Bridge: the bridge acted at no layer.*TorchCompileModel.*restart ComfyUI",
         ):
             sample(host, late, steps=1)
     torch.compiler.reset()  # what a restart does

@@ -134,8 +134,8 @@ def test_training_gradient(
             learned = bridges.AttentionBridge(start.settings, torch.float32, device())
             learned.load_state_dict(start.state_dict())
             weights = [weight.requires_grad_() for weight in learned.parameters()]
-            bank = core.Bank(learned, model.model.diffusion_model)
-            losses = objective.losses(model.model, bank, batch, sample, how, checkpointing)
+            cache = core.ReferenceCache(learned, host.network(model))
+            losses = objective.losses(model.model, cache, batch, sample, how, checkpointing)
             found[mode] = losses.detach(), *torch.autograd.grad(losses.mean(), weights)
     torch.testing.assert_close(found["streamed"], found["resident"], **CLOSE)
 
@@ -170,13 +170,13 @@ def test_memory_of_copies(host: Host, model: Any) -> None:
     """Protects: the bytes of copies that the host is asked for are those of the weights on the way to the
     attention that is recorded, counted by hand; of the largest layer where layers are computed again.
     """
-    unet = model.model.diffusion_model
+    network, unet = host.network(model), model.model.diffusion_model
     copied_bytes = host.pack_module("patches.unify.memory").copied_bytes
-    site = next(s for s in host.pack_module("models.sites").find_sites(unet) if s.key[0] == "middle")
+    last = network.layers["middle.0.0"]
     on_the_way = [layer for block in unet.input_blocks[1:] for layer in block] + [*unet.middle_block[:2]]
     weights = [sum(weight.numel() for weight in layer.parameters()) for layer in on_the_way]
-    assert copied_bytes(unet, [site], 2, False) == 2 * sum(weights)
-    assert copied_bytes(unet, [site], 2, True) == 2 * max(weights)
+    assert copied_bytes(network, [last], 2, False) == 2 * sum(weights)
+    assert copied_bytes(network, [last], 2, True) == 2 * max(weights)
 
 
 @pytest.mark.parametrize("layout", ["plain", "two positives"])

@@ -80,11 +80,10 @@ def encoded(training: Any, folder: Path, pairs: int = 5) -> Any:
     )
 
 
-def bank(host: Host, model: Any, bridge: Any) -> Any:
+def cache(host: Host, model: Any, bridge: Any) -> Any:
     """What the objective works with."""
-    return host.pack_module("patches.bridge.core").Bank(
-        bridge.model.to(device()), model.model.diffusion_model
-    )
+    made = host.pack_module("patches.bridge.core").ReferenceCache
+    return made(bridge.model.to(device()), host.network(model))
 
 
 def fresh_bridge(host: Host, model: Any) -> Any:
@@ -106,7 +105,7 @@ def test_first_loss_is_the_base_models(host: Host, training: Any, gradients: Any
     sample = training.objective.sample_noise(objective, [1, 2, 3], (4, 16, 16), 1000)
     with gradients():
         found = training.objective.losses(
-            base, bank(host, model, fresh_bridge(host, model)), pairs, sample, objective
+            base, cache(host, model, fresh_bridge(host, model)), pairs, sample, objective
         )
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)[sample.timesteps].view(-1, 1, 1, 1)
@@ -123,7 +122,7 @@ def test_first_loss_is_the_base_models(host: Host, training: Any, gradients: Any
     )
     with gradients():
         without = training.objective.losses(
-            base, bank(host, model, fresh_bridge(host, model)), pairs, off, objective
+            base, cache(host, model, fresh_bridge(host, model)), pairs, off, objective
         )
     assert torch.equal(found, without)
 
@@ -135,7 +134,7 @@ def test_dropped_rows(host: Host, model: Any, training: Any, gradients: Any) -> 
     objective = training.objective.Objective(dropout="none")
     white = training.objective.Objective(dropout="none", dropped_image="white")
     pairs = batch(training)
-    learned = bank(host, model, bridge_edit.random_bridge(host, model))
+    learned = cache(host, model, bridge_edit.random_bridge(host, model))
     no = torch.tensor([False, True, False])
     never = torch.zeros(3, dtype=torch.bool)
     sample = training.objective.sample_noise(objective, [1, 2, 3], (4, 16, 16), 1000)
@@ -204,7 +203,7 @@ def test_min_snr(host: Host, model: Any, training: Any, gradients: Any) -> None:
             found.append(
                 training.objective.losses(
                     model.model,
-                    bank(host, model, fresh_bridge(host, model)),
+                    cache(host, model, fresh_bridge(host, model)),
                     batch(training),
                     sample,
                     objective,

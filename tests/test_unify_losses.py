@@ -11,7 +11,7 @@ import torch
 from host import Host
 from unify_edit import projections
 
-SITES = (("input", 1, 0), ("output", 2, 0))
+LAYERS = (("input", 1, 0), ("output", 2, 0))
 
 
 @pytest.fixture(scope="module")
@@ -27,30 +27,30 @@ def balance(host: Host) -> Any:
 
 
 def maps(seed: int, keys: int, rows: int = 2, heads: int = 3) -> dict[Any, torch.Tensor]:
-    """Random attention probabilities at two sites of 16 and 4 places."""
+    """Random attention probabilities at two layers of 16 and 4 places."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        site: torch.randn(rows, heads, places, keys or places, generator=generator).softmax(dim=-1)
-        for site, places in zip(SITES, (16, 4), strict=True)
+        layer: torch.randn(rows, heads, places, keys or places, generator=generator).softmax(dim=-1)
+        for layer, places in zip(LAYERS, (16, 4), strict=True)
     }
 
 
-def sites(host: Host, probabilities: dict[Any, torch.Tensor]) -> dict[Any, Any]:
-    """Queries and keys with these probabilities at each site."""
-    return {site: projections(host, values) for site, values in probabilities.items()}
+def layers(host: Host, probabilities: dict[Any, torch.Tensor]) -> dict[Any, Any]:
+    """Queries and keys with these probabilities at each layer."""
+    return {layer: projections(host, values) for layer, values in probabilities.items()}
 
 
 def test_structure_loss(host: Host, losses: Any) -> None:
-    """Protects: L_SAP is the sum of squared differences, averaged over heads and sites, row by row."""
+    """Protects: L_SAP is the sum of squared differences, averaged over heads and layers, row by row."""
     source, target = maps(0, 0), maps(1, 0)
     expected = []
     for row in range(2):
         total = 0.0
-        for site, head in itertools.product(SITES, range(3)):
-            pairs = zip(source[site][row, head].flatten(), target[site][row, head].flatten(), strict=True)
+        for layer, head in itertools.product(LAYERS, range(3)):
+            pairs = zip(source[layer][row, head].flatten(), target[layer][row, head].flatten(), strict=True)
             total += sum((float(a) - float(b)) ** 2 for a, b in pairs) / 3
         expected.append(total / 2)
-    source, target = sites(host, source), sites(host, target)
+    source, target = layers(host, source), layers(host, target)
     found = losses.structure_loss(source, target).values
     torch.testing.assert_close(found.double(), torch.tensor(expected).double())
     assert losses.structure_loss(source, source).values.tolist() == [0, 0]
@@ -64,19 +64,19 @@ def test_structure_loss_in_a_region(host: Host, losses: Any, rows: int) -> None:
     source, target = maps(0, 0), maps(1, 0)
     generator = torch.Generator().manual_seed(5)
     regions = {
-        site: torch.rand(rows, places, generator=generator)
-        for site, places in zip(SITES, (16, 4), strict=True)
+        layer: torch.rand(rows, places, generator=generator)
+        for layer, places in zip(LAYERS, (16, 4), strict=True)
     }
     expected = []
     for row in range(2):
         total = 0.0
-        for site, head in itertools.product(SITES, range(3)):
-            weights = regions[site].expand(2, -1)[row].double()
+        for layer, head in itertools.product(LAYERS, range(3)):
+            weights = regions[layer].expand(2, -1)[row].double()
             pair = weights[:, None] * weights[None, :]
-            change = pair * source[site][row, head].double() - pair * target[site][row, head].double()
+            change = pair * source[layer][row, head].double() - pair * target[layer][row, head].double()
             total += float((change**2).sum()) / 3
         expected.append(total / 2)
-    result = losses.structure_loss(sites(host, source), sites(host, target), regions).values
+    result = losses.structure_loss(layers(host, source), layers(host, target), regions).values
     torch.testing.assert_close(
         result.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
     )
@@ -91,7 +91,7 @@ def edit_tokens(host: Host, length: int, *words: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize("form", ["token_ratio", "spatial_ratio", "area_ratio"])
 def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
-    """Protects: each form's formula, averaged over heads, sites and words, for rows with words and lengths
+    """Protects: each form's formula, averaged over heads, layers and words, for rows with words and lengths
     of their own.
     """
     target = maps(2, 9)
@@ -99,13 +99,13 @@ def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
     words = host.pack_module("patches.unify.words").edit_words(
         [edit_tokens(host, length, *found) for found, length in rows], 9
     )
-    masks = {SITES[0]: torch.rand(2, 16), SITES[1]: torch.tensor([[0.0, 1.0, 0.5, 0.0]])}
+    masks = {LAYERS[0]: torch.rand(2, 16), LAYERS[1]: torch.tensor([[0.0, 1.0, 0.5, 0.0]])}
     expected = []
     for row, (found, length) in enumerate(rows):
         terms = []
-        for site, word, head in itertools.product(SITES, found, range(3)):
-            inside = masks[site].expand(2, -1)[row].double()
-            maps_here = target[site][row, head].double()
+        for layer, word, head in itertools.product(LAYERS, found, range(3)):
+            inside = masks[layer].expand(2, -1)[row].double()
+            maps_here = target[layer][row, head].double()
             attention = sum(maps_here[:, token] for token in word)
             if form == "token_ratio":
                 share = attention / maps_here[:, 1 : length + 1].sum(dim=1)
@@ -117,7 +117,7 @@ def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
                 ratio /= (attention * (1 - inside)).sum() / (1 - inside).sum()
                 terms.append(-(float(ratio) ** 2))
         expected.append(sum(terms) / len(terms))
-    result = losses.alignment_loss(sites(host, target), words, masks, form).values
+    result = losses.alignment_loss(layers(host, target), words, masks, form).values
     torch.testing.assert_close(
         result.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
     )
@@ -128,18 +128,18 @@ def test_alignment_loss_is_bounded(host: Host, losses: Any) -> None:
     it has none; spatial_ratio is -1 and 3 when all of its attention is inside and outside.
     """
     words = host.pack_module("patches.unify.words").edit_words([edit_tokens(host, 4, (2,))], 6)
-    masks = {SITES[0]: torch.tensor([[1.0, 1.0, 0.0, 0.0]])}
+    masks = {LAYERS[0]: torch.tensor([[1.0, 1.0, 0.0, 0.0]])}
     for token, expected in ((2, 0.0), (3, 1.0)):
-        target = {SITES[0]: torch.zeros(1, 1, 4, 6)}
-        target[SITES[0]][..., 0] = 0.7
-        target[SITES[0]][..., token] = 0.3
-        value = losses.alignment_loss(sites(host, target), words, masks).values.item()
+        target = {LAYERS[0]: torch.zeros(1, 1, 4, 6)}
+        target[LAYERS[0]][..., 0] = 0.7
+        target[LAYERS[0]][..., token] = 0.3
+        value = losses.alignment_loss(layers(host, target), words, masks).values.item()
         assert value == pytest.approx(expected)
     for places, expected in (((0, 1), -1.0), ((2, 3), 3.0)):
-        target = {SITES[0]: torch.zeros(1, 1, 4, 6)}
-        target[SITES[0]][..., 0] = 0.7
-        target[SITES[0]][0, 0, places, 2] = 0.3
-        value = losses.alignment_loss(sites(host, target), words, masks, "spatial_ratio").values.item()
+        target = {LAYERS[0]: torch.zeros(1, 1, 4, 6)}
+        target[LAYERS[0]][..., 0] = 0.7
+        target[LAYERS[0]][0, 0, places, 2] = 0.3
+        value = losses.alignment_loss(layers(host, target), words, masks, "spatial_ratio").values.item()
         assert value == pytest.approx(expected)
 
 
@@ -149,15 +149,15 @@ def test_padded_words_leave_gradients_alone(host: Host, losses: Any) -> None:
     both = make([edit_tokens(host, 6, (2,)), edit_tokens(host, 6, (3,), (4,))], 9)
     alone = make([edit_tokens(host, 6, (2,))], 9)
     target = maps(2, 9)
-    masks = {site: torch.linspace(0, 1, target[site].shape[2])[None] for site in SITES}
+    masks = {layer: torch.linspace(0, 1, target[layer].shape[2])[None] for layer in LAYERS}
     for form in losses.FORMS:
         found = []
         for words, rows in ((both, 2), (alone, 1)):
-            ends = sites(host, {site: value[:rows] for site, value in target.items()})
+            ends = layers(host, {layer: value[:rows] for layer, value in target.items()})
             for end in ends.values():
                 end.q.requires_grad_()
             found.append([grad[:1] for _, grad in losses.alignment_loss(ends, words, masks, form).parts])
-            assert len(found[-1]) == len(SITES)
+            assert len(found[-1]) == len(LAYERS)
         for one, two in zip(*found, strict=True):
             torch.testing.assert_close(one, two)
 
@@ -175,23 +175,21 @@ def test_tokens_out_of_range(host: Host, tokens: tuple[int, ...], context: int) 
         words.edit_words([edit_tokens(host, 6)], context)
 
 
-def test_site_masks(host: Host) -> None:
+def test_layer_masks(host: Host) -> None:
     """Protects: on each grid a place holds the covered part of its area; no mask covers everything."""
-    site, site_masks = (
-        host.pack_module("models.sites").Site,
-        host.pack_module("patches.attention.masks").site_masks,
-    )
-    sites = [site(("input", 1, 0), 0, 32, ""), site(("middle", 0, 0), 2, 64, "")]
+    layer = host.pack_module("patches.attention.layers").AttentionLayer
+    layer_masks = host.pack_module("patches.attention.masks").layer_masks
+    layers = [layer("input.1.0", 0, 32, 4, ""), layer("middle.0.0", 2, 64, 4, "")]
     mask = torch.zeros(1, 128, 128)
     mask[:, :32, :48] = 1
-    fine, coarse = site_masks(mask, sites, 16, 16, torch.device("cpu")).values()
+    fine, coarse = layer_masks(mask, layers, 16, 16, torch.device("cpu")).values()
     expected = torch.zeros(16, 16)
     expected[:4, :6] = 1
     torch.testing.assert_close(fine, expected.reshape(1, 256))
     expected = torch.zeros(4, 4)
     expected[0, :2] = torch.tensor([1.0, 0.5])
     torch.testing.assert_close(coarse, expected.reshape(1, 16))
-    for whole in site_masks(None, sites, 16, 16, torch.device("cpu")).values():
+    for whole in layer_masks(None, layers, 16, 16, torch.device("cpu")).values():
         assert bool((whole == 1).all())
 
 

@@ -19,9 +19,9 @@ SIGMA = 2.0
 
 @pytest.fixture(scope="module")
 def attention(host: Host) -> Any:
-    """patches/attention/recorder.py, with how sites are found."""
-    maps, sites = host.pack_module("patches.attention.recorder"), host.pack_module("models.sites")
-    return SimpleNamespace(**{**vars(maps), "find_sites": sites.find_sites})
+    """patches/attention/recorder.py, with the network's adapter."""
+    maps, networks = (host.pack_module(f"patches.attention.{name}") for name in ("recorder", "networks"))
+    return SimpleNamespace(**{**vars(maps), "network_of": networks.network_of})
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +53,20 @@ def call(
 
 
 def recorder(attention: Any, model: Any, stop: bool = False, levels: tuple[int, ...] = (0, 1, 2)) -> Any:
-    """A recorder of every site at the given levels."""
-    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level in levels]
-    return attention.AttentionRecorder(sites, sites, stop=stop)
+    """A recorder of every layer at the given levels."""
+    network = attention.network_of(model.model.diffusion_model)
+    layers = [layer for layer in network.layers.values() if layer.level in levels]
+    return attention.AttentionRecorder(network, layers, layers, stop=stop)
 
 
-def test_sites(attention: Any, model: Any) -> None:
-    """Protects: sites are named as the host names them while it runs, in the order they run, with their
+def test_layers(attention: Any, model: Any) -> None:
+    """Protects: layers are named as the host names them while it runs, in the order they run, with their
     grids.
     """
     seen = []
 
     def note(q: torch.Tensor, context: Any, value: Any, extra_options: dict[str, Any]) -> Any:
-        key = (*extra_options["block"], extra_options["block_index"])
+        key = "{}.{}.{}".format(*extra_options["block"], extra_options["block_index"])
         seen.append((key, tuple(extra_options["activations_shape"][-2:])))
         return q, context, value
 
@@ -74,15 +75,15 @@ def test_sites(attention: Any, model: Any) -> None:
         torch.randn(1, 4, 18, 10, device=device()),
         {"transformer_options": {"patches": {"attn1_patch": [note]}}},
     )
-    sites = attention.find_sites(model.model.diffusion_model)
-    assert [(site.key, site.grid(18, 10)) for site in sites] == seen
-    assert {site.grid(16, 16) for site in sites} == {(16, 16), (8, 8), (4, 4)}
+    layers = attention.network_of(model.model.diffusion_model).layers.values()
+    assert [(layer.key, layer.grid(18, 10)) for layer in layers] == seen
+    assert {layer.grid(16, 16) for layer in layers} == {(16, 16), (8, 8), (4, 4)}
 
 
 def test_other_networks_are_refused(attention: Any) -> None:
     """Protects: a network that is no UNet is named in the error."""
-    with pytest.raises(ValueError, match=r"Test: needs a UNet.*got Linear"):
-        attention.find_sites(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"needs a UNet.*got Linear"):
+        attention.network_of(torch.nn.Linear(1, 1))
 
 
 def test_probabilities(attention: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,12 +101,12 @@ def test_probabilities(attention: Any, model: Any, monkeypatch: pytest.MonkeyPat
     made = recorder(attention, model)
     call(model, torch.randn(2, 4, 16, 16, device=device()), made.attach({"transformer_options": {}}))
     for kind, maps in (("attn1", made.self_attention), ("attn2", made.cross_attention)):
-        sites = attention.find_sites(unet)
-        assert set(maps) == {site.key for site in sites}
-        for site, q, k in zip(sites, inputs[kind][0::2], inputs[kind][1::2], strict=True):
+        layers = attention.network_of(unet).layers.values()
+        assert set(maps) == {layer.key for layer in layers}
+        for layer, q, k in zip(layers, inputs[kind][0::2], inputs[kind][1::2], strict=True):
             q, k = (tensor.double().unflatten(-1, (4, -1)).transpose(1, 2) for tensor in (q, k))
             expected = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
-            found = maps[site.key].probabilities()
+            found = maps[layer.key].probabilities()
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -127,14 +128,14 @@ def test_output_is_unchanged(attention: Any, model: Any, conds: int) -> None:
     recorded = call(model, x, made.attach(options), conds)
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     assert options == {"transformer_options": {"wrappers": {}}}
-    assert all(len(site.q) == 2 * conds for site in made.self_attention.values())
+    assert all(len(layer.q) == 2 * conds for layer in made.self_attention.values())
     assert torch.equal(call(model, x, options, conds)[0], plain[0])
 
 
 @pytest.mark.parametrize("key", [("output", 2), ("output", 2, 0)])
 @pytest.mark.parametrize("name", ["attn1", "attn2"])
 def test_chaining(attention: Any, model: Any, name: str, key: tuple) -> None:
-    """Protects: a patch that sits in a slot, under either form of its key, still decides what the site
+    """Protects: a patch that sits in a slot, under either form of its key, still decides what the layer
     returns.
     """
     x = torch.randn(1, 4, 16, 16, device=device())
@@ -155,7 +156,7 @@ def test_chaining(attention: Any, model: Any, name: str, key: tuple) -> None:
 
 
 def test_early_stop(attention: Any, model: Any) -> None:
-    """Protects: after the last site that is wanted no layer of the UNet runs, and what was recorded is the
+    """Protects: after the last layer that is wanted no layer of the UNet runs, and what was recorded is the
     same.
     """
     x = torch.randn(1, 4, 16, 16, device=device())
@@ -182,9 +183,9 @@ def test_early_stop(attention: Any, model: Any) -> None:
         (whole.cross_attention, stopped.cross_attention),
     ):
         assert once.keys() == again.keys()
-        for key, site in again.items():
-            assert torch.equal(once[key].q, site.q)
-            assert torch.equal(once[key].k, site.k)
+        for key, layer in again.items():
+            assert torch.equal(once[key].q, layer.q)
+            assert torch.equal(once[key].k, layer.k)
     assert torch.equal(output, x)
 
 
@@ -206,8 +207,9 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
     assert next(model.model.diffusion_model.parameters()).is_inference()
     gradients = host.pack_module("patches.host.autograd").gradients
     losses = host.pack_module("patches.unify.losses")
-    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level > 0]
-    masks = host.pack_module("patches.attention.masks").site_masks(None, sites, 16, 16, device())
+    network = attention.network_of(model.model.diffusion_model)
+    layers = [layer for layer in network.layers.values() if layer.level > 0]
+    masks = host.pack_module("patches.attention.masks").layer_masks(None, layers, 16, 16, device())
     tokens = torch.zeros(1, 1, small_models.TEXT_TOKENS)
     tokens[..., 2:4] = 1
     description = torch.zeros(1, small_models.TEXT_TOKENS)
@@ -217,11 +219,11 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
     tolerance = 0.02 if torch.float32 in (dtype, model.model.manual_cast_dtype) else 0.1
     with torch.inference_mode():
         x, source_x = SIGMA * noise(2, 2, 4, 16, 16)
-        source = attention.AttentionRecorder(sites, ())
+        source = attention.AttentionRecorder(network, layers, ())
         call(model, source_x, source.attach({"transformer_options": {}}))
 
         def both(at: torch.Tensor) -> tuple[Any, Any]:
-            made = attention.AttentionRecorder(sites, sites, stop=True)
+            made = attention.AttentionRecorder(network, layers, layers, stop=True)
             call(model, at, made.attach({"transformer_options": {}}))
             structure = losses.structure_loss(source.self_attention, made.self_attention)
             return structure, losses.alignment_loss(made.cross_attention, words, masks)
@@ -245,15 +247,16 @@ def test_gradient_of_whole_maps(
     host: Host, attention: Any, model: Any, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     """Protects: however small the pieces that maps are taken in, both losses and their gradients are those
-    of whole maps of all sites at once, differentiated through the UNet in one graph.
+    of whole maps of all layers at once, differentiated through the UNet in one graph.
     """
     monkeypatch.setattr(host.pack_module("patches.attention.recorder"), "PIECE", piece)
     gradients, losses = (
         host.pack_module("patches.host.autograd").gradients,
         host.pack_module("patches.unify.losses"),
     )
-    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level > 0]
-    shape = {site.key: (2, math.prod(site.grid(16, 16))) for site in sites}
+    network = attention.network_of(model.model.diffusion_model)
+    layers = [layer for layer in network.layers.values() if layer.level > 0]
+    shape = {layer.key: (2, math.prod(layer.grid(16, 16))) for layer in layers}
     generator = torch.Generator().manual_seed(3)
     regions = {key: torch.rand(size, generator=generator).to(device()) for key, size in shape.items()}
     tokens = torch.zeros(1, 1, small_models.TEXT_TOKENS)
@@ -262,22 +265,22 @@ def test_gradient_of_whole_maps(
     description[:, 1:11] = 1
     words = host.pack_module("patches.unify.words").Words(tokens, description, torch.ones(1, 1)).to(device())
     x, source_x = SIGMA * noise(2, 2, 4, 16, 16)
-    source = attention.AttentionRecorder(sites, ())
+    source = attention.AttentionRecorder(network, layers, ())
     call(model, source_x, source.attach({"transformer_options": {}}))
     with gradients():
         leaf = x.clone().requires_grad_()
-        made = attention.AttentionRecorder(sites, sites, stop=True)
+        made = attention.AttentionRecorder(network, layers, layers, stop=True)
         call(model, leaf, made.attach({"transformer_options": {}}))
         structure, words_loss = 0.0, 0.0
-        for site in sites:
-            key = site.key
+        for layer in layers:
+            key = layer.key
             change = whole_map(made.self_attention[key]) - whole_map(source.self_attention[key])
             change = regions[key][:, None, :, None] * regions[key][:, None, None, :] * change
-            structure = structure + change.square().sum(dim=(2, 3)).mean(dim=1) / len(sites)
+            structure = structure + change.square().sum(dim=(2, 3)).mean(dim=1) / len(layers)
             looks = whole_map(made.cross_attention[key])
             share = looks[..., 2:4].sum(dim=-1) / looks[..., 1:11].sum(dim=-1)
             inside = (share * regions[key][:, None]).sum(dim=-1) / regions[key].sum(dim=-1, keepdim=True)
-            words_loss = words_loss + (1 - inside).square().mean(dim=1) / len(sites)
+            words_loss = words_loss + (1 - inside).square().mean(dim=1) / len(layers)
         for value, take in (
             (structure, lambda: losses.structure_loss(source.self_attention, made.self_attention, regions)),
             (words_loss, lambda: losses.alignment_loss(made.cross_attention, words, regions)),
@@ -290,9 +293,9 @@ def test_gradient_of_whole_maps(
             assert loss.parts == []
 
 
-def whole_map(site: Any) -> torch.Tensor:
-    """All of a site's probabilities in float64, in the graph that its queries and keys are in."""
-    q, k = (part.double().unflatten(-1, (site.heads, -1)).transpose(1, 2) for part in (site.q, site.k))
+def whole_map(layer: Any) -> torch.Tensor:
+    """All of a layer's probabilities in float64, in the graph that its queries and keys are in."""
+    q, k = (part.double().unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (layer.q, layer.k))
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
@@ -311,7 +314,7 @@ def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
             leaf = x.clone().requires_grad_()
             made = recorder(attention, model, stop=True)
             call(model, leaf, made.attach({"transformer_options": {}}))
-            ends = [site.q for site in made.self_attention.values()]
+            ends = [layer.q for layer in made.self_attention.values()]
             assert ends[0].dtype == dtype
             parts = [(end, 1e-9 * end.detach().float()) for end in ends]
             found.append(loss_gradient(torch.zeros(2), parts).by_latent(leaf) * 1e9)
@@ -326,7 +329,8 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
     gradients = host.pack_module("patches.host.autograd").gradients
     loss_gradient = host.pack_module("patches.attention.recorder").LossGradient
     x = SIGMA * noise(1, 4, 16, 16)
-    sites = [site for site in attention.find_sites(model.model.diffusion_model) if site.level > 0]
+    network = attention.network_of(model.model.diffusion_model)
+    layers = [layer for layer in network.layers.values() if layer.level > 0]
     found, ran = [], []
     hooks = [
         block.register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -338,13 +342,15 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
             ran.clear()
             with gradients():
                 leaf = x.clone().requires_grad_()
-                made = attention.AttentionRecorder(sites, sites, stop=True, whole_layers=checkpoint)
+                made = attention.AttentionRecorder(
+                    network, layers, layers, stop=True, whole_layers=checkpoint
+                )
                 options = {"transformer_options": checkpointed({}) if checkpoint else {}}
                 call(model, leaf, made.attach(options))
-                seen = {key: site.q.detach().clone() for key, site in made.self_attention.items()}
+                seen = {key: layer.q.detach().clone() for key, layer in made.self_attention.items()}
                 grads = []
                 for maps in (made.self_attention, made.cross_attention):
-                    parts = [(site.q, site.q.detach().clone()) for site in maps.values()]
+                    parts = [(layer.q, layer.q.detach().clone()) for layer in maps.values()]
                     grads.append(loss_gradient(torch.zeros(1), parts).by_latent(leaf, keep_graph=not grads))
                 found.append((seen, *grads))
                 assert all(torch.equal(seen[key], made.self_attention[key].q) for key in seen)

@@ -32,8 +32,8 @@ def pack(host: Host) -> Any:
     memory = host.pack_module("lab.bench.sdxl_memory")
     return SimpleNamespace(
         estimate=host.pack_module("patches.unify.memory").backward_bytes,
-        find_sites=host.pack_module("models.sites").find_sites,
-        choose=host.pack_module("patches.attention.choice"),
+        network_of=host.pack_module("patches.attention.networks").network_of,
+        choose=host.pack_module("patches.attention.layers"),
         sdxl=memory,
         torch_attention=host.pack_module("lab.bench.measuring").torch_attention,
         trees={
@@ -68,33 +68,33 @@ def test_estimate(host: Host, pack: Any, family: str) -> None:
     leaves nothing to the next.
     """
     model, size = narrow(pack, family), 24
-    unet = model.model.diffusion_model
-    sites = [site for site in pack.find_sites(unet) if site.grid(size, size) == (6, 6)]
+    network = host.network(model)
+    layers = [layer for layer in network.layers.values() if layer.grid(size, size) == (6, 6)]
     for checkpointing, steps in ((False, 1), (True, 2)):
         edit = Edit(host, model, steps=steps, size=(size, size), mode="virtual")
         edit.sampler_inputs.update(checkpointing=checkpointing, structure_side=6, word_side=6)
         with LiveBytes() as found:
             edited = edit.run()
-        expected = pack.estimate(unet, sites, sites, (1, 4, size, size), 4, checkpointing)
+        expected = pack.estimate(network, layers, layers, (1, 4, size, size), 4, checkpointing)
         assert 0.8 < expected / found.peak < 1.2, checkpointing
         assert found.now < 2 * edited.nbytes
 
 
 def test_maps_are_made_in_pieces(host: Host, pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects: where a site's maps are larger than a piece, as at 64x64 tokens, only a piece is there of
+    """Protects: where a layer's maps are larger than a piece, as at 64x64 tokens, only a piece is there of
     them.
     """
     maps = host.pack_module("patches.attention.recorder")
     losses = host.pack_module("patches.unify.losses")
     q, k, other = torch.randn(3, 1, 1024, 4 * 8, generator=torch.Generator().manual_seed(0))
-    source = {("middle", 0, 0): maps.Projections(other, k, 4)}
-    target = {("middle", 0, 0): maps.Projections(q.requires_grad_(), k, 4)}
+    source = {"middle.0.0": maps.Projections(other, k, 4)}
+    target = {"middle.0.0": maps.Projections(q.requires_grad_(), k, 4)}
     whole = 4 * 1024 * 1024 * 4
     monkeypatch.setattr(maps, "PIECE", 1024 * 100)
     with LiveBytes() as loss:
         losses.structure_loss(source, target)
     with LiveBytes() as mean:
-        source["middle", 0, 0].mean()
+        source["middle.0.0"].mean()
     assert loss.peak < 0.2 * whole
     assert mean.peak < 0.4 * whole
 
@@ -112,11 +112,11 @@ def test_sdxl_has_a_coarsest_grid(pack: Any, side: int) -> None:
     """Protects: a side below SDXL's coarsest grid chooses that grid: 32x32 tokens at 1024x1024, ten blocks in
     each of six transformers.
     """
-    sites = pack.find_sites(pack.sdxl.unet())
-    chosen = pack.choose.structure_sites(sites, 128, 128, side)
+    layers = pack.network_of(pack.sdxl.unet()).layers.values()
+    chosen = pack.choose.structure_layers(layers, 128, 128, side)
     assert len(chosen) == 60
-    assert {site.grid(128, 128) for site in chosen} == {(32, 32)}
-    assert chosen == pack.choose.word_sites(sites, 128, 128, 16)
+    assert {layer.grid(128, 128) for layer in chosen} == {(32, 32)}
+    assert chosen == pack.choose.word_layers(layers, 128, 128, 16)
 
 
 @pytest.fixture(scope="module")

@@ -108,18 +108,17 @@ def test_regions_and_forms(host: Host, model: Any, option: str) -> None:
         assert float((found[one] - found[two]).abs().max()) > 1e-3
 
 
-def test_named_sites(host: Host, model: Any) -> None:
-    """Protects: names and beginnings of names choose the same sites as their resolution does."""
-    sites_of = host.pack_module("models.sites").find_sites
-    named = host.pack_module("patches.attention.choice").named_sites
-    sites = sites_of(model.model.diffusion_model)
-    assert named("word_sites", sites, "output") == tuple(s for s in sites if s.key[0] == "output")
-    assert named("word_sites", sites, " Middle.0.0, input.1") == tuple(
-        site for site in sites if site.key in (("input", 1, 0), ("middle", 0, 0))
+def test_named_layers(host: Host, model: Any) -> None:
+    """Protects: names and beginnings of names choose the same layers as their resolution does."""
+    named = host.pack_module("patches.attention.layers").named_layers
+    layers = host.network(model).layers.values()
+    assert named("word_sites", layers, "output") == tuple(s for s in layers if s.key.startswith("output"))
+    assert named("word_sites", layers, " Middle.0.0, input.1") == tuple(
+        layer for layer in layers if layer.key in ("input.1.0", "middle.0.0")
     )
     edit = Edit(host, model, steps=1)
     by_side = edit.run()
-    fine = ", ".join(site.name for site in sites if site.level == 0)
+    fine = ", ".join(layer.key for layer in layers if layer.level == 0)
     edit.sampler_inputs.update(structure_sites="input, middle, output", word_sites=fine, word_side=4)
     assert torch.equal(edit.run(), by_side)
     for name in ("structure_sites", "word_sites"):
@@ -223,7 +222,8 @@ def test_automatic_mask(host: Host) -> None:
     """
     mask = host.pack_module("patches.unify.mask")
     words = host.pack_module("patches.unify.words").Words
-    site = host.pack_module("models.sites").Site(("output", 0, 0), level=0, width=8, path="")
+    kind = host.pack_module("patches.attention.layers").AttentionLayer
+    layer = kind("output.0.0", level=0, width=8, heads=3, path="")
     tokens = torch.zeros(1, 1, 6)
     tokens[..., 2] = 1
     description = torch.zeros(1, 6)
@@ -233,9 +233,9 @@ def test_automatic_mask(host: Host) -> None:
         maps = torch.full((2, 3, 8, 8, 6), 0.1)
         maps[0, :, 2:4, left : left + 2, 2] = 0.9
         maps[1, :, 6, 6, 2] = 0.9
-        readings = {site.key: projections(host, maps.flatten(2, 3))}
+        readings = {layer.key: projections(host, maps.flatten(2, 3))}
         made = words(tokens, description, torch.ones(1, 1))
-        found.append(mask.word_attention(readings, made, [site], 8, 8))
+        found.append(mask.word_attention(readings, made, [layer], 8, 8))
         torch.testing.assert_close(found[-1][0, 2, left], torch.tensor(0.9 / 1.1))
         torch.testing.assert_close(found[-1][0, 0, 0], torch.tensor(1 / 3))
     expected = torch.zeros(2, 8, 8)

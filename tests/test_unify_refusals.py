@@ -61,7 +61,7 @@ def test_other_size_batch_and_steps(host: Host, model: Any) -> None:
         ({"mask": torch.zeros(1, SIZE, SIZE)}, "mask is empty"),
         ({"mask": torch.ones(1, SIZE, 2 * SIZE)}, "mask is 256x128 but the image is 128x128"),
         ({"mask": torch.ones(3, SIZE, SIZE)}, "mask has 3 images but 1 are edited"),
-        ({"structure_sites": " , "}, "structure_sites ' , ' names no site"),
+        ({"structure_sites": " , "}, "structure_sites ' , ' names no attention layer"),
         ({"mask": 2 * box_mask()}, "mask has values from 0.0 to 2.0"),
         ({"alignment": "area_ratio"}, "alignment area_ratio needs a mask: wire one, or turn auto_mask on"),
         ({"keep": "outside"}, "keep outside needs a mask"),

@@ -62,14 +62,15 @@ def test_each_loss_falls(host: Host, model: Any, beta1: float, beta2: float) -> 
 def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]:
     """Both losses of a finished latent at the smallest noise level, measured with a plain model call."""
     maps, losses = host.pack_module("patches.attention.recorder"), host.pack_module("patches.unify.losses")
-    sites = host.pack_module("models.sites").find_sites(edit.model.model.diffusion_model)
-    words = [site for site in sites if site.level == 0]
+    network = host.network(edit.model)
+    layers = network.layers.values()
+    words = [layer for layer in layers if layer.level == 0]
     found = {}
     for name, samples, condition in (
         ("source", edit.latent["samples"], small_models.conditioning(1)),
         ("target", latent, edit.positive),
     ):
-        recorder = maps.AttentionRecorder(sites, words, stop=True)
+        recorder = maps.AttentionRecorder(network, layers, words, stop=True)
         entries = {"positive": comfy.sampler_helpers.convert_cond(condition)}
         x = (samples * 0.18215).to(device())
         conds = comfy.samplers.process_conds(edit.model.model, x, entries, x.device)
@@ -80,7 +81,7 @@ def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]
                 edit.model.model, [conds["positive"]], x, edit.sigmas[-2][None].to(x), options
             )
         found[name] = recorder
-    masks = host.pack_module("patches.attention.masks").site_masks(None, words, 16, 16, device())
+    masks = host.pack_module("patches.attention.masks").layer_masks(None, words, 16, 16, device())
     edit_words = host.pack_module("patches.unify.words").edit_words
     positions = edit_words([edit.tokens], small_models.TEXT_TOKENS).to(device())
     structure = losses.structure_loss(found["source"].self_attention, found["target"].self_attention)

@@ -27,7 +27,7 @@ def view(host: Host) -> Any:
 
 
 def attention(model: Any, name: str, run: Any) -> tuple[Any, torch.Tensor]:
-    """What `run` gives, and the mean over heads and sites of `name`'s probabilities at the grid of SIDE,
+    """What `run` gives, and the mean over heads and layers of `name`'s probabilities at the grid of SIDE,
     [images, places, keys], from the UNet's own projections, in float64.
     """
     seen: dict[tuple[str, str], torch.Tensor] = {}
@@ -55,7 +55,7 @@ def attention(model: Any, name: str, run: Any) -> tuple[Any, torch.Tensor]:
 
 
 def test_word_maps(host: Host, model: Any, view: Any) -> None:
-    """Protects: a word's map is the mean over heads, sites of the chosen grid and its tokens of the
+    """Protects: a word's map is the mean over heads, layers of the chosen grid and its tokens of the
     probabilities that the UNet itself would compute; the model is left as it was.
     """
     edit = Edit(host, model, batch=2)
@@ -67,10 +67,10 @@ def test_word_maps(host: Host, model: Any, view: Any) -> None:
         words="green, circle, and yellow",
     )
     before = small_models.fingerprint(model)
-    place = view.Place(0.4, edit.latent["samples"])
+    place = view.LatentSource(0.4, edit.latent["samples"])
     with torch.inference_mode():
         found, expected = attention(
-            model, "attn2", lambda: view.look(model, edit.positive, tokens, place, SIDE, SIDE)
+            model, "attn2", lambda: view.capture_attention(model, edit.positive, tokens, place, SIDE, SIDE)
         )
     assert list(found.words) == ["green", "circle", "and yellow"]
     for word in tokens.words:
@@ -84,10 +84,12 @@ def test_structure(host: Host, model: Any, view: Any) -> None:
     scaled to 0..1 with the place farthest from the mean bright.
     """
     edit = Edit(host, model)
-    place = view.Place(0.4, edit.latent["samples"])
+    place = view.LatentSource(0.4, edit.latent["samples"])
     with torch.inference_mode():
         found, expected = attention(
-            model, "attn1", lambda: view.look(model, edit.positive, edit.tokens, place, SIDE, SIDE)
+            model,
+            "attn1",
+            lambda: view.capture_attention(model, edit.positive, edit.tokens, place, SIDE, SIDE),
         )
     rows = expected[0].cpu().numpy()
     centred = rows - rows.mean(axis=0)
@@ -99,7 +101,7 @@ def test_structure(host: Host, model: Any, view: Any) -> None:
         np.testing.assert_allclose(found.structure[0, ..., component].flatten().cpu(), wanted, atol=2e-3)
 
 
-def test_place(host: Host, model: Any, view: Any) -> None:
+def test_source(host: Host, model: Any, view: Any) -> None:
     """Protects: an inversion is looked at on its own path, a latent with the seed's noise at the noise level
     that percent names, and neither depends on what another run left.
     """
@@ -114,10 +116,10 @@ def test_place(host: Host, model: Any, view: Any) -> None:
     watched.set_model_unet_function_wrapper(watch)
     with torch.inference_mode():
         for place in (
-            view.Place(0.6, inversion=edit.inversion),
-            view.Place(0.6, edit.latent["samples"], seed=5),
+            view.LatentSource(0.6, inversion=edit.inversion),
+            view.LatentSource(0.6, edit.latent["samples"], seed=5),
         ):
-            view.look(watched, edit.positive, edit.tokens, place, SIDE, SIDE)
+            view.capture_attention(watched, edit.positive, edit.tokens, place, SIDE, SIDE)
     sampling = model.get_model_object("model_sampling")
     levels = sampling.timestep(edit.inversion.sigmas[:-1]).double()
     step = int((1 - levels / 999 - 0.6).abs().argmin())
@@ -175,13 +177,13 @@ def test_a_word_that_stands_twice(host: Host, model: Any) -> None:
         host.execute("DescEditAttentionMaps", edit_tokens=nothing, **inputs)
 
 
-def test_paint(view: Any) -> None:
+def test_overlay(view: Any) -> None:
     """Protects: a map goes from dark blue at its lowest to yellow at its highest, whatever its values."""
     maps = torch.linspace(3, 5, 16).reshape(1, 4, 4)
-    painted = view.paint(maps, torch.zeros(1, 32, 32, 3))
+    painted = view.overlay(maps, torch.zeros(1, 32, 32, 3))
     assert painted[0, 0, 0].argmax() == 2
     assert painted[0, -1, -1, 0] > 0.5 > 0.3 > painted[0, -1, -1, 2]
-    assert bool(view.paint(torch.ones(1, 4, 4), torch.zeros(1, 8, 8, 3)).isfinite().all())
+    assert bool(view.overlay(torch.ones(1, 4, 4), torch.zeros(1, 8, 8, 3)).isfinite().all())
 
 
 def test_maps_refuse(host: Host, model: Any) -> None:

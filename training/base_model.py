@@ -12,8 +12,8 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..models.sites import find_sites
 from ..models.tiny_studio import studio
+from ..patches.attention.networks import network_of
 from ..patches.host.autograd import weights_streamed
 from .cache import file_fingerprint
 from .objective import check_trainable
@@ -49,7 +49,7 @@ class BaseModelLoader:
     def unet(self, dtype: torch.dtype) -> ModelPatcher:
         """The UNet on the host's device, frozen. dtype: of its weights."""
         model = self._load("model", dtype=dtype)
-        find_sites(model.model.diffusion_model)
+        network_of(model.model.diffusion_model)
         check_trainable(model)
         model.model.requires_grad_(False)
         to_device(model)

@@ -25,9 +25,9 @@ import comfy.model_management
 import numpy as np
 import torch
 
-from ..models.bridge import AttentionBridge, BridgeSettings, widths_of
+from ..models.bridge import AttentionBridge, BridgeSettings
 from ..models.bridge_file import save_bridge
-from ..models.sites import find_sites
+from ..patches.attention.networks import network_of
 from ..patches.host.out_of_memory import OutOfMemory
 from .base_model import BaseModelLoader, free
 from .cache import EncodedPairs, encode_shard, indexed_pairs
@@ -67,7 +67,7 @@ class Run:
         self.model = self.base.unet(PRECISIONS[config.train.precision] or torch.float32)
         unet = self.model.model.diffusion_model
         family = type(self.model.model.model_config).__name__
-        settings = BridgeSettings(family, widths_of(find_sites(unet)), **vars(config.bridge))
+        settings = BridgeSettings(family, network_of(unet).widths, **vars(config.bridge))
         bridge = AttentionBridge(settings, torch.float32).reset(config.train.seed).to(device)
         self.trainer = Trainer(
             self.model.model,

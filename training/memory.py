@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from comfy.model_base import BaseModel
 
 from ..models.bridge import AttentionBridge
-from ..models.sites import find_sites
+from ..patches.attention.networks import Network, network_of
 from ..patches.unify.memory import TEXT_TOKENS, copied_bytes
 from .settings import PRECISIONS, TrainSettings
 
@@ -44,36 +41,30 @@ def training_bytes(
 
     model: the host's BaseModel. streamed: whether the host streams its weights.
     """
-    unet = model.diffusion_model
+    network = network_of(model.diffusion_model)
     dtype = PRECISIONS[settings.precision] or model.get_dtype_inference()
     itemsize = torch.empty((), dtype=dtype).element_size()
     size = max(sizes, key=math.prod)
-    numbers = _kept(unet, size, settings.checkpointing)
+    numbers = _kept(network, size, settings.checkpointing)
     parameters = sum(weight.numel() for weight in bridge.parameters())
     copies = _LEARNED + bool(settings.ema)
     cast = itemsize if itemsize < 4 else 0
     needed = settings.batch * numbers * itemsize + parameters * (4 * copies + cast)
     if streamed or dtype != model.get_dtype():
-        needed += copied_bytes(unet, find_sites(unet), itemsize, settings.checkpointing)
+        needed += copied_bytes(network, network.layers.values(), itemsize, settings.checkpointing)
     return needed
 
 
-def _kept(unet: torch.nn.Module, size: tuple[int, int], checkpointing: bool) -> int:
+def _kept(network: Network, size: tuple[int, int], checkpointing: bool) -> int:
     """Numbers that are kept for one row."""
-    grid, inputs, inside, back = size, 0, [], 0
-    for module in unet.modules():
-        tokens = math.prod(grid)
-        if isinstance(module, Downsample):
-            grid = tuple((side + 1) // 2 for side in grid)
-        elif isinstance(module, Upsample):
-            grid = tuple(side * 2 for side in grid)
-        elif isinstance(module, ResBlock):
-            inputs += tokens * module.channels
-            inside.append(_RESBLOCK * tokens * (module.channels + module.out_channels))
-        elif isinstance(module, SpatialTransformer):
-            blocks: Any = module.transformer_blocks
-            width = blocks[0].n_heads * blocks[0].d_head
-            inputs += tokens * width * (1 + _BANK * len(blocks))
-            inside.append((_TRANSFORMER * tokens + _TEXT) * width * len(blocks))
-            back = max(back, _BACK * tokens * width)
+    inputs, inside, back = 0, [], 0
+    for block in network.blocks(*size):
+        width = block.inputs
+        if block.kind == "residual":
+            inputs += block.tokens * width
+            inside.append(_RESBLOCK * block.tokens * (width + block.outputs))
+        elif block.kind == "transformer":
+            inputs += block.tokens * width * (1 + _BANK * block.depth)
+            inside.append((_TRANSFORMER * block.tokens + _TEXT) * width * block.depth)
+            back = max(back, _BACK * block.tokens * width)
     return inputs + max(inside) + back if checkpointing else sum(inside)

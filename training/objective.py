@@ -18,7 +18,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
-from ..patches.bridge.core import Bank, Feeding
+from ..patches.bridge.core import DenoisePatches, ReferenceCache
 from ..patches.host.checkpointing import checkpointed
 from .settings import Objective
 
@@ -131,7 +131,7 @@ def sample_noise(
 
 def losses(
     model: BaseModel,
-    bank: Bank,
+    cache: ReferenceCache,
     batch: Batch,
     sample: NoiseSample,
     objective: Objective,
@@ -140,7 +140,7 @@ def losses(
     """Each pair's loss, [pairs], with a gradient for the bridge where one is enabled.
 
     model: its UNet predicts noise or v.
-    checkpointing: layers are computed again for their gradient instead of kept; `bank` must then not be used
+    checkpointing: layers are computed again for their gradient instead of kept; `cache` must then not be used
         for anything else before that.
     """
     device, sampling, unet = batch.edit.device, model.model_sampling, model.diffusion_model
@@ -166,10 +166,10 @@ def losses(
     if checkpointing:
         options = checkpointed(options)
     dtype = model.get_dtype_inference()
-    bank.read(unet, reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
-    fed = Feeding(bank, rows, noised, lambda of_pairs: of_pairs[rows]).install(options)
+    cache.read(reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
+    options = DenoisePatches(cache, rows, noised, lambda of_pairs: of_pairs[rows]).install(options)
     output = unet(
-        noised.to(dtype), steps.float(), context=text.to(dtype), control=None, transformer_options=fed
+        noised.to(dtype), steps.float(), context=text.to(dtype), control=None, transformer_options=options
     )
     learned = noise
     if isinstance(sampling, comfy.model_sampling.V_PREDICTION):

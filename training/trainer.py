@@ -20,7 +20,8 @@ from comfy.model_base import BaseModel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..models.bridge import AttentionBridge
-from ..patches.bridge.core import Bank
+from ..patches.attention.networks import network_of
+from ..patches.bridge.core import ReferenceCache
 from ..patches.host.out_of_memory import OutOfMemory
 from .cache import EncodedPairs
 from .objective import losses, sample_noise
@@ -74,6 +75,7 @@ class Trainer:
     ) -> None:
         self.model, self.bridge, self.pairs, self.settings = model, bridge, pairs, settings
         self.device, self.group, self.about = torch.device(device), group or ProcessGroup(), dict(about or {})
+        self._network = network_of(model.diffusion_model)
         self.step = 0
         self.losses: list[float] = []
         self.gradient_norm = 0.0
@@ -173,10 +175,10 @@ class Trainer:
         schedule = len(self.model.model_sampling.sigmas)
         sample = sample_noise(settings.objective, seeds, batch.edit.shape[1:], schedule)
         dtype = PRECISIONS[settings.precision]
-        # A bank of its own: a checkpointed forward reads it until its gradient is computed.
-        bank = Bank(self.bridge, self.model.diffusion_model)
+        # A cache of its own: a checkpointed forward reads it until its gradient is computed.
+        cache = ReferenceCache(self.bridge, self._network)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return losses(self.model, bank, batch, sample, settings.objective, settings.checkpointing)
+            return losses(self.model, cache, batch, sample, settings.objective, settings.checkpointing)
 
     def _batch(self, forward: int) -> list[int]:
         epoch, found = self._epoch

@@ -17,8 +17,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 
-from ...models.bridge import BridgeSettings, new_bridge, widths_of
-from ...models.sites import find_sites
+from ...models.bridge import BridgeSettings, new_bridge
+from ...patches.attention.networks import network_of
 from ...patches.bridge.apply import apply_bridge
 from ...patches.bridge.guidance import DualGuidance, DualGuider
 from ...patches.bridge.run import BridgeSetup
@@ -80,8 +80,8 @@ def sample(guider: Any, side: int, sampler: Any, steps: int = STEPS) -> None:
 
 def bridged(model: Any, side: int, strength: float = 1.0) -> Any:
     """`model` with a bridge of rank 64 whose matrices are not zero."""
-    sites = find_sites(model.model.diffusion_model)
-    bridge = new_bridge(BridgeSettings(type(model.model.model_config).__name__, widths_of(sites)))
+    widths = network_of(model.model.diffusion_model).widths
+    bridge = new_bridge(BridgeSettings(type(model.model.model_config).__name__, widths))
     with torch.no_grad():
         for weight in bridge.model.parameters():
             weight.uniform_(-1, 1).mul_(0.1 * weight.shape[1] ** -0.5)

@@ -8,8 +8,8 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ...models.sites import find_sites
-from ...patches.attention.choice import structure_sites, word_sites
+from ...patches.attention.layers import structure_layers, word_layers
+from ...patches.attention.networks import network_of
 from ...patches.unify.memory import backward_bytes
 from ...patches.unify.settings import UnifySettings
 
@@ -44,9 +44,9 @@ def gradient_gib(checkpoint: bool, side: int = 128) -> float:
     """GiB beside the stock run that an edit of one image with the sampler's default layers takes in half
     precision. side: the latent's, 128 for 1024x1024.
     """
-    network = unet()
-    sites = find_sites(network)
-    structure = structure_sites(sites, side, side, UnifySettings.structure_side)
-    words = word_sites(sites, side, side, UnifySettings.word_side)
+    network = network_of(unet())
+    layers = network.layers.values()
+    structure = structure_layers(layers, side, side, UnifySettings.structure_side)
+    words = word_layers(layers, side, side, UnifySettings.word_side)
     size = torch.float16.itemsize
     return backward_bytes(network, structure, words, (1, 4, side, side), size, checkpoint) / 2**30

@@ -23,10 +23,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...models.bridge import AttentionBridge, BridgeSettings, widths_of
+from ...models.bridge import AttentionBridge, BridgeSettings
 from ...models.operations import disable_weight_init
-from ...models.sites import find_sites
-from ...patches.bridge.core import Bank
+from ...patches.attention.networks import network_of
+from ...patches.bridge.core import ReferenceCache
 from ...training.objective import Batch, NoiseSample, losses
 from ...training.settings import PRECISIONS, Objective
 from .measuring import device, now, on_card
@@ -43,7 +43,7 @@ def parts(dtype: torch.dtype, device: torch.device | None = None) -> tuple[Any, 
     """What the objective needs of SD1.5, with frozen weights as they come, and its bridge at rank 64."""
     unet = UNetModel(**UNET, dtype=dtype, device=device, operations=disable_weight_init)
     unet.requires_grad_(False)
-    settings = BridgeSettings("SD15", widths_of(find_sites(unet)))
+    settings = BridgeSettings("SD15", network_of(unet).widths)
     bridge = AttentionBridge(settings, torch.float32, device)
     model = SimpleNamespace(
         diffusion_model=unet,
@@ -69,8 +69,8 @@ def row_loss(
     objective = Objective(dropout="none", dropped_image="white")
     dtype = PRECISIONS[precision]
     with torch.autocast(device.type, dtype) if dtype else nullcontext():
-        bank = Bank(bridge, model.diffusion_model)
-        return losses(model, bank, batch, sample, objective, checkpointing).mean()
+        cache = ReferenceCache(bridge, network_of(model.diffusion_model))
+        return losses(model, cache, batch, sample, objective, checkpointing).mean()
 
 
 @cache

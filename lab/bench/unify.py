@@ -18,8 +18,8 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from ...models.sites import find_sites
-from ...patches.attention.choice import structure_sites, word_sites
+from ...patches.attention.layers import structure_layers, word_layers
+from ...patches.attention.networks import network_of
 from ...patches.attention.recorder import AttentionRecorder, LossGradient
 from ...patches.host.autograd import differentiable_options, gradients
 from ...patches.inversion import Inversion, ModelIdentity
@@ -108,20 +108,22 @@ def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
         model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
     ) -> torch.Tensor:
         guider, (height, width) = model.inner_model, x.shape[-2:]
-        sites = find_sites(guider.inner_model.diffusion_model)
+        network = network_of(guider.inner_model.diffusion_model)
+        layers = network.layers.values()
         entry = active_entry(guider.conds["positive"], float(sigmas[0]))
         begin = now()
         with gradients():
             leaf = x.clone().requires_grad_()
             recorder = AttentionRecorder(
-                structure_sites(sites, height, width, SIDE),
-                word_sites(sites, height, width, SIDE),
+                network,
+                structure_layers(layers, height, width, SIDE),
+                word_layers(layers, height, width, SIDE),
                 stop=stop,
             )
             options = differentiable_options(extra_args["model_options"])
             record(guider.inner_model, recorder, entry, leaf, sigmas[0] * x.new_ones([1]), options)
             ends = [
-                site.q for site in (*recorder.self_attention.values(), *recorder.cross_attention.values())
+                found.q for found in (*recorder.self_attention.values(), *recorder.cross_attention.values())
             ]
             LossGradient(leaf.new_zeros(1), [(q, torch.ones_like(q)) for q in ends]).by_latent(leaf)
         seconds.append(now() - begin)

@@ -18,8 +18,8 @@ from comfy.ldm.modules.attention import attention_pytorch
 
 from ...metrics import image as metrics
 from ...metrics.image import Network
-from ...models.sites import find_sites
 from ...models.tiny_studio import scenes, studio
+from ...patches.attention.networks import network_of
 from ...patches.attention.recorder import AttentionRecorder
 from ..tiny_studio import attribute_classifier as judge
 
@@ -215,7 +215,8 @@ def structure_distance(tiny: Studio, cases: Cases, pictures: torch.Tensor) -> to
     """[cases], times 1000: the mean squared difference of all self-attention probabilities between sources
     and pictures, each read clean (timestep 0) with no text: how far layout and shapes have moved.
     """
-    model, sites = tiny.model.model, find_sites(tiny.model.model.diffusion_model)
+    model = tiny.model.model
+    network = network_of(model.diffusion_model)
     # Called without a sampler, so nothing else brings the model and what it is given to its device.
     comfy.model_management.load_model_gpu(tiny.model)
     device, found = tiny.model.load_device, []
@@ -223,7 +224,7 @@ def structure_distance(tiny: Studio, cases: Cases, pictures: torch.Tensor) -> to
         part = slice(start, start + BATCH)
         maps = []
         for latent in (cases.latent[part], tiny.vae.encode(pictures[part])):
-            recorder = AttentionRecorder(sites, ())
+            recorder = AttentionRecorder(network, network.layers.values(), ())
             sigma = model.model_sampling.sigma_min.to(device).expand(len(latent))
             options = recorder.attach(tiny.model.model_options)["transformer_options"]
             text = cases.no_text[part].to(device)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ...models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, widths_of
+from ...models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings
 from ...models.bridge_file import load_bridge, save_bridge
-from ...models.sites import find_sites
 from ...models.tiny_studio import scenes, studio
+from ...patches.attention.networks import network_of
 from ...training.cache import EncodedPairs, encode_pairs
 from ...training.pairs import EditPair
 from ...training.settings import Objective, TrainSettings
@@ -100,7 +100,7 @@ def new_bridge(variant: Variant, widths: dict, seed: int) -> AttentionBridge:
     if not variant.zero_start:
         torch.manual_seed(seed)
         for key in widths:
-            torch.nn.Linear.reset_parameters(bridge.site(key).fuse)
+            torch.nn.Linear.reset_parameters(bridge.layer(key).fuse)
     return bridge
 
 
@@ -111,7 +111,7 @@ def train(name: str, work: Path) -> None:
     model = studio.load_model(disable_dynamic=True, dtype=torch.float32).model
     objective = replace(SETTINGS.objective, reference_time=variant.reference_time)
     settings = replace(SETTINGS, learning_rate=variant.rate, decay=variant.decay, objective=objective)
-    bridge = new_bridge(variant, widths_of(find_sites(model.diffusion_model)), settings.seed)
+    bridge = new_bridge(variant, network_of(model.diffusion_model).widths, settings.seed)
     if variant.again:
         bridge.load_state_dict(load_bridge(studio.BRIDGE).state_dict())
     trainer = Trainer(model, bridge, pairs, settings, "cpu")

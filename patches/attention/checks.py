@@ -8,13 +8,13 @@ waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...models.sites import Site
+from .layers import AttentionLayer
 from .token_order import first_moved
 
 TAKE_OUT = "Take that node out of the MODEL's chain."
@@ -26,9 +26,9 @@ _COMPILE_KEY = "torch.compile"
 _KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}
 
 
-def layer_name(kind: str, name: str) -> str:
-    """`the self-attention of layer output.3.0`. kind: the host's, `attn1` or `attn2`. name: the layer's."""
-    return f"the {_KINDS[kind]} of layer {name}"
+def layer_name(kind: str, key: str) -> str:
+    """`the self-attention of layer output.3.0`. kind: the host's, `attn1` or `attn2`. key: the layer's."""
+    return f"the {_KINDS[kind]} of layer {key}"
 
 
 def check_rows(layer: str, found: int, expected: int) -> None:
@@ -40,17 +40,20 @@ def check_rows(layer: str, found: int, expected: int) -> None:
         )
 
 
-def check_grid(layer: str, found: int, expected: tuple[int, int], extra: dict[str, Any], why: str) -> None:
-    """Raise ValueError, naming the layer, unless the layer has a token for each place of its grid.
+def check_grid(
+    layer: str, found: int, expected: tuple[int, int], at_work: tuple[int, int] | None, why: str
+) -> None:
+    """Raise ValueError, naming the layer, unless the layer has as many tokens as its grid has places.
 
-    found: tokens. expected: rows and columns of the layer's grid in this model call. extra: the call's
-    `extra_options`. why: who needs them, for people.
+    found: tokens.
+    expected: rows and columns of the layer's grid in this model call.
+    at_work: those of the picture in the network at this moment, None if unknown.
+    why: who needs the grid, for the message.
     """
     if found == math.prod(expected):
         return
     rows, columns = expected
-    at_work = tuple(extra.get("activations_shape", ())[-2:])
-    if at_work and found == math.prod(at_work) != math.prod(expected):
+    if at_work and found == math.prod(at_work):
         cause = f"a node has changed its grid to {at_work[1]}x{at_work[0]} (Deep Shrink)"
     else:
         cause = "a node merges tokens there (ToMe), or cuts them into windows"
@@ -91,8 +94,8 @@ def check_gradient(layer: str, *tensors: torch.Tensor) -> None:
 
 
 def check_order(moved: Collection[tuple[str, torch.Tensor]]) -> None:
-    """Raise ValueError, if tokens were moved. moved: of `TokenOrder`. Waits for the device if
-    another node replaced any.
+    """Raise ValueError if tokens were moved. moved: of `AttentionRecorder`. Waits for the device if another
+    node replaced any.
     """
     if name := first_moved(moved):
         raise ValueError(
@@ -128,12 +131,12 @@ def refused_parts(x: torch.Tensor, rows: int, size: Sequence[int], reason: str) 
     )
 
 
-def check_fired(kind: str, sites: Sequence[Site], fired: Collection[Any]) -> None:
-    """Raise ValueError, if some of the layers ran without ours: not for all or none of them.
+def check_fired(kind: str, layers: Iterable[AttentionLayer], fired: Collection[str]) -> None:
+    """Raise ValueError if some of the layers ran without our hooks; not if all or none of them did.
 
-    fired: keys of those that ran with it.
+    fired: keys of those that ran with them.
     """
-    missing = [site.name for site in sites if site.key not in fired]
+    missing = [layer.key for layer in layers if layer.key not in fired]
     if fired and missing:
         raise ValueError(
             f"{layer_name(kind, ', '.join(missing))} did not run with this node's patch: another "

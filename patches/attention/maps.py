@@ -1,36 +1,36 @@
-"""What a UNet attends to at one point of the sampling, as maps to look at."""
+"""What a network attends to at one point of the sampling, as maps to look at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from einops import rearrange, reduce
 from kornia.color import ColorMap
 from kornia.geometry.transform import resize
 
-from ...models.sites import Site, SiteKey, find_sites
 from ..host.inputs import read_samples
 from ..host.progress import progress
 from ..inversion import Inversion
-from ..unify.source import active_entry, record
 from ..unify.tokens import EditTokens
 from .checks import check_order
-from .choice import word_sites
-from .recorder import AttentionRecorder, Projections
+from .layers import word_layers
+from .networks import network_of
+from .recorder import AttentionRecorder, Projections, active_entry, record
 
 _COMPONENTS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """words: for each word a map, [images, rows, columns]: the mean over heads, sites and the word's tokens
-    of the probability with which a place looks at a token. structure: [images, rows, columns, 3], 0 to 1: the
-    three leading components of self-attention.
+class AttentionMaps:
+    """words: for each word a map, [images, rows, columns]: the probability with which a token of the image
+        attends to the word, averaged over heads, layers and the word's tokens.
+    structure: [images, rows, columns, 3], 0 to 1: the three leading components of self-attention.
     """
 
     words: dict[str, torch.Tensor]
@@ -38,11 +38,14 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where to look: at a clean latent with this seed's noise added, or at an inversion's path.
+class LatentSource:
+    """The latent whose attention is captured: a clean one with noise added, or a step of an inversion.
 
+    percent: 0 is pure noise, 1 the clean image; of an inversion the nearest step is taken.
     samples: [images, channels, height, width] as a VAE gives it. Exactly one of samples and inversion is
-    given. percent: 0 is pure noise, 1 the clean image; of an inversion the nearest step is taken.
+        given.
+    inversion: the path.
+    seed: of the noise that is added to samples.
     """
 
     percent: float
@@ -51,57 +54,64 @@ class Place:
     seed: int = 0
 
 
-def look(
-    model: Any, conditioning: list[Any], tokens: EditTokens, place: Place, word_side: int, structure_side: int
-) -> View:
+def capture_attention(
+    model: ModelPatcher,
+    conditioning: list[Any],
+    tokens: EditTokens,
+    source: LatentSource,
+    cross_attn_res: int,
+    self_attn_res: int,
+) -> AttentionMaps:
     """Run the model once and read its attention.
 
-    model: a ModelPatcher. conditioning: of the description in which the tokens were found; of several
-    entries the first for the whole image at this noise level counts. word_side, structure_side: tokens a
-    side; the nearest grid that the model has is taken. Raises ValueError for inputs that do not belong
-    together.
+    conditioning: of the description in which the tokens were found; of several entries the first for the
+        whole image at this noise level counts.
+    cross_attn_res, self_attn_res: tokens a side; the nearest grid that the model has is taken.
+
+    Raises ValueError for inputs that do not belong together.
     """
-    sites = find_sites(model.model.diffusion_model)
-    if (place.samples is None) == (place.inversion is None):
+    network = network_of(model.model.diffusion_model)
+    if (source.samples is None) == (source.inversion is None):
         raise ValueError("connect either latent or inversion, and not both")
-    if place.inversion is None:
-        step, (noise, samples, sigma) = 0, _noised(model, place)
+    if source.inversion is None:
+        step, (noise, samples, sigma) = 0, _noised(model, source)
     else:
-        step, sigma = _nearest(model, place.inversion, place.percent)
-        samples = noise = torch.zeros(place.inversion.trajectory.shape[1:])
+        step, sigma = _nearest(model, source.inversion, source.percent)
+        samples = noise = torch.zeros(source.inversion.trajectory.shape[1:])
     height, width = samples.shape[-2:]
-    cross = word_sites(sites, height, width, word_side)
-    structure = word_sites(sites, height, width, structure_side)
-    recorder = AttentionRecorder(structure, cross, stop=True)
+    layers = network.layers.values()
+    cross = word_layers(layers, height, width, cross_attn_res)
+    structure = word_layers(layers, height, width, self_attn_res)
+    recorder = AttentionRecorder(network, structure, cross, stop=True)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
     sampler = comfy.samplers.KSAMPLER(
-        _look_once, {"recorder": recorder, "inversion": place.inversion, "step": step}
+        _record_once, {"recorder": recorder, "inversion": source.inversion, "step": step}
     )
-    guider.sample(noise, samples, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=place.seed)
-    return View(
-        _word_maps(recorder.cross_attention, tokens, cross, height, width),
-        _components(_mean(recorder.self_attention), structure[0].grid(height, width)),
+    guider.sample(noise, samples, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=source.seed)
+    return AttentionMaps(
+        _word_maps(recorder.cross_attention.values(), tokens, cross[0].grid(height, width)),
+        _components(_mean(recorder.self_attention.values()), structure[0].grid(height, width)),
     )
 
 
-def _noised(model: Any, place: Place) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Noise, clean latent and noise level."""
+def _noised(model: ModelPatcher, source: LatentSource) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Noise, clean latent and sigma."""
     sampling = model.get_model_object("model_sampling")
-    samples = read_samples("latent", place.samples, model)
-    sigma = min(sampling.percent_to_sigma(place.percent), float(sampling.sigma_max))
-    return comfy.sample.prepare_noise(samples, place.seed), samples, sigma
+    samples = read_samples("latent", source.samples, model)
+    sigma = min(sampling.percent_to_sigma(source.percent), float(sampling.sigma_max))
+    return comfy.sample.prepare_noise(samples, source.seed), samples, sigma
 
 
-def _nearest(model: Any, inversion: Inversion, percent: float) -> tuple[int, float]:
-    """The path's step nearest to `percent`, and its noise level."""
+def _nearest(model: ModelPatcher, inversion: Inversion, percent: float) -> tuple[int, float]:
+    """The path's step nearest to `percent`, and its sigma."""
     inversion.check(model, inversion.trajectory.shape[1:], inversion.sigmas)
     along = progress(model.get_model_object("model_sampling"), inversion.sigmas[:-1])
     step = int((along - percent).abs().argmin())
     return step, float(inversion.sigmas[step])
 
 
-def _look_once(
+def _record_once(
     model: Any,
     x: torch.Tensor,
     sigmas: torch.Tensor,
@@ -113,7 +123,7 @@ def _look_once(
     inversion: Inversion | None,
     step: int,
 ) -> torch.Tensor:
-    """A sampler function that runs the model once, for the recorder's sake."""
+    """A sampler function that runs the model once and changes nothing."""
     guider, options = model.inner_model, (extra_args or {})["model_options"]
     if inversion is not None:
         x = inversion.latent(step, x)
@@ -129,17 +139,13 @@ def _look_once(
     return x
 
 
-def _mean(sites: Mapping[SiteKey, Projections]) -> torch.Tensor:
-    """Probabilities, [images, places, keys], over heads and sites of one grid."""
-    return sum(site.mean() for site in sites.values()) / len(sites)
+def _mean(attention: Collection[Projections]) -> torch.Tensor:
+    """Probabilities, [images, queries, keys], averaged over heads and layers of one grid."""
+    return sum(layer.mean() for layer in attention) / len(attention)
 
 
 def _word_maps(
-    attention: Mapping[SiteKey, Projections],
-    tokens: EditTokens,
-    sites: Sequence[Site],
-    height: int,
-    width: int,
+    attention: Collection[Projections], tokens: EditTokens, grid: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
     if not tokens.words or not all(word.tokens for word in tokens.words):
         raise ValueError("edit_tokens has no words: find the words of the edit first")
@@ -150,20 +156,19 @@ def _word_maps(
             f"edit_tokens has token {last} but conditioning has {context} tokens: encode the "
             "description that the tokens were found in"
         )
-    rows, columns = sites[0].grid(height, width)
-    # A word that stands twice has a map for each place.
+    # A word that stands twice has a map for each time.
     texts = [word.text for word in tokens.words]
     return {
         f"{word.text} ({word.tokens[0]})" if texts.count(word.text) > 1 else word.text: rearrange(
-            mean[..., list(word.tokens)].mean(dim=-1), "b (h w) -> b h w", h=rows, w=columns
+            mean[..., list(word.tokens)].mean(dim=-1), "b (h w) -> b h w", h=grid[0], w=grid[1]
         )
         for word in tokens.words
     }
 
 
 def _components(attention: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The leading principal components of each place's row of self-attention, each scaled to 0..1 and its
-    strongest place bright, [images, rows, columns, 3] (Tumanyan et al., arXiv 2211.12572, show features so).
+    """The leading principal components of each token's row of self-attention, each scaled to 0..1 and its
+    strongest token bright, [images, rows, columns, 3] (Tumanyan et al., arXiv 2211.12572, show features so).
     """
     centred = attention - attention.mean(dim=1, keepdim=True)
     left, strength, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -175,10 +180,13 @@ def _components(attention: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return rearrange(scores, "b (h w) c -> b h w c", h=grid[0], w=grid[1]).cpu()
 
 
-def paint(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def overlay(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Maps over images: each map from its lowest value, dark blue, to its highest, yellow.
 
-    maps: [images, rows, columns]. images: [images or 1, height, width, 3], 0 to 1. Returns the images' size.
+    maps: [images, rows, columns].
+    images: [images or 1, height, width, 3], 0 to 1.
+
+    Returns [images, height, width, 3].
     """
     low, high = (reduce(maps, "b h w -> b 1 1", kind) for kind in ("min", "max"))
     scaled = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)

@@ -1,14 +1,14 @@
-"""Masks drawn on the image, as the latent and the UNet's sites see them."""
+"""Masks drawn on the image, on the grids of the attention layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from einops import rearrange
 from kornia.geometry.transform import resize
 
-from ...models.sites import Site, SiteKey
+from .layers import AttentionLayer
 
 
 def check_mask(mask: torch.Tensor, rows: int, height: int, width: int) -> None:
@@ -29,19 +29,25 @@ def check_mask(mask: torch.Tensor, rows: int, height: int, width: int) -> None:
         )
 
 
-def site_masks(
-    mask: torch.Tensor | None, sites: Sequence[Site], height: int, width: int, device: torch.device
-) -> dict[SiteKey, torch.Tensor]:
-    """The edit mask on every site's grid, by area: a place's value is the part of it that the mask covers.
+def layer_masks(
+    mask: torch.Tensor | None,
+    layers: Iterable[AttentionLayer],
+    height: int,
+    width: int,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The mask on every layer's grid: a token's value is the share of its area that the mask covers.
 
-    mask: [rows or 1, any height, any width], 0 to 1, or None for the whole image. height, width: the
-    latent's. Returns [rows or 1, places] per site, on `device`.
+    mask: [rows or 1, any height, any width], 0 to 1, or None for the whole image.
+    height, width: the latent's.
+
+    Returns [rows or 1, tokens] by layer, on `device`.
     """
     mask = torch.ones(1, height, width) if mask is None else mask
     mask = rearrange(mask.to(device), "b h w -> b 1 h w")
     return {
-        site.key: rearrange(
-            resize(mask, site.grid(height, width), interpolation="area"), "b 1 h w -> b (h w)"
+        layer.key: rearrange(
+            resize(mask, layer.grid(height, width), interpolation="area"), "b 1 h w -> b (h w)"
         )
-        for site in sites
+        for layer in layers
     }

@@ -1,30 +1,45 @@
-"""Recording the attention of the host's UNet, with or without gradient.
+"""Recording the attention of a model call, with or without gradient.
 
-A recorder lives for one model call. It rides in the call's own `model_options` as a wrapper around the UNet,
-which puts recording patches into the attention slots, chained before whatever patch another node has put
-there. The model's output is bit for bit what it is without the recorder, unless the recorder was asked to
-stop early: then the UNet ends at the last attention that is recorded, and its output is zero.
+A recorder lives for one model call. It rides in the call's own `model_options` as a wrapper around the
+network, which puts hooks into the attention layers. The model's output is bit for bit what it is without the
+recorder, unless the recorder was asked to stop early: then the forward ends at the last attention that is
+recorded, and its output is zero.
 
-Queries and keys are kept, not probabilities, which take up to a hundred times as much: they are made from the
-two when they are looked at, a piece at a time.
+Queries and keys are kept, not probabilities, which take up to a hundred times as much: they are computed from
+the two when they are needed, a piece at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import comfy.model_patcher
+import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from einops import einsum, rearrange
 
-from ...models.sites import Site, SiteKey
 from ..host.options import read_options, replace_options
-from .checks import check_call, check_gradient, check_grid, check_keys, check_rows, check_text, layer_name
-from .token_order import TokenOrder
+from .checks import (
+    TAKE_OUT,
+    check_call,
+    check_gradient,
+    check_grid,
+    check_keys,
+    check_rows,
+    check_text,
+    layer_name,
+)
+from .hooks import Attention, ForwardEnded
+from .layers import AttentionLayer
+from .networks import Network
+from .token_order import moved
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
 PIECE = 2**24  # probabilities at a time: 64 MiB
@@ -34,19 +49,17 @@ PIECE = 2**24  # probabilities at a time: 64 MiB
 class Expected:
     """What a recorded call must be like, so that what is recorded has a meaning.
 
-    rows, size: of the latent, its images and height and width. text: tokens of the
-    description. own_grid: whether self-attention must be on the grid that the network's layout gives it, and
-    not on one that another node has shrunk.
+    rows: images of the latent.
+    size: height and width of the latent.
+    text: tokens of the description.
+    own_grid: whether self-attention must be on the grid that the network's layout gives it, and not on one
+        that another node has shrunk.
     """
 
     rows: int
     size: tuple[int, int]
     text: int
     own_grid: bool = False
-
-
-class _LastSiteReached(Exception):
-    """Ends a UNet's forward after the last attention that is wanted; never leaves `AttentionRecorder`."""
 
 
 class Piece(NamedTuple):
@@ -63,9 +76,11 @@ _WHOLE = Piece()
 class Projections:
     """What one attention computes its probabilities from, in one model call.
 
-    q: [rows, queries, heads * d], k: [rows, keys, heads * d], as the host's attention slots receive them, in
-    the UNet's dtype; a row is an image of the call's batch. Where the call has a gradient they are in its
-    graph.
+    q: [rows, queries, heads * d] in the network's dtype; a row is an image of the call's batch.
+    k: [rows, keys, heads * d].
+    heads: of the attention.
+
+    Where the call has a gradient, q and k are in its graph.
     """
 
     q: torch.Tensor
@@ -79,10 +94,10 @@ class Projections:
         rows, queries, _ = self.q.shape
         line = rows * self.k.shape[1]
         heads = max(1, PIECE // (line * queries))
-        places = queries if whole_heads or line * queries <= PIECE else max(1, PIECE // line)
+        count = queries if whole_heads or line * queries <= PIECE else max(1, PIECE // line)
         for head in range(0, self.heads, heads):
-            for place in range(0, queries, places):
-                yield Piece(slice(head, head + heads), slice(place, place + places))
+            for query in range(0, queries, count):
+                yield Piece(slice(head, head + heads), slice(query, query + count))
 
     def probabilities(self, piece: Piece = _WHOLE) -> torch.Tensor:
         """softmax(q k^T / sqrt(d)) of the piece, [rows, heads, queries, keys] in float32; it sums to 1 over
@@ -103,10 +118,11 @@ class Projections:
 
 @dataclass(frozen=True, eq=False)
 class LossGradient:
-    """A loss of some attentions' probabilities, and where its way back into the UNet begins.
+    """A loss of some attentions' probabilities, and where its way back into the network begins.
 
-    values: [rows]. parts: queries or keys in the UNet's graph, each [rows, tokens, heads * d], and the
-    derivative of the values' sum by them in float32.
+    values: [rows].
+    parts: queries or keys in the network's graph, each [rows, tokens, heads * d], and the derivative of the
+        values' sum by them in float32.
     """
 
     values: torch.Tensor
@@ -114,11 +130,14 @@ class LossGradient:
 
     def by_latent(self, latent: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
         """d(sum of values)/d(latent), in float32. Uses `parts` up, so that they take no memory while the
-        UNet's gradient is computed.
+        network's gradient is computed.
 
-        latent: the leaf the model call started from, [rows, ...]; each row's loss is a function of its own
-        row. Gradients of attention losses are far below what half precision can hold, so what enters the
-        UNet is scaled row by row to a largest value of 1, and scaled back in float32.
+        latent: the leaf that the model call started from, [rows, ...]; each row's loss is a function of its
+            own row.
+        keep_graph: whether the graph is needed again.
+
+        Gradients of attention losses are far below what half precision can hold, so what enters the network
+        is scaled row by row to a largest value of 1, and scaled back in float32.
         """
         peaks = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in self.parts]).amax(dim=0)
         peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
@@ -134,51 +153,49 @@ class LossGradient:
 class AttentionRecorder:
     """Attention of one model call.
 
-    self_sites, cross_sites: where to record. stop: end the UNet after the last of them; with `whole_layers`
-    not inside of a layer but before the next block, as `checkpointing` needs.
+    network: of the model.
+    self_layers, cross_layers: where self- and cross-attention are recorded.
+    stop: end the forward after the last of them.
+    whole_layers: end it between two blocks, as `checkpointed` needs, and not inside of one.
 
-    After the call, `self_attention` and `cross_attention` map a site's key to its queries and keys.
+    After the call `self_attention` and `cross_attention` hold queries and keys by layer, and `moved` what
+    `check_order` reads.
     """
 
     def __init__(
         self,
-        self_sites: Iterable[Site],
-        cross_sites: Iterable[Site],
+        network: Network,
+        self_layers: Iterable[AttentionLayer],
+        cross_layers: Iterable[AttentionLayer],
         *,
         stop: bool = False,
         whole_layers: bool = False,
     ) -> None:
-        self._wanted = {
-            "attn1": {site.key: site for site in self_sites},
-            "attn2": {site.key: site for site in cross_sites},
-        }
-        self._pending = {(name, key) for name, keys in self._wanted.items() for key in keys}
+        self._network = network
+        self._self_layers, self._cross_layers = tuple(self_layers), tuple(cross_layers)
+        self._pending = {("attn1", layer.key) for layer in self._self_layers}
+        self._pending |= {("attn2", layer.key) for layer in self._cross_layers}
         self._stop, self._whole_layers = stop, whole_layers
         self._expected: Expected | None = None
         self._differentiated = False
-        self._order = TokenOrder(self._pending)
-        self.self_attention: dict[SiteKey, Projections] = {}
-        self.cross_attention: dict[SiteKey, Projections] = {}
+        self.self_attention: dict[str, Projections] = {}
+        self.cross_attention: dict[str, Projections] = {}
+        self.moved: list[tuple[str, torch.Tensor]] = []
 
     @property
     def missing(self) -> list[str]:
-        """The wanted attentions that were not recorded, for people, in the order in which they run."""
+        """The wanted attentions that were not recorded, as messages name them, in the order they run in."""
         return [
-            layer_name(name, site.name)
-            for name, sites in self._wanted.items()
-            for site in sites.values()
-            if (name, site.key) in self._pending
+            layer_name(kind, layer.key)
+            for kind, layers in (("attn1", self._self_layers), ("attn2", self._cross_layers))
+            for layer in layers
+            if (kind, layer.key) in self._pending
         ]
 
     @property
     def ran(self) -> bool:
-        """Whether any wanted attention was recorded; not so if another node kept the UNet from running."""
-        return len(self._pending) < sum(map(len, self._wanted.values()))
-
-    @property
-    def moved(self) -> list[tuple[str, torch.Tensor]]:
-        """What `TokenOrder` saw at the self-attentions."""
-        return self._order.moved
+        """Whether any wanted attention was recorded; not so if another node kept the network from running."""
+        return bool(self.self_attention or self.cross_attention)
 
     def clear(self) -> None:
         """Forget what was recorded. A graph whose layers are computed again refers to itself through it, and
@@ -200,75 +217,112 @@ class AttentionRecorder:
         return options
 
     def _wrap(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        options, x = dict(read_options(args, kwargs)), args[0]
-        if (expected := self._expected) is not None:
-            check_call(x, expected.rows, expected.size)
+        x = args[0]
+        if self._expected is not None:
+            check_call(x, self._expected.rows, self._expected.size)
         self._differentiated = x.requires_grad
-        replace = {name: dict(patches) for name, patches in options.get("patches_replace", {}).items()}
-        for name, keys in self._wanted.items():
-            patches = replace.setdefault(name, {})
-            for key in keys:
-                patches[key] = self._patch(name, key, patches.get(key, patches.get(key[:2])))
-        options["patches_replace"] = replace
-        patches = options["patches"] = dict(options.get("patches", {}))
-        patches["attn1_patch"] = self._order.around(patches.get("attn1_patch", []))
+        options = self._network.install(
+            read_options(args, kwargs),
+            self._record,
+            self_layers=self._self_layers,
+            cross_layers=self._cross_layers,
+        )
         if self._stop and self._whole_layers:
-            for name in ("input_block_patch", "output_block_patch"):
-                patches[name] = [self._end_block, *patches.get(name, ())]
+            options = self._network.end_between_blocks(options, lambda: not self._pending)
         args, kwargs = replace_options(args, kwargs, options)
         try:
             return executor(*args, **kwargs)
-        except _LastSiteReached:
-            return torch.zeros_like(args[0])
+        except ForwardEnded:
+            return torch.zeros_like(x)
 
-    def _patch(self, name: str, key: SiteKey, previous: Callable | None) -> Callable:
-        seen = self.self_attention if name == "attn1" else self.cross_attention
+    def _record(self, at: Attention) -> None:
+        key = at.layer.key
+        if (at.kind, key) not in self._pending:  # a checkpointed layer is computed again
+            return
+        if at.kind == "attn1":
+            for inputs in (at.hidden, at.context):
+                if inputs is not at.entered and inputs.shape == at.entered.shape:
+                    self.moved.append((key, moved(at.entered, inputs)))
+        if self._expected is not None:
+            self._check(self._expected, at)
+        seen = self.self_attention if at.kind == "attn1" else self.cross_attention
+        seen[key] = Projections(at.q, at.k, at.options["n_heads"])
+        self._pending.discard((at.kind, key))
+        if self._stop and not self._pending and not self._whole_layers:
+            raise ForwardEnded
 
-        def patch(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
-        ) -> torch.Tensor:
-            heads = extra_options["n_heads"]
-            if (name, key) in self._pending:  # not so when a checkpointed layer is computed again
-                if self._expected is not None:
-                    self._check(self._expected, name, key, q, k, extra_options)
-                seen[key] = Projections(q, k, heads)
-                self._pending.discard((name, key))
-                if self._stop and not self._pending and not self._whole_layers:
-                    raise _LastSiteReached
-            if previous is not None:
-                return previous(q.clone(), k.clone(), v, extra_options)  # it may write into them
-            precision = extra_options.get("attn_precision")
-            return optimized_attention(
-                q, k, v, heads, attn_precision=precision, transformer_options=extra_options
-            )
-
-        return patch
-
-    def _check(
-        self,
-        expected: Expected,
-        name: str,
-        key: SiteKey,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        extra_options: dict[str, Any],
-    ) -> None:
-        site, within = self._wanted[name][key], name == "attn1"
-        layer, grid = layer_name(name, site.name), site.grid(*expected.size)
-        check_rows(layer, len(q), expected.rows)
-        check_rows(layer, len(k), expected.rows)
+    def _check(self, expected: Expected, at: Attention) -> None:
+        name, grid, within = (
+            layer_name(at.kind, at.layer.key),
+            at.layer.grid(*expected.size),
+            at.kind == "attn1",
+        )
+        check_rows(name, len(at.q), expected.rows)
+        check_rows(name, len(at.k), expected.rows)
         if within and not expected.own_grid:
-            grid = tuple(extra_options.get("activations_shape", grid)[-2:])
-        check_grid(layer, q.shape[1], grid, extra_options, "this node")
+            grid = at.grid or grid
+        check_grid(name, at.q.shape[1], grid, at.grid, "this node")
         if within:
-            check_keys(layer, k.shape[1], q.shape[1])
+            check_keys(name, at.k.shape[1], at.q.shape[1])
         else:
-            check_text(layer, k.shape[1], expected.text)
+            check_text(name, at.k.shape[1], expected.text)
         if self._differentiated:
-            check_gradient(layer, *((q, k) if within else (q,)))
+            check_gradient(name, *((at.q, at.k) if within else (at.q,)))
 
-    def _end_block(self, hidden: torch.Tensor, *rest: Any) -> Any:
-        """A block patch of the host, for either side: (h, options) or (h, skip, options)."""
-        if not self._pending:
-            raise _LastSiteReached
-        return hidden if len(rest) == 1 else (hidden, rest[0])
+
+def record(
+    model: BaseModel,
+    recorder: AttentionRecorder,
+    entry: dict[str, Any],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    options: dict[str, Any],
+    own_grid: bool = False,
+) -> list[torch.Tensor]:
+    """One model call for one conditioning entry, recorded; returns the denoised latents.
+
+    entry: of a processed conditioning.
+    x: [rows, ...]. sigma: [rows].
+    options: the call's model options.
+    own_grid: as in `Expected`.
+
+    A compiled model runs uncompiled, because what was compiled before has no hooks.
+
+    Raises ValueError if the network or a layer did not run, or if another node changes the call or a layer.
+    """
+    text = entry["model_conds"]["c_crossattn"].cond.shape[1]
+    expected = Expected(len(x), tuple(x.shape[-2:]), text, own_grid)
+    with _uncompiled():
+        denoised = comfy.samplers.calc_cond_batch(
+            model, [[entry]], x, sigma, recorder.attach(options, expected)
+        )
+    if recorder.missing and recorder.ran:
+        raise ValueError(
+            f"{', '.join(recorder.missing)} did not run: another node leaves the layer out or "
+            f"replaces it. {TAKE_OUT}"
+        )
+    if recorder.missing:
+        raise ValueError(
+            "another node keeps the UNet from running at every step (EasyCache, or with a torch "
+            "before 2.6 TorchCompileModel): take it out of the model's chain"
+        )
+    return denoised
+
+
+def _uncompiled() -> AbstractContextManager:
+    """A region in which torch, from 2.6 on, runs what it has compiled as it is written."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
+
+
+def whole_image(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of a processed conditioning that are for no area and no mask."""
+    return [entry for entry in entries if "area" not in entry and "mask" not in entry]
+
+
+def active_entry(entries: Sequence[dict[str, Any]], sigma: float) -> dict[str, Any] | None:
+    """The first entry for the whole image whose range of noise levels holds `sigma`."""
+    for entry in whole_image(entries):
+        if entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf):
+            return entry
+    return None

@@ -1,4 +1,4 @@
-"""Putting an attention bridge into a model: what the node sets up, and the host's doors it uses.
+"""Putting an attention bridge into a model, through the host's doors.
 
 The patched model holds no tensors beyond its inputs and no patches in the attention slots. One wrapper around
 the sampling reads the reference once and frees it at the end; one around each model call puts the bridge into
@@ -8,126 +8,102 @@ the slots for the length of that call, around whatever other nodes have put ther
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ...models.bridge import BridgeSettings, widths_of
-from ...models.sites import Site, find_sites
-from ..host.inputs import read_mask, read_samples
+from ...models.bridge import BridgeSettings
+from ..attention.layers import AttentionLayer
+from ..attention.networks import Network, network_of
+from ..host.inputs import read_samples
 from ..host.options import read_options, replace_options
 from ..host.out_of_memory import memory_advice
 from .run import KEY, BridgeRun, BridgeSetup
 
 ADVICE = "sample a smaller image or fewer at a time, or give fewer references"
+Door = AbstractContextManager[Any]
 
 
-def apply_bridge(model: Any, setup: BridgeSetup, door: AbstractContextManager[Any] | None = None) -> Any:
-    """A clone of `model` (a ModelPatcher) that samples with the bridge. door: entered in every run.
+def apply_bridge(model: ModelPatcher, setup: BridgeSetup, door: Door | None = None) -> ModelPatcher:
+    """A clone of `model` that samples with the bridge.
 
-    Raises ValueError, for a model that is not a UNet, that has a bridge already or that the
-    bridge was not made for, and for a reference, strength, range or mask that cannot be used.
+    door: entered around this pack's own code in every run.
+
+    Raises ValueError for a model that is no UNet, that has a bridge already or that the bridge was not made
+    for, and for a reference that is not a latent of the model's or is empty.
     """
-    check_base(model, setup.bridge)
+    network = check_base(model, setup.bridge)
     if has_bridge(model):
         raise ValueError(
             "this MODEL has a bridge already. Two bridges do not add up: apply one, or wire the "
             "references to one node as a batch and choose to join them"
         )
-    setup = _checked(model, setup)
-    patched = model.clone()
+    setup = replace(setup, reference=read_samples("reference", setup.reference, model))
+    if torch.count_nonzero(setup.reference) == 0:
+        raise ValueError("reference is an empty latent: encode the source image with VAEEncode")
+    patched, door = model.clone(), door or nullcontext()
     if setup.strength == 0 or (setup.mask is not None and not bool(setup.mask.any())):
         return patched
     patched.set_additional_models(KEY, [setup.bridge.clone()])
+    elements = cache_elements(setup, network.layers.values())
     for kind, wrapper in (
-        (WrappersMP.PREPARE_SAMPLING, _Prepare(setup)),
-        (WrappersMP.SAMPLER_SAMPLE, _Sample(setup, door or nullcontext())),
+        (WrappersMP.PREPARE_SAMPLING, _Prepare(elements)),
+        (WrappersMP.SAMPLER_SAMPLE, _Sample(setup, door)),
         (WrappersMP.CALC_COND_BATCH, _note_areas),
-        (WrappersMP.APPLY_MODEL, _ApplyModel(door or nullcontext())),
+        (WrappersMP.APPLY_MODEL, _ApplyModel(door)),
     ):
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
 
 
-def has_bridge(model: Any) -> bool:
-    """Whether a bridge is on this ModelPatcher."""
+def has_bridge(model: ModelPatcher) -> bool:
+    """Whether a bridge is on this model."""
     return bool(model.get_wrappers(WrappersMP.APPLY_MODEL, KEY))
 
 
-def check_base(model: Any, bridge: Any) -> None:
-    """Raise ValueError, unless the ATTENTION_BRIDGE was made for this MODEL's family and
-    shape.
-    """
-    sites = find_sites(model.model.diffusion_model)
+def check_base(model: ModelPatcher, bridge: ModelPatcher) -> Network:
+    """The model's network. Raises ValueError unless the ATTENTION_BRIDGE was made for its kind and shape."""
+    network = network_of(model.model.diffusion_model)
     settings, family = bridge.model.settings, type(model.model.model_config)
-    found = BridgeSettings(family.__name__, widths_of(sites))
+    found = BridgeSettings(family.__name__, network.widths)
     names = {base.__name__ for base in family.__mro__}
     if dict(settings.widths) != dict(found.widths) or settings.base not in names:
         raise ValueError(
             f"the bridge is for {settings.shape()}, but the MODEL is {found.shape()}: load the "
             "model that the bridge was trained for"
         )
+    return network
 
 
-def _checked(model: Any, setup: BridgeSetup) -> BridgeSetup:
-    """`setup` with its reference and mask in the form that a run takes."""
-    setup = replace(
-        setup,
-        reference=read_samples("reference", setup.reference, model),
-        mask=None if setup.mask is None else read_mask("mask", setup.mask),
-    )
-    if torch.count_nonzero(setup.reference) == 0:
-        raise ValueError("reference is an empty latent: encode the source image with VAEEncode")
-    if not math.isfinite(setup.strength):
-        raise ValueError(f"strength is {setup.strength} but must be a finite number")
-    if not 0 <= setup.start < setup.end <= 1:
-        raise ValueError(
-            f"start_percent is {setup.start} and end_percent {setup.end}, but they must rise within 0 to 1"
-        )
-    if setup.source is not None and (
-        len(setup.source) != 1 or not {"area", "mask"}.isdisjoint(setup.source[0][1])
-    ):
-        raise ValueError(
-            f"source must be one description of the whole reference, but it has {len(setup.source)} "
-            "entries or an area or mask: wire a plain CLIPTextEncode"
-        )
-    if setup.joined and setup.settings.direction != "edit_queries":
-        raise ValueError(
-            f"several references can be joined only for a bridge with the direction edit_queries; "
-            f"this one has {setup.settings.direction}"
-        )
-    return setup
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepare:
-    """PREPARE_SAMPLING: asks the host for the memory of the bank, in rows of the latent, its unit."""
-
-    setup: BridgeSetup
-
-    def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
-        model, noise_shape, *rest = args
-        row = model.model.memory_required([1, *noise_shape[1:]])
-        size = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
-        sites = find_sites(model.model.diffusion_model)
-        rows = math.ceil(bank_elements(self.setup, sites) * size / row)
-        return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], *rest, **kwargs)
-
-
-def bank_elements(setup: BridgeSetup, sites: tuple[Site, ...]) -> int:
+def cache_elements(setup: BridgeSetup, layers: Iterable[AttentionLayer]) -> int:
     """How many numbers a run keeps: K and V, or Q, of the reference, and the merged output matrices."""
     images, _, height, width = setup.reference.shape
     kept = 2 if setup.settings.direction == "edit_queries" else 1
     merged = 1 if setup.settings.fusion == "linear" else 0
     return sum(
-        site.width * (kept * images * math.prod(site.grid(height, width)) + merged * site.width)
-        for site in sites
+        layer.width * (kept * images * math.prod(layer.grid(height, width)) + merged * layer.width)
+        for layer in layers
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepare:
+    """PREPARE_SAMPLING: asks the host for the memory of the cache, in rows of the latent, its unit."""
+
+    elements: int
+
+    def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        model, noise_shape, *rest = args
+        row = model.model.memory_required([1, *noise_shape[1:]])
+        size = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
+        rows = math.ceil(self.elements * size / row)
+        return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], *rest, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +111,7 @@ class _Sample:
     """SAMPLER_SAMPLE: reads the reference when the models are loaded, and frees it whatever happens."""
 
     setup: BridgeSetup
-    door: AbstractContextManager[Any]
+    door: Door
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
         with self.door:
@@ -154,7 +130,7 @@ class _Sample:
                 "the sampling is spread over several GPUs (MultiGPU CFG Split), but what a bridge "
                 "keeps of the reference is on one: take that node out of the model's chain"
             )
-        run = BridgeRun(self.setup, guider, noise, sigmas)
+        run = BridgeRun(self.setup, guider, noise, sigmas, self.door)
         extra_args["model_options"]["transformer_options"][KEY] = run
         try:
             with memory_advice(ADVICE):
@@ -178,22 +154,21 @@ def _note_areas(executor: Callable, *args: Any, **kwargs: Any) -> Any:
 class _ApplyModel:
     """APPLY_MODEL: the bridge in the attention slots of one model call."""
 
-    door: AbstractContextManager[Any]
+    door: Door
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
         options = read_options(args, kwargs)
         run = options.get(KEY)
-        if run is None:
-            with self.door:
+        with self.door:
+            if run is None:
                 raise ValueError(
                     "another node calls the model outside of a sampling, where no reference was read (one "
                     "that trains it, for one): wire the MODEL from before this node into it, and apply the "
                     "bridge after it"
                 )
-        with self.door:
-            feeding = run.feeding(options, args[0])
-            args, kwargs = replace_options(args, kwargs, feeding.install(options))
+            patches = run.patches(options, args[0])
+            args, kwargs = replace_options(args, kwargs, patches.install(options))
         output = executor(*args, **kwargs)
         with self.door:
-            run.check_fired(feeding, options)
+            run.check_fired(patches, options)
         return output

@@ -1,6 +1,6 @@
-"""An attention bridge at work in a UNet: one call reads the reference, others are fed from what it left.
+"""The bridge's formula in a network: one call reads the reference, others are given what it left.
 
-At each site (DescriptiveEdit, arXiv 2508.20505), with normed hidden states h of the picture and r of the
+At each layer (DescriptiveEdit, arXiv 2508.20505), with normed hidden states h of the picture and r of the
 reference and direction `edit_queries`:
 
     Z'    = (W_o + dW_o) Attention((W_q + dW_q) h, (W_k + dW_k) r, (W_v + dW_v) r)
@@ -13,25 +13,28 @@ W_q h, W_k h and W_v h; only the updates are computed here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from einops import rearrange
 
 from ...models.bridge import AttentionBridge
-from ...models.sites import SiteKey, find_sites
 from ..attention.checks import TAKE_OUT, check_grid, check_keys, check_rows, layer_name
+from ..attention.hooks import Attention, ForwardEnded, attend
+from ..attention.layers import AttentionLayer
+from ..attention.networks import Network
 
 Matrix = tuple[torch.Tensor, torch.Tensor]
+Merge = Callable[[AttentionLayer, torch.Tensor], Matrix | None]
 
 
-class Kept(NamedTuple):
-    """What the reference pass left at a site: K and V, or Q, each [references or 1, tokens, width], and the
-    output projection and F as one matrix and bias, if they act as one.
+class ReferenceFeatures(NamedTuple):
+    """What the reference pass left at a layer.
+
+    query: [references, tokens, width], with `reference_queries`.
+    key, value: [references, or 1 if they are joined, tokens, width], with `edit_queries`.
+    merged: the output projection and F as one matrix and bias, None where they are not merged.
     """
 
     query: torch.Tensor | None
@@ -40,243 +43,174 @@ class Kept(NamedTuple):
     merged: Matrix | None
 
 
-class _ReferenceRead(Exception):
-    """Ends the reference pass at the last site; never leaves `Bank.read`."""
+class ReferenceCache:
+    """A bridge, the network it works in, and by layer what the last reference pass left."""
 
-
-class Bank:
-    """A bridge, the sites of the UNet it works in, and what the last reference pass left at each."""
-
-    def __init__(self, bridge: AttentionBridge, unet: torch.nn.Module) -> None:
-        self.bridge, self.settings = bridge, bridge.settings
-        self.sites = find_sites(unet)
-        self.outputs = {site.key: unet.get_submodule(site.path).attn1.to_out for site in self.sites}
-        self.kept: dict[SiteKey, Kept] = {}
+    def __init__(self, bridge: AttentionBridge, network: Network) -> None:
+        self.bridge, self.settings, self.network = bridge, bridge.settings, network
+        self.features: dict[str, ReferenceFeatures] = {}
 
     def read(
         self,
-        unet: torch.nn.Module,
         x: torch.Tensor,
         options: dict[str, Any],
         *,
         joined: bool = False,
-        merge: Callable[[SiteKey, torch.Tensor], Matrix | None] | None = None,
+        merge: Merge | None = None,
         timesteps: torch.Tensor | None = None,
         **conditions: Any,
     ) -> None:
-        """The reference pass: clean latents `x` at timestep 0, with no ControlNet, up to the last site.
+        """The reference pass: clean latents at timestep 0, with no ControlNet, up to the last layer.
 
-        options: the call's `transformer_options`. joined: all references as one long sequence of tokens.
-        merge: a site's output matrix as one, or None. timesteps: other than 0, for experiments, [references].
-        conditions: `context`, `y`. Where a gradient is wanted, the frozen UNet gets none unless the
-        reference passes through the bridge itself.
+        x: [references, channels, height, width].
+        options: the call's `transformer_options`.
+        joined: all references as one long sequence of tokens.
+        merge: from a layer and a tensor like its queries to its output matrix, or None.
+        timesteps: other than 0, for experiments, [references].
+        conditions: `context`, `y`.
+
+        Where a gradient is wanted, the frozen network gets none unless the reference passes through the
+        bridge itself. Raises ValueError if a layer was not reached.
         """
-        self.kept.clear()
+        self.features.clear()
         learning = torch.is_grad_enabled()
-        reading = _Reading(self, joined, merge or (lambda key, like: None), learning)
+        hooks = ReferencePass(self, joined, merge, learning)
         timesteps = torch.zeros(len(x), device=x.device) if timesteps is None else timesteps
+        options = self.network.install(
+            options, hooks.before, hooks.after, self_layers=self.network.layers.values()
+        )
         through = torch.set_grad_enabled(learning and self.settings.reference_self_bridge)
-        with through, suppress(_ReferenceRead):
-            unet(
-                x,
-                timesteps,
-                control=None,
-                transformer_options=reading.install(options),
-                **conditions,
-            )
-        missing = [site.name for site in self.sites if site.key not in self.kept]
+        with through, suppress(ForwardEnded):
+            self.network.module(x, timesteps, control=None, transformer_options=options, **conditions)
+        missing = [key for key in self.network.layers if key not in self.features]
         if missing:
             raise ValueError(
                 f"the reference pass did not reach {layer_name('attn1', ', '.join(missing))}: "
                 f"another node leaves the layer out or replaces it. {TAKE_OUT}"
             )
 
-    def free(self) -> None:
-        self.kept.clear()
-        self.outputs.clear()
-
-
-@dataclass
-class _Patches:
-    """The bridge's patches for one call of the UNet, from the outside in: ours sees a block's input after
-    every other patch and its output before every other.
-    """
-
-    bank: Bank
-
-    def __post_init__(self) -> None:
-        self.hidden: torch.Tensor | None = None
-        self.attended: torch.Tensor | None = None
-
-    def install(self, options: dict[str, Any]) -> dict[str, Any]:
-        """A call's `transformer_options` with these patches; the original is not touched."""
-        patches = dict(options.get("patches", {}))
-        patches["attn1_patch"] = [*patches.get("attn1_patch", ()), self.before]
-        patches["attn1_output_patch"] = [self.after, *patches.get("attn1_output_patch", ())]
-        replace = dict(options.get("patches_replace", {}))
-        attn1 = dict(replace.get("attn1", {}))
-        for site in self.bank.sites:
-            previous = attn1.get(site.key, attn1.get(site.key[:2]))
-            attn1[site.key] = partial(self.around, site.key, previous or _attention)
-        replace["attn1"] = attn1
-        return {**options, "patches": patches, "patches_replace": replace}
-
-    @torch.compiler.disable
-    def before(self, n: torch.Tensor, context: Any, value: Any, extra_options: dict[str, Any]) -> tuple:
-        self.hidden = n
-        return n, context, value
-
-    def fused(self, key: SiteKey, own: torch.Tensor) -> torch.Tensor:
-        """F(Z') of the attention result in `attended`; `own` is the self-attention's Z."""
-        kept, site = self.bank.kept[key], self.bank.bridge.site(key)
-        attended, self.attended = self.attended, None
-        if kept.merged is not None:
-            return torch.nn.functional.linear(attended, *kept.merged)
-        result = self.bank.outputs[key](attended) + site.out(attended)
-        match self.bank.settings.fusion:
+    def fused(self, layer: AttentionLayer, attended: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """F(Z'), [rows, tokens, width]. attended: Z' before its output projection. own: Z."""
+        merged, learned = self.features[layer.key].merged, self.bridge.layer(layer.key)
+        if merged is not None:
+            return torch.nn.functional.linear(attended, *merged)
+        result = self.network.outputs[layer.key](attended) + learned.out(attended)
+        match self.settings.fusion:
             case "linear":
-                return site.fuse(result)
+                return learned.fuse(result)
             case "add":
                 return result
             case _:
                 return result - own
 
 
-class _Reading(_Patches):
-    """The reference pass: fills the bank."""
+class ReferencePass:
+    """Hooks that fill the cache. The forward ends at the last layer, unless the reference's own rows pass
+    through the bridge.
+    """
 
-    def __init__(
-        self,
-        bank: Bank,
-        joined: bool,
-        merge: Callable[[SiteKey, torch.Tensor], Matrix | None],
-        learning: bool,
-    ) -> None:
-        super().__init__(bank)
-        self.joined, self.merge, self.learning = joined, merge, learning
+    def __init__(self, cache: ReferenceCache, joined: bool, merge: Merge | None, learning: bool) -> None:
+        self._cache, self._joined, self._merge, self._learning = cache, joined, merge, learning
 
-    @torch.compiler.disable
-    def around(
-        self,
-        key: SiteKey,
-        own: Callable,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        extra_options: dict[str, Any],
-    ) -> torch.Tensor:
-        bank, site, r = self.bank, self.bank.bridge.site(key), self.hidden
-        asks, self_bridge = bank.settings.direction != "edit_queries", bank.settings.reference_self_bridge
-        with torch.set_grad_enabled(self.learning):
-            query = q + site.q(r) if asks or self_bridge else None
-            key_, value = (k + site.k(r), v + site.v(r)) if not asks or self_bridge else (None, None)
-        merged = self.merge(key, q)
-        if asks:
-            bank.kept[key] = Kept(query, None, None, merged)
-        else:
-            bank.kept[key] = Kept(None, self._join(key_), self._join(value), merged)
+    def before(self, at: Attention) -> torch.Tensor | None:
+        """Keep the layer's features; returns Z' of the reference with itself, or None."""
+        cache, learned, r = self._cache, self._cache.bridge.layer(at.layer.key), at.hidden
+        queries = cache.settings.direction == "reference_queries"
+        self_bridge = cache.settings.reference_self_bridge
+        query = key = value = None
+        with torch.set_grad_enabled(self._learning):
+            if queries or self_bridge:
+                query = at.q + learned.q(r)
+            if not queries or self_bridge:
+                key, value = at.k + learned.k(r), at.v + learned.v(r)
+        merged = self._merge(at.layer, at.q) if self._merge else None
+        cache.features[at.layer.key] = (
+            ReferenceFeatures(query, None, None, merged)
+            if queries
+            else ReferenceFeatures(None, self._join(key), self._join(value), merged)
+        )
         if self_bridge:
-            self.attended = _attention(query, key_, value, extra_options)
-        elif len(bank.kept) == len(bank.sites):
-            raise _ReferenceRead
-        return own(q, k, v, extra_options)
+            return attend(query, key, value, at.options)
+        if len(cache.features) == len(cache.network.layers):
+            raise ForwardEnded
+        return None
 
     def _join(self, tensor: torch.Tensor) -> torch.Tensor:
-        return rearrange(tensor, "r n d -> 1 (r n) d") if self.joined else tensor
+        return rearrange(tensor, "r n d -> 1 (r n) d") if self._joined else tensor
 
-    @torch.compiler.disable
-    def after(self, out: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
-        if self.attended is None:
-            return out
-        return out + self.fused(_key(extra_options), out)
+    def after(self, layer: AttentionLayer, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Z_out of the reference."""
+        return out + self._cache.fused(layer, attended, out)
 
 
-class Feeding(_Patches):
-    """A denoising call whose `rows` see the reference.
+class DenoisePatches:
+    """Hooks of a denoising call, some of whose rows see the reference.
 
-    rows: of the call's batch, a slice or an index tensor; None for none. x: the latents of the call, for
-    their number and size. answer: from a tensor of the bank to one for each of these rows. masks: at each
-    site [rows or 1, tokens, 1], or None. `fired` holds the sites that were fed.
+    rows: of the call's batch, a slice or an index tensor; None for none.
+    x: the latents of the call, for their number and size.
+    expand_to_rows: from a tensor of the cache to one for each of these rows.
+    strength: of what the bridge adds.
+    masks: by layer, [rows or 1, tokens, 1], or None.
+    door: entered where an error is raised, since the call may be another node's.
+
+    `fired` holds the keys of the layers at which the bridge was at work.
     """
 
     def __init__(
         self,
-        bank: Bank,
+        cache: ReferenceCache,
         rows: slice | torch.Tensor | None,
         x: torch.Tensor,
-        answer: Callable[[torch.Tensor], torch.Tensor],
+        expand_to_rows: Callable[[torch.Tensor], torch.Tensor],
         strength: float = 1.0,
-        masks: Mapping[SiteKey, torch.Tensor] | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
+        door: AbstractContextManager[Any] | None = None,
     ) -> None:
-        super().__init__(bank)
-        self.rows, self.answer = rows, answer
-        self.total, self.size = len(x), tuple(x.shape[-2:])
-        self.strength, self.masks = strength, masks
-        self.fired: set[SiteKey] = set()
+        self.rows, self.fired = rows, set[str]()
+        self._cache, self._expand_to_rows = cache, expand_to_rows
+        self._total, self._size = len(x), tuple(x.shape[-2:])
+        self._strength, self._masks, self._door = strength, masks, door or nullcontext()
 
-    @torch.compiler.disable
-    def around(
-        self,
-        key: SiteKey,
-        own: Callable,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        extra_options: dict[str, Any],
-    ) -> torch.Tensor:
-        if self.rows is not None:
-            self.attended = self._attend(key, q, k, v, extra_options)
-            self.fired.add(key)
-        return own(q, k, v, extra_options)
+    def install(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A call's `transformer_options` with these hooks; the original is not touched."""
+        network = self._cache.network
+        return network.install(options, self.before, self.after, self_layers=network.layers.values())
 
-    def _attend(
-        self,
-        key: SiteKey,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        extra_options: dict[str, Any],
-    ) -> torch.Tensor:
-        layer = _layer(key)
-        check_rows(layer, len(q), self.total)
-        kept, site, h = self.bank.kept[key], self.bank.bridge.site(key), self.hidden[self.rows]
-        if kept.query is None:
-            query, key_, value = q[self.rows] + site.q(h), self.answer(kept.key), self.answer(kept.value)
+    def before(self, at: Attention) -> torch.Tensor | None:
+        """Z' before its output projection, [the rows that see the reference, tokens, width]."""
+        if self.rows is None:
+            return None
+        try:
+            self._check(at)
+        except ValueError:
+            with self._door:
+                raise
+        self.fired.add(at.layer.key)
+        features, learned = self._cache.features[at.layer.key], self._cache.bridge.layer(at.layer.key)
+        h = at.hidden[self.rows]
+        if features.query is None:
+            query = at.q[self.rows] + learned.q(h)
+            key, value = self._expand_to_rows(features.key), self._expand_to_rows(features.value)
         else:
-            why = "a bridge with the direction reference_queries"
-            check_grid(layer, h.shape[1], self._grid(key), extra_options, why)
-            check_keys(layer, k.shape[1], h.shape[1])
-            query, key_, value = self.answer(kept.query), k[self.rows] + site.k(h), v[self.rows] + site.v(h)
-        return _attention(query, key_, value, extra_options)
+            query = self._expand_to_rows(features.query)
+            key, value = at.k[self.rows] + learned.k(h), at.v[self.rows] + learned.v(h)
+        return attend(query, key, value, at.options)
 
-    @torch.compiler.disable
-    def after(self, out: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
-        if self.attended is None:
-            return out
-        key = _key(extra_options)
-        fused = self.fused(key, out[self.rows])
-        if self.masks is not None:
-            mask = self.masks[key]
-            check_grid(_layer(key), fused.shape[1], self._grid(key), extra_options, "a mask")
-            fused = fused * mask.to(fused)
+    def _check(self, at: Attention) -> None:
+        name, grid, tokens = layer_name("attn1", at.layer.key), at.layer.grid(*self._size), at.hidden.shape[1]
+        check_rows(name, len(at.q), self._total)
+        if self._cache.settings.direction == "reference_queries":
+            check_grid(name, tokens, grid, at.grid, "a bridge with the direction reference_queries")
+            check_keys(name, at.k.shape[1], tokens)
+        if self._masks is not None:
+            check_grid(name, tokens, grid, at.grid, "a mask")
+
+    def after(self, layer: AttentionLayer, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Z_out, in the rows that see the reference."""
+        fused = self._cache.fused(layer, attended, out[self.rows])
+        if self._masks is not None:
+            fused = fused * self._masks[layer.key].to(fused)
         if isinstance(self.rows, slice):
-            out[self.rows].add_(fused, alpha=self.strength)
+            out[self.rows].add_(fused, alpha=self._strength)
             return out
-        return out.index_add_(0, self.rows, fused.to(out.dtype), alpha=self.strength)
-
-    def _grid(self, key: SiteKey) -> tuple[int, int]:
-        return next(site for site in self.bank.sites if site.key == key).grid(*self.size)
-
-
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
-    return optimized_attention(
-        q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
-    )
-
-
-def _layer(key: SiteKey) -> str:
-    return layer_name("attn1", ".".join(map(str, key)))
-
-
-def _key(extra_options: dict[str, Any]) -> SiteKey:
-    return (*extra_options["block"], extra_options["block_index"])
+        return out.index_add_(0, self.rows, fused.to(out.dtype), alpha=self._strength)

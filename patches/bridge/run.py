@@ -1,43 +1,55 @@
-"""An attention bridge during one sampling: the reference is read once, every call is fed from its bank."""
+"""An attention bridge during one sampling: the reference is read once, every call uses what it left."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 from einops import rearrange
 from kornia.geometry.transform import resize
 
 from ...models.bridge import BridgeSettings
-from ...models.sites import SiteKey
 from ..attention.checks import COMPILED, check_fired, may_skip, refused_parts
-from ..attention.masks import check_mask, site_masks
+from ..attention.layers import AttentionLayer
+from ..attention.masks import check_mask, layer_masks
+from ..attention.networks import network_of
 from ..attention.recorder import WRAPPER_KEY
-from .core import Bank, Feeding, Matrix
+from ..host.inputs import read_mask
+from .core import DenoisePatches, Matrix, ReferenceCache
 
 KEY = "descriptive_edit.bridge"
 # In transformer_options, by a guider: the uuids of the rows that do not see the reference.
 BLIND = "descriptive_edit.blind_rows"
+# Of a conditioning, as the host has it: height, width, top and left; None for the whole latent.
+Area = tuple[int, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
 class BridgeSetup:
     """What a bridge is applied with.
 
-    bridge: ATTENTION_BRIDGE. reference: [references, channels, height, width] as a VAE gives it. source: the
-    source description's CONDITIONING; None takes the run's negative one. strength: of what the bridge adds,
-    any finite number, 1 as trained. start, end: shares of the sampling, 0 to 1, between which it acts. mask:
-    [1 or images, height, width], 0 to 1, where it acts; None for everywhere. joined: all references for every
-    image, joined along tokens, instead of one for each.
+    bridge: ATTENTION_BRIDGE.
+    reference: [references, channels, height, width] as a VAE gives it.
+    source: the source description's CONDITIONING; None takes the run's negative one.
+    strength: of what the bridge adds, any finite number; 1 as trained.
+    start, end: fractions of the sampling, 0 to 1, between which it acts.
+    mask: [1 or images, height, width], 0 to 1, where it acts; None for everywhere.
+    joined: all references for every image, joined along tokens, instead of one for each.
+
+    Raises ValueError for a strength, range, mask or source that cannot be used, and for references that are
+    joined though the bridge's direction does not allow it.
     """
 
-    bridge: Any
+    bridge: ModelPatcher
     reference: torch.Tensor
     source: list[Any] | None = None
     strength: float = 1.0
@@ -46,31 +58,66 @@ class BridgeSetup:
     mask: torch.Tensor | None = None
     joined: bool = False
 
+    def __post_init__(self) -> None:
+        if self.mask is not None:
+            object.__setattr__(self, "mask", read_mask("mask", self.mask))
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength is {self.strength} but must be a finite number")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                f"start_percent is {self.start} and end_percent {self.end}, but they must rise within 0 to 1"
+            )
+        if self.source is not None and (
+            len(self.source) != 1 or not {"area", "mask"}.isdisjoint(self.source[0][1])
+        ):
+            raise ValueError(
+                f"source must be one description of the whole reference, but it has {len(self.source)} "
+                "entries or an area or mask: wire a plain CLIPTextEncode"
+            )
+        if self.joined and self.settings.direction != "edit_queries":
+            raise ValueError(
+                f"several references can be joined only for a bridge with the direction edit_queries; "
+                f"this one has {self.settings.direction}"
+            )
+
     @property
     def settings(self) -> BridgeSettings:
+        """The bridge's."""
         return self.bridge.model.settings
 
 
 class BridgeRun:
     """One sampling with a bridge. It lives in the run's own `transformer_options`.
 
-    guider: the host's, inside its `inner_sample`. noise: [images, channels, height, width]. sigmas: the
-    run's. Raises ValueError, if references, mask or grid do not fit the sampled latent.
+    guider: the host's, inside its `inner_sample`.
+    noise: [images, channels, height, width].
+    sigmas: the run's.
+    door: entered where an error is raised inside of another node's call.
+
+    Raises ValueError if references, mask or grid do not fit the sampled latent.
     """
 
-    def __init__(self, setup: BridgeSetup, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
+    def __init__(
+        self,
+        setup: BridgeSetup,
+        guider: CFGGuider,
+        noise: torch.Tensor,
+        sigmas: torch.Tensor,
+        door: AbstractContextManager[Any],
+    ) -> None:
         model = guider.inner_model
-        self.bank = Bank(setup.bridge.model, model.diffusion_model)
-        self._setup, self._guider = setup, guider
+        self.cache = ReferenceCache(setup.bridge.model, network_of(model.diffusion_model))
+        self._setup, self._guider, self._door = setup, guider, door
         self._images, (self._height, self._width) = noise.shape[0], noise.shape[-2:]
         self._device, self._steps = noise.device, len(sigmas) - 1
         self._range: tuple[float, float] | None = None
         if (setup.start, setup.end) != (0.0, 1.0):
             to_sigma = model.model_sampling.percent_to_sigma
             self._range = to_sigma(setup.start), to_sigma(setup.end)
-        self._areas: dict[Any, tuple[int, ...]] = {}
-        self._masks: dict[tuple, dict[SiteKey, torch.Tensor]] = {}
-        self._due = self._fed = False
+        self._hooked = any(entry.get("hooks") for conds in guider.conds.values() for entry in conds)
+        self._areas: dict[Any, Area] = {}
+        self._masks: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._due = self._fired = False
         self._mask = self._latent_mask(setup.mask, model.latent_format.spacial_downscale_ratio)
         self._check_reference()
 
@@ -89,7 +136,7 @@ class BridgeRun:
                 "for each, or choose to join them"
             )
         size = self._height, self._width
-        if self.bank.settings.direction == "reference_queries" and (height, width) != size:
+        if self._setup.settings.direction == "reference_queries" and (height, width) != size:
             raise ValueError(
                 f"this bridge has the direction reference_queries, whose reference must have the "
                 f"latent's size, {self._width}x{self._height}, but it has {width}x{height}: scale the source "
@@ -97,8 +144,8 @@ class BridgeRun:
             )
 
     def read_reference(self) -> None:
-        """The reference pass with the source description, through the host's UNet as it is loaded, without
-        other nodes' patches.
+        """The reference pass with the source description, through the host's network as it is loaded,
+        without other nodes' patches.
         """
         model = self._guider.inner_model
         reference = model.process_latent_in(self._setup.reference.to(self._device, torch.float32))
@@ -120,8 +167,7 @@ class BridgeRun:
         concat = conds.get("c_concat")
         timestep, x = _clean(model.model_sampling, reference)
         x = x.to(dtype)
-        self.bank.read(
-            model.diffusion_model,
+        self.cache.read(
             x if concat is None else torch.cat([x, concat], dim=1),
             self._reference_options(count),
             joined=self._setup.joined,
@@ -153,65 +199,61 @@ class BridgeRun:
             "prefetch_dynamic_vbars": self._guider.model_patcher.is_dynamic(),
         }
 
-    def _merge(self, key: SiteKey, like: torch.Tensor) -> Matrix | None:
+    def _merge(self, layer: AttentionLayer, like: torch.Tensor) -> Matrix | None:
         """Fuse and output projection as one matrix and bias, from the host's own layer.
 
         Exact for the Linear fusion as long as the weights stay the same, so not under hooks, which change
         them between calls. Costs 4 width^3 and saves 2 width^2 a token, so it is done where the run's tokens
         repay it at least twice.
         """
-        site, output, width = self.bank.bridge.site(key), self.bank.outputs[key], like.shape[-1]
-        grid = next(s.grid(self._height, self._width) for s in self.bank.sites if s.key == key)
-        hooked = any(entry.get("hooks") for conds in self._guider.conds.values() for entry in conds)
-        if site.fuse is None or hooked or math.prod(grid) * self._steps < 4 * width:
+        learned, output = self.cache.bridge.layer(layer.key), self.cache.network.outputs[layer.key]
+        tokens, width = math.prod(layer.grid(self._height, self._width)), layer.width
+        if learned.fuse is None or self._hooked or tokens * self._steps < 4 * width:
             return None
         unit = torch.eye(width, dtype=like.dtype, device=like.device)
         constant = output(torch.zeros_like(unit[:1]))
-        matrix = site.fuse(output(unit) - constant + site.out(unit))
-        return matrix.mT.contiguous(), site.fuse(constant)[0]
+        matrix = learned.fuse(output(unit) - constant + learned.out(unit))
+        return matrix.mT.contiguous(), learned.fuse(constant)[0]
 
     def note_areas(self, conds: list[list[dict[str, Any]] | None]) -> None:
         """Remember the area of each conditioning by its uuid, which the host's copies keep."""
         known = [entry for entries in conds for entry in entries or () if "area" in entry]
         self._areas = {entry["uuid"]: tuple(entry["area"]) for entry in known}
 
-    def feeding(self, options: dict[str, Any], x: torch.Tensor) -> Feeding:
+    def patches(self, options: dict[str, Any], x: torch.Tensor) -> DenoisePatches:
         """The bridge for one model call. options: its `transformer_options`. x: its latents.
 
-        There are patches for every call, also where no row sees the reference, so that a compiled UNet
+        There are patches for every call, also where no row sees the reference, so that a compiled network
         always finds the same ones. Raises ValueError for a call on parts of the latent that the bridge cannot
         follow.
         """
         uuids, blind = options["uuids"], options.get(BLIND, ())
         chunks = [chunk for chunk, uuid in enumerate(uuids) if uuid not in blind]
-        if not self._active(options["sigmas"]):
-            chunks = []
-        if not chunks:
-            return Feeding(self.bank, None, x, lambda kept: kept)
+        if not chunks or not self._active(options["sigmas"]):
+            return DenoisePatches(self.cache, None, x, lambda kept: kept)
         areas = [self._areas.get(uuid) for uuid in uuids]
         moved = "context_window" in options  # the host's, which may hold any images in any order
         in_order = len(x) == len(areas) * self._images and not moved
         self._check_parts(x, areas, len(chunks), in_order)
         rows: slice | torch.Tensor = slice(0, len(x))
-        masks, answer = None, lambda kept: kept.expand(len(x), -1, -1)
+        masks, expand_to_rows = None, lambda kept: kept.expand(len(x), -1, -1)
         if in_order:
-            rows, answer = self._rows(chunks, x), self._answer(len(chunks))
+            rows, expand_to_rows = self._rows(chunks, x), self._expand_to_rows(len(chunks))
         if self._mask is not None:
             areas = [areas[chunk] for chunk in chunks] if in_order else [None]
-            masks = self._site_masks(areas, self._images if in_order else 1, x)
-        return Feeding(self.bank, rows, x, answer, self._setup.strength, masks)
+            masks = self._layer_masks(areas, self._images if in_order else 1, x)
+        return DenoisePatches(self.cache, rows, x, expand_to_rows, self._setup.strength, masks, self._door)
 
-    def _check_parts(
-        self, x: torch.Tensor, areas: list[tuple[int, ...] | None], seen: int, in_order: bool
-    ) -> None:
+    def _check_parts(self, x: torch.Tensor, areas: list[Area], seen: int, in_order: bool) -> None:
         """Other nodes may call the model with tiles of the latent, or with some of its images, in an order of
         their own: raise ValueError where it must be known what a row is, and is not.
 
-        areas: for each conditioning of the call. seen: how many of these see the reference. in_order: whether
-        the rows are, as the host makes them, every image for each conditioning.
+        areas: for each conditioning of the call.
+        seen: how many of these see the reference.
+        in_order: whether the rows are, as the host makes them, every image for each conditioning.
         """
         whole, size = (self._height, self._width), tuple(x.shape[-2:])
-        from_edit = self.bank.settings.direction == "edit_queries"
+        from_edit = self._setup.settings.direction == "edit_queries"
         if not from_edit and size != whole and any(areas):
             raise ValueError(
                 f"a bridge with the direction reference_queries needs the picture's own grid, "
@@ -231,48 +273,45 @@ class BridgeRun:
         if reasons:
             raise refused_parts(x, len(areas) * self._images, whole, " and ".join(reasons))
 
-    def check_fired(self, feeding: Feeding, options: dict[str, Any]) -> None:
-        """After a model call: raises ValueError if a layer that was to be fed was not, unless another node's
-        wrapper may have kept the UNet from running, as cached steps do. A recorder of ours may have ended it.
+    def check_fired(self, patches: DenoisePatches, options: dict[str, Any]) -> None:
+        """After a model call: raises ValueError if the bridge was to act at a layer and did not, unless
+        another node's wrapper may have kept the network from running, as cached steps do. A recorder of ours
+        may have ended it.
         """
-        if feeding.rows is None:
+        if patches.rows is None:
             return
-        self._due, self._fed = True, self._fed or bool(feeding.fired)
+        self._due, self._fired = True, self._fired or bool(patches.fired)
         recorded = WRAPPER_KEY in options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
         if not recorded:
-            check_fired("attn1", self.bank.sites, feeding.fired)
-        if not feeding.fired and not may_skip(options, KEY):
-            raise ValueError(f"no layer was fed. {COMPILED}")
+            check_fired("attn1", self.cache.network.layers.values(), patches.fired)
+        if not patches.fired and not may_skip(options, KEY):
+            raise ValueError(f"the bridge acted at no layer. {COMPILED}")
 
     def finish(self) -> None:
-        """After the last step: raises ValueError if no call was fed although some were to be."""
-        if self._due and not self._fed:
+        """After the last step: raises ValueError if the bridge was to act and did in no call."""
+        if self._due and not self._fired:
             raise ValueError(
-                f"no layer was fed in any step. Another node keeps the UNet from running: take it "
-                f"out of the MODEL's chain. Or: {COMPILED}"
+                f"the bridge acted at no layer in any step. Another node keeps the UNet from running: take "
+                f"it out of the MODEL's chain. Or: {COMPILED}"
             )
 
     def _active(self, sigma: torch.Tensor) -> bool:
-        """Whether the bridge acts at this noise level, by the host's rule for ControlNets."""
+        """Whether the bridge acts at this sigma, by the host's rule for ControlNets."""
         return self._range is None or self._range[1] <= float(sigma[0]) <= self._range[0]
 
-    def _rows(self, chunks: list[int], x: torch.Tensor) -> slice | torch.Tensor | None:
-        if not chunks:
-            return None
+    def _rows(self, chunks: list[int], x: torch.Tensor) -> slice | torch.Tensor:
         if chunks[-1] - chunks[0] == len(chunks) - 1:
             return slice(chunks[0] * self._images, (chunks[-1] + 1) * self._images)
         rows = [chunk * self._images + image for chunk in chunks for image in range(self._images)]
         return torch.tensor(rows, device=x.device)
 
-    def _answer(self, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """From a tensor of the bank to one for every row of `chunks` chunks."""
+    def _expand_to_rows(self, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From a tensor of the cache to one for every row of `chunks` chunks."""
         rows = chunks * self._images
         return lambda kept: kept.expand(rows, -1, -1) if len(kept) == 1 else kept.repeat(chunks, 1, 1)
 
-    def _site_masks(
-        self, areas: list[tuple[int, ...] | None], images: int, x: torch.Tensor
-    ) -> dict[SiteKey, torch.Tensor]:
-        """The mask at every site for `images` rows of each of these areas, [rows, tokens, 1]; made once a
+    def _layer_masks(self, areas: list[Area], images: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The mask at every layer for `images` rows of each of these areas, [rows, tokens, 1]; made once a
         run.
         """
         height, width = x.shape[-2:]
@@ -285,14 +324,14 @@ class BridgeRun:
                     *_, top, left = area
                     mask = mask[:, top : top + height, left : left + width]
                 parts.append(mask.expand(images, -1, -1))
-            masks = site_masks(torch.cat(parts), self.bank.sites, height, width, x.device)
-            found = {key: mask[..., None] for key, mask in masks.items()}
-            self._masks[call] = found
+            layers = self.cache.network.layers.values()
+            masks = layer_masks(torch.cat(parts), layers, height, width, x.device)
+            self._masks[call] = {key: mask[..., None] for key, mask in masks.items()}
         return self._masks[call]
 
     def close(self) -> None:
         """Free what the run kept."""
-        self.bank.free()
+        self.cache.features.clear()
         self._masks.clear()
         self._mask = None
 
@@ -300,8 +339,8 @@ class BridgeRun:
 def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The timesteps, [references], and the network's input for a reference without noise.
 
-    A discrete schedule counts its timesteps, and 0 is clean. Where the timestep is a function of the noise
-    level (EDM), 0 is not, so the reference is taken as what the lowest level holds.
+    A discrete schedule counts its timesteps, and 0 is clean. Where the timestep is a function of sigma (EDM),
+    0 is not, so the reference is taken as what the lowest sigma holds.
     """
     sigma = sampling.sigma_min.to(reference).expand(len(reference))
     timestep = sampling.timestep(sigma)
@@ -310,8 +349,8 @@ def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.
     return timestep.float(), sampling.calculate_input(sigma, reference)
 
 
-def _size_of(area: tuple[int, ...] | None, whole: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of what the host cuts out for an area: height, width, top, left."""
+def _size_of(area: Area, whole: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what the host cuts out for an area."""
     if area is None:
         return whole
     height, width, top, left = area

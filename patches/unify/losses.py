@@ -13,31 +13,30 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from einops import einsum, rearrange, reduce
 
-from ...models.sites import SiteKey
 from ..attention.recorder import LossGradient, Piece, Projections
 from .words import Words
 
 FORMS = ("token_ratio", "spatial_ratio", "area_ratio")
 
 
-# One site's and one piece's probabilities to their part of a loss, [rows].
-_Part = Callable[[SiteKey, Piece, torch.Tensor], torch.Tensor]
+# One layer's and one piece's probabilities to their part of a loss, [rows].
+_Part = Callable[[str, Piece, torch.Tensor], torch.Tensor]
 
 
 def structure_loss(
-    source: Mapping[SiteKey, Projections],
-    target: Mapping[SiteKey, Projections],
-    regions: Mapping[SiteKey, torch.Tensor] | None = None,
+    source: Mapping[str, Projections],
+    target: Mapping[str, Projections],
+    regions: Mapping[str, torch.Tensor] | None = None,
 ) -> LossGradient:
     """Self-attention preservation: L_SAP = sum (A_self - A*_self)^2, or, in a region M,
     L_R-SAP = sum (M^ A_self - M^ A*_self)^2 with M^ = M M^T.
 
-    Summed over queries and keys, which weighs every resolution alike, and averaged over heads and sites.
-    source, target: the same sites, each with as many queries as keys. regions: M at each site, [rows or 1,
+    Summed over queries and keys, which weighs every resolution alike, and averaged over heads and layers.
+    source, target: the same layers, each with as many queries as keys. regions: M at each layer, [rows or 1,
     places], 0 to 1; None for everywhere. Values are at least 0.
     """
 
-    def part(key: SiteKey, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
+    def part(key: str, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
         change = probabilities - source[key].probabilities(piece)
         if regions is not None:
             region = regions[key]
@@ -49,12 +48,12 @@ def structure_loss(
 
 
 def alignment_loss(
-    target: Mapping[SiteKey, Projections],
+    target: Mapping[str, Projections],
     words: Words,
-    masks: Mapping[SiteKey, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
     form: str = FORMS[0],
 ) -> LossGradient:
-    """Cross-attention alignment, averaged over heads, sites and words.
+    """Cross-attention alignment, averaged over heads, layers and words.
 
     With A a word's attention (the sum over its tokens) and M the mask as weight of each place:
 
@@ -67,11 +66,11 @@ def alignment_loss(
     area_ratio     -R^2, R = mean over M of A / mean over 1 - M of A: UnifyEdit's ratio in the form that a
                    summary of the paper gives; without a lower bound.
 
-    target: queries are places, keys the tokens of the text. masks: [rows or 1, places] at each site, 0 to 1,
+    target: queries are places, keys the tokens of the text. masks: [rows or 1, places] at each layer, 0 to 1,
     not all zero, and not all one where the form compares inside and outside.
     """
 
-    def part(key: SiteKey, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
+    def part(key: str, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
         attention = einsum(probabilities, words.tokens, "b h p t, b w t -> b h w p")
         mask = rearrange(masks[key], "b p -> b 1 1 p")
         if form == "token_ratio":
@@ -87,16 +86,16 @@ def alignment_loss(
     return _derive(target, part, whole_heads=True)
 
 
-def _derive(target: Mapping[SiteKey, Projections], part: _Part, whole_heads: bool = False) -> LossGradient:
+def _derive(target: Mapping[str, Projections], part: _Part, whole_heads: bool = False) -> LossGradient:
     """The sum of all parts, and its derivatives by those queries and keys that have a gradient."""
     values, parts = [], []
-    for key, site in target.items():
-        ends = [tensor for tensor in (site.q, site.k) if tensor.requires_grad]
-        q, k = (tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in (site.q, site.k))
+    for key, layer in target.items():
+        ends = [tensor for tensor in (layer.q, layer.k) if tensor.requires_grad]
+        q, k = (tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in (layer.q, layer.k))
         leaves = [leaf for leaf in (q, k) if leaf.requires_grad]
         slopes: Sequence[torch.Tensor] = ()
-        for piece in site.pieces(whole_heads):
-            value = part(key, piece, Projections(q, k, site.heads).probabilities(piece))
+        for piece in layer.pieces(whole_heads):
+            value = part(key, piece, Projections(q, k, layer.heads).probabilities(piece))
             values.append(value.detach())
             if leaves:
                 more = torch.autograd.grad(value.sum(), leaves)

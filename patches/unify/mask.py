@@ -8,7 +8,7 @@ import torch
 from einops import einsum, rearrange
 from kornia.geometry.transform import resize
 
-from ...models.sites import Site, SiteKey
+from ..attention.layers import AttentionLayer
 from ..attention.recorder import Projections
 from .words import Words
 
@@ -16,21 +16,25 @@ THRESHOLD = 0.3  # LocalBlend's
 
 
 def word_attention(
-    attention: Mapping[SiteKey, Projections], words: Words, sites: Sequence[Site], height: int, width: int
+    attention: Mapping[str, Projections],
+    words: Words,
+    layers: Sequence[AttentionLayer],
+    height: int,
+    width: int,
 ) -> torch.Tensor:
     """Where the words look: their share of the attention that their description gets, averaged over heads,
-    words and sites.
+    words and layers.
 
-    attention: at each of `sites`, queries are places and keys the tokens of the text. height, width: the
+    attention: at each of `layers`, queries are places and keys the tokens of the text. height, width: the
     latent's. Returns [rows, height, width], 0 to 1; 0 for a row without words.
     """
     found = []
-    for site in sites:
-        probabilities = attention[site.key].mean()
+    for layer in layers:
+        probabilities = attention[layer.key].mean()
         described = einsum(probabilities, words.description, "b p t, b t -> b p")
         # A sum over words that are weighted: what a row is padded with has no weight.
         looks = einsum(probabilities, words.tokens, words.weights, "b p t, b w t, b w -> b p")
-        rows, columns = site.grid(height, width)
+        rows, columns = layer.grid(height, width)
         share = rearrange(looks / described, "b (h w) -> b 1 h w", h=rows, w=columns)
         found.append(resize(share, (height, width), interpolation="bilinear", align_corners=False))
     return rearrange(torch.stack(found).mean(dim=0), "b 1 h w -> b h w")

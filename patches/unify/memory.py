@@ -16,13 +16,10 @@ Counted is what is there at once when it is most, for a forward whose weights ha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-import torch
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
-
-from ...models.sites import Site
+from ..attention.layers import AttentionLayer
+from ..attention.networks import Network
 from ..attention.recorder import PIECE
 
 TEXT_TOKENS = 77
@@ -30,79 +27,69 @@ _BLOCK, _BACK, _MAPS = 21, 16, 5
 
 
 def backward_bytes(
-    unet: torch.nn.Module,
-    self_sites: Sequence[Site],
-    cross_sites: Sequence[Site],
+    network: Network,
+    self_layers: Collection[AttentionLayer],
+    cross_layers: Collection[AttentionLayer],
     shape: Sequence[int],
     itemsize: int,
     checkpoint: bool,
 ) -> int:
     """Bytes that the graph from a latent to the recorded attentions, their losses and gradients take.
 
-    shape: the latent's, [rows, channels, height, width]. itemsize: bytes of a number in the UNet. checkpoint:
-    with every layer's inside computed again, one at a time.
+    shape: the latent's, [rows, channels, height, width].
+    itemsize: bytes of a number in the network.
+    checkpoint: with every layer's inside computed again, one at a time.
     """
     rows, _, height, width = shape
-    paths = {site.path for site in (*self_sites, *cross_sites)}
+    paths = {layer.path for layer in (*self_layers, *cross_layers)}
     if not paths:
         return 0
-    kept, inside, back = _graph(unet, paths, height, width)
-    structure = 2 * sum(math.prod(site.grid(height, width)) * site.width for site in self_sites)
-    words = sum(math.prod(site.grid(height, width)) * site.width for site in cross_sites)
+    kept, inside, back = _graph(network, paths, height, width)
+
+    def tokens(layer: AttentionLayer) -> int:
+        return math.prod(layer.grid(height, width))
+
+    structure = 2 * sum(tokens(layer) * layer.width for layer in self_layers)
+    words = sum(tokens(layer) * layer.width for layer in cross_layers)
+    maps = [layer.heads * tokens(layer) ** 2 for layer in self_layers]
+    maps += [layer.heads * tokens(layer) * TEXT_TOKENS for layer in cross_layers]
     kept += structure + (structure + words if checkpoint else sum(inside))
     back += max(inside) if checkpoint else 0
     slopes = rows * max(structure, words)
-    piece = min(PIECE, rows * max(_map_size(unet, self_sites, cross_sites, height, width)))
+    piece = min(PIECE, rows * max(maps))
     return rows * kept * itemsize + max(4 * (slopes + _MAPS * piece), itemsize * (slopes + rows * back))
 
 
-def _map_size(
-    unet: torch.nn.Module, self_sites: Sequence[Site], cross_sites: Sequence[Site], height: int, width: int
-) -> list[int]:
-    """Probabilities of a row at each site."""
-    found = []
-    for sites, keys in ((self_sites, None), (cross_sites, TEXT_TOKENS)):
-        for site in sites:
-            tokens = math.prod(site.grid(height, width))
-            found.append(unet.get_submodule(site.path).n_heads * tokens * (keys or tokens))
-    return found
-
-
-def _graph(unet: torch.nn.Module, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:
-    """Numbers of a row up to the last of `paths`: what autograd keeps of the layers' inputs, and of the
-    inside of each layer; and what is on the way back through the largest block of a transformer.
+def _graph(network: Network, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:
+    """Numbers of a row up to the last of `paths`: what autograd keeps of the blocks' inputs, and of the
+    inside of each block; and what is on the way back through the largest block of a transformer.
     """
-    grid, pending, kept, inside, back = (height, width), set(paths), 0, [], 0
-    for name, module in unet.named_modules():
-        tokens = math.prod(grid)
-        if isinstance(module, Downsample):
-            grid = tuple((side + 1) // 2 for side in grid)
-        elif isinstance(module, Upsample):
-            grid = tuple(side * 2 for side in grid)
-        elif isinstance(module, ResBlock):
-            kept += tokens * module.channels
-            inside.append(tokens * (2 * module.channels + 3 * module.out_channels))
-        elif isinstance(module, SpatialTransformer):
-            inner = module.transformer_blocks[0].n_heads * module.transformer_blocks[0].d_head
-            kept += tokens * inner
-            around = 0 if module.use_linear else 2
-            inside.append(tokens * inner * (_BLOCK * len(module.transformer_blocks) + around))
-            back = max(back, tokens * inner * _BACK)
-            pending -= {path for path in pending if path.startswith(f"{name}.")}
-            if not pending:
+    kept, inside, back = 0, [], 0
+    for block in network.blocks(height, width):
+        kept += block.tokens * block.inputs
+        if block.kind == "residual":
+            inside.append(block.tokens * (2 * block.inputs + 3 * block.outputs))
+        elif block.kind == "transformer":
+            around = 2 if block.convolved else 0
+            inside.append(block.tokens * block.inputs * (_BLOCK * block.depth + around))
+            back = max(back, block.tokens * block.inputs * _BACK)
+            paths = {path for path in paths if not path.startswith(f"{block.path}.")}
+            if not paths:
                 break
     return kept, inside, back
 
 
-def copied_bytes(unet: torch.nn.Module, sites: Sequence[Site], itemsize: int, checkpoint: bool) -> int:
-    """Bytes of the weights that a gradient keeps copies of where the host streams them (`gradient`): of every
-    layer up to the last of `sites`, or of the largest one, where layers are computed again one at a time.
+def copied_bytes(
+    network: Network, layers: Collection[AttentionLayer], itemsize: int, checkpoint: bool
+) -> int:
+    """Bytes of the weights that a gradient keeps copies of where the host streams them (`gradients`): of
+    every block up to the last of `layers`, or of the largest one, where blocks are computed again one at a
+    time.
     """
-    pending, layers = {site.path for site in sites}, [0]
-    for name, module in unet.named_modules():
-        if not pending:
+    paths, weights = {layer.path for layer in layers}, [0]
+    for block in network.blocks(1, 1):
+        if not paths:
             break
-        if isinstance(module, (ResBlock, SpatialTransformer, Downsample, Upsample)):
-            layers.append(sum(weight.numel() for weight in module.parameters()))
-            pending -= {path for path in pending if path.startswith(f"{name}.")}
-    return itemsize * (max(layers) if checkpoint else sum(layers))
+        weights.append(block.weights)
+        paths = {path for path in paths if not path.startswith(f"{block.path}.")}
+    return itemsize * (max(weights) if checkpoint else sum(weights))

@@ -11,11 +11,18 @@ import comfy.model_management
 import torch
 from einops import rearrange
 
-from ...models.sites import Site, SiteKey, find_sites
 from ..attention.checks import check_order
-from ..attention.choice import structure_sites, word_sites
-from ..attention.masks import check_mask, site_masks
-from ..attention.recorder import AttentionRecorder, LossGradient, Projections
+from ..attention.layers import AttentionLayer, structure_layers, word_layers
+from ..attention.masks import check_mask, layer_masks
+from ..attention.networks import network_of
+from ..attention.recorder import (
+    AttentionRecorder,
+    LossGradient,
+    Projections,
+    active_entry,
+    record,
+    whole_image,
+)
 from ..host.autograd import differentiable_options, gradients, naming_writes, weights_streamed
 from ..host.checkpointing import checkpointed
 from ..host.inputs import check_noise_mask
@@ -25,13 +32,13 @@ from .losses import alignment_loss, structure_loss
 from .mask import attention_mask, word_attention
 from .memory import backward_bytes, copied_bytes
 from .settings import UnifySettings
-from .source import SourceBranch, active_entry, record, whole_image
+from .source import SourceBranch
 from .trace import LOSSES, Trace
 from .words import Words, edit_words, source_words
 
 # Where the path is read for an automatic mask: the picture is there, and still moves with the words.
 MASK_PROGRESS = (0.5, 0.7, 0.9)
-_LATENT = Site(("latent", 0, 0), level=0, width=0, path="")
+_LATENT = AttentionLayer("latent", level=0, width=0, heads=0, path="")
 
 
 class LatentOptimiser:
@@ -56,7 +63,7 @@ class LatentOptimiser:
         self._levels = sigmas.tolist()
         self._progress = progress(self._model.model_sampling, sigmas[:-1]).tolist()
         self._plan = self._weights_by_step()
-        self._choose_sites(x)
+        self._choose_layers(x)
         self._tokens = settings.rows(len(x))
         self._words: dict[tuple[Any, int], Words] = {}
         self._target = guider.conds.get("positive") or []
@@ -66,8 +73,10 @@ class LatentOptimiser:
                 "wire the edit description without an area or a mask to it"
             )
         memory, self._checkpoint = self._plan_memory(x)
-        self._source = SourceBranch(guider, settings.inversion, x, self._options, extra_args, memory)
-        self._maps: dict[SiteKey, Projections] | None = None
+        self._source = SourceBranch(
+            guider, self._network, settings.inversion, x, self._options, extra_args, memory
+        )
+        self._maps: dict[str, Projections] | None = None
         self._reordered: list[tuple[str, torch.Tensor]] = []
         self._places: list[float] = []
         self._values: list[torch.Tensor] = []
@@ -93,13 +102,13 @@ class LatentOptimiser:
         """Bytes that a gradient takes, and whether layers are computed again for it: where the settings say
         so, and where weights are streamed and their copies do not fit otherwise.
         """
-        patcher, unet = self._guider.model_patcher, self._model.diffusion_model
-        sites, itemsize = (self._self_sites, self._cross_sites), self._model.get_dtype_inference().itemsize
+        patcher, network = self._guider.model_patcher, self._network
+        layers, itemsize = (self._self_layers, self._cross_layers), self._model.get_dtype_inference().itemsize
         streamed, checkpoint = weights_streamed([patcher]), self._settings.checkpoint
 
         def needed(checkpoint: bool) -> float:
-            copies = copied_bytes(unet, [*sites[0], *sites[1]], itemsize, checkpoint) if streamed else 0
-            return backward_bytes(unet, *sites, x.shape, itemsize, checkpoint) + copies
+            copies = copied_bytes(network, [*layers[0], *layers[1]], itemsize, checkpoint) if streamed else 0
+            return backward_bytes(network, *layers, x.shape, itemsize, checkpoint) + copies
 
         if streamed and not checkpoint:
             free = comfy.model_management.get_free_memory(x.device)
@@ -110,17 +119,18 @@ class LatentOptimiser:
                 logging.info("UnifyEdit: memory is short: layers are computed again for their gradient")
         return needed(checkpoint), checkpoint
 
-    def _choose_sites(self, x: torch.Tensor) -> None:
+    def _choose_layers(self, x: torch.Tensor) -> None:
         settings, (height, width) = self._settings, x.shape[-2:]
-        sites = find_sites(self._model.diffusion_model)
+        self._network = network_of(self._model.diffusion_model)
+        layers = self._network.layers.values()
         structure, words = (any(weights) for weights in zip(*self._plan, strict=True))
-        self._self_sites = self._cross_sites = ()
+        self._self_layers = self._cross_layers = ()
         if structure:
-            self._self_sites = structure_sites(
-                sites, height, width, settings.structure_side, settings.structure_sites
+            self._self_layers = structure_layers(
+                layers, height, width, settings.structure_side, settings.structure_sites
             )
         if words or settings.auto_mask:
-            self._cross_sites = word_sites(sites, height, width, settings.word_side, settings.word_sites)
+            self._cross_layers = word_layers(layers, height, width, settings.word_side, settings.word_sites)
 
     def lay_masks(self, x: torch.Tensor, denoise_mask: torch.Tensor | None) -> None:
         """Before the first step: the edit mask on every grid that needs it, and where the latent may move."""
@@ -134,15 +144,15 @@ class LatentOptimiser:
         elif settings.auto_mask:
             mask = self._find_mask(x)
             settings.check_cover(mask, "the automatic mask")
-        self._masks = site_masks(mask, self._cross_sites, height, width, x.device)
+        self._masks = layer_masks(mask, self._cross_layers, height, width, x.device)
         self._regions = None
         if settings.keep != "everywhere":
-            regions = site_masks(mask, self._self_sites, height, width, x.device)
+            regions = layer_masks(mask, self._self_layers, height, width, x.device)
             inside = settings.keep == "inside"
             self._regions = {key: region if inside else 1 - region for key, region in regions.items()}
         self._reach: torch.Tensor | float = 1.0 if denoise_mask is None else denoise_mask
         if settings.mask_update:
-            whole = site_masks(mask, (_LATENT,), height, width, x.device)[_LATENT.key]
+            whole = layer_masks(mask, (_LATENT,), height, width, x.device)[_LATENT.key]
             self._reach = self._reach * rearrange(whole, "b (h w) -> b 1 h w", h=height)
 
     def _find_mask(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,20 +170,20 @@ class LatentOptimiser:
             ):
                 if entry is None:
                     continue
-                recorder = AttentionRecorder((), self._cross_sites, stop=True)
+                recorder = AttentionRecorder(self._network, (), self._cross_layers, stop=True)
                 latent = inversion.latent(step, x)
                 record(self._model, recorder, entry, latent, sigma, self._options)
                 words = self._words_of(recorder, find)
                 found.append(
-                    word_attention(recorder.cross_attention, words, self._cross_sites, height, width)
+                    word_attention(recorder.cross_attention, words, self._cross_layers, height, width)
                 )
         return attention_mask(found)
 
     def read_source(self, i: int, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor | float:
         """Read the source branch for step `i`; returns what to add to the denoised prediction."""
-        sites = self._self_sites if self._plan[i][0] else ()
-        recorder, offset = self._source.read(i, x, sigma, sites)
-        self._maps = recorder.self_attention if recorder is not None and sites else None
+        layers = self._self_layers if self._plan[i][0] else ()
+        recorder, offset = self._source.read(i, x, sigma, layers)
+        self._maps = recorder.self_attention if recorder is not None and layers else None
         return offset
 
     def update(self, i: int, x: torch.Tensor, sigma: torch.Tensor, iteration: int = 0) -> torch.Tensor:
@@ -205,8 +215,9 @@ class LatentOptimiser:
             if checkpoint:
                 options["transformer_options"] = checkpointed(options["transformer_options"])
             target = AttentionRecorder(
-                self._self_sites if self._maps is not None else (),
-                self._cross_sites if words else (),
+                self._network,
+                self._self_layers if self._maps is not None else (),
+                self._cross_layers if words else (),
                 stop=True,
                 whole_layers=checkpoint,
             )

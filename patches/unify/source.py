@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -13,30 +10,37 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
-from ...models.sites import Site
-from ..attention.checks import TAKE_OUT
-from ..attention.recorder import AttentionRecorder, Expected
+from ..attention.layers import AttentionLayer
+from ..attention.networks import Network
+from ..attention.recorder import AttentionRecorder, active_entry, record
 from ..inversion import Inversion
 
 
 class SourceBranch:
     """The source branch of one sampling.
 
-    guider: the host's, in a run. x: the latent that is sampled, [rows, ...]. options: the model options of
-    every call. memory: bytes that the run needs beside what the host has made room for. Raises ValueError,
-    if the inversion is virtual and its description is silent at a step.
+    guider: the host's, in a run.
+    network: its model's.
+    inversion: of the source image.
+    x: the latent that is sampled, [rows, ...].
+    options: the model options of every call.
+    memory: bytes that the run needs beside what the host has made room for.
+
+    Raises ValueError if the inversion is virtual and its description is silent at a step.
     """
 
     def __init__(
         self,
         guider: Any,
+        network: Network,
         inversion: Inversion,
         x: torch.Tensor,
         options: dict[str, Any],
         extra_args: dict[str, Any],
         memory: float,
     ) -> None:
-        self._guider, self._inversion, self._options = guider, inversion, options
+        self._guider, self._network = guider, network
+        self._inversion, self._options = inversion, options
         self._keep = extra_args.get("denoise_mask")
         self._levels = inversion.sigmas.tolist()
         self.entries, self._models = self._process(x, extra_args, memory)
@@ -51,19 +55,19 @@ class SourceBranch:
         return active_entry(self.entries, self._levels[step])
 
     def read(
-        self, step: int, x: torch.Tensor, sigma: torch.Tensor, sites: Sequence[Site]
+        self, step: int, x: torch.Tensor, sigma: torch.Tensor, layers: Sequence[AttentionLayer]
     ) -> tuple[AttentionRecorder | None, torch.Tensor | float]:
-        """The self-attention at `sites`, and what to add to the denoised prediction of the target.
+        """The self-attention at `layers`, and what to add to the denoised prediction of the target.
 
-        Stored inversion: nothing to add, and no call at all if there are no sites. Virtual inversion: the
+        Stored inversion: nothing to add, and no call at all if there are no layers. Virtual inversion: the
         source's own prediction should be the clean image x_0; how far it is from that is taken off the
         target's, D* + (x_0 - D_s), which is InfEdit's x_0 + (x*_t - x^s_t) - sigma (eps* - eps_s) (arXiv
         2312.04965) in denoised space. A target that is predicted as the source comes out as x_0, exactly.
         """
         entry, virtual = self.entry(step), self._inversion.virtual
-        if entry is None or not (sites or virtual):
+        if entry is None or not (layers or virtual):
             return None, 0.0
-        recorder = AttentionRecorder(sites, (), stop=not virtual)
+        recorder = AttentionRecorder(self._network, layers, (), stop=not virtual)
         (denoised,) = record(
             self._guider.inner_model,
             recorder,
@@ -113,57 +117,3 @@ class SourceBranch:
     def close(self) -> None:
         """Let go of what the source description loaded."""
         comfy.sampler_helpers.cleanup_models({"positive": self.entries}, self._models)
-
-
-def record(
-    model: Any,
-    recorder: AttentionRecorder,
-    entry: dict[str, Any],
-    x: torch.Tensor,
-    sigma: torch.Tensor,
-    options: dict[str, Any],
-    own_grid: bool = False,
-) -> list[torch.Tensor]:
-    """One model call for one conditioning entry, recorded. model: the host's BaseModel. own_grid: as in
-    `Expected`. A compiled model runs as it was before, because what was compiled without the recorder does
-    without it.
-
-    Raises ValueError, if the UNet or a layer did not run, or if another node makes the call or
-    a layer something else than what it is by itself.
-    """
-    text = entry["model_conds"]["c_crossattn"].cond.shape[1]
-    expected = Expected(len(x), tuple(x.shape[-2:]), text, own_grid)
-    with _uncompiled():
-        denoised = comfy.samplers.calc_cond_batch(
-            model, [[entry]], x, sigma, recorder.attach(options, expected)
-        )
-    if recorder.missing and recorder.ran:
-        raise ValueError(
-            f"{', '.join(recorder.missing)} did not run: another node leaves the layer out or "
-            f"replaces it. {TAKE_OUT}"
-        )
-    if recorder.missing:
-        raise ValueError(
-            "another node keeps the UNet from running at every step (EasyCache, or with a torch "
-            "before 2.6 TorchCompileModel): take it out of the model's chain"
-        )
-    return denoised
-
-
-def _uncompiled() -> AbstractContextManager:
-    """A region in which torch, from 2.6 on, runs what it has compiled as it is written."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
-
-
-def whole_image(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of a processed conditioning that are for no area and no mask."""
-    return [entry for entry in entries if "area" not in entry and "mask" not in entry]
-
-
-def active_entry(entries: Sequence[dict[str, Any]], sigma: float) -> dict[str, Any] | None:
-    """The first entry for the whole image whose range of noise levels holds `sigma`."""
-    for entry in whole_image(entries):
-        if entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf):
-            return entry
-    return None

@@ -1,0 +1,82 @@
+"""The attention layers of a network: names, grids, and which of them a method looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One transformer block of a network, with its self- and cross-attention.
+
+    key: as bridge files write it, such as `output.3.0`.
+    level: how many times the latent has been halved before it.
+    width: channels of a token.
+    heads: of each of its attentions.
+    path: the block's name in the network's module tree.
+    """
+
+    key: str
+    level: int
+    width: int
+    heads: int
+    path: str
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens here, for a latent of `height` x `width`."""
+        for _ in range(self.level):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return height, width
+
+
+def structure_layers(
+    layers: Collection[AttentionLayer], height: int, width: int, max_res: int, names: str = ""
+) -> tuple[AttentionLayer, ...]:
+    """The layers with at most `max_res` x `max_res` tokens, for a latent of `height` x `width`, or those of
+    the coarsest grid if all have more; or the ones that `names` lists. Raises ValueError for a name that fits
+    no layer.
+    """
+    if names.strip():
+        return named_layers("structure_sites", layers, names)
+    tokens = {layer: math.prod(layer.grid(height, width)) for layer in layers}
+    most = max(max_res * max_res, min(tokens.values()))
+    return tuple(layer for layer in layers if tokens[layer] <= most)
+
+
+def word_layers(
+    layers: Collection[AttentionLayer], height: int, width: int, res: int, names: str = ""
+) -> tuple[AttentionLayer, ...]:
+    """The layers of the resolution whose number of tokens is closest to `res` x `res`, by ratio; or the ones
+    that `names` lists. Raises ValueError for a name that fits no layer.
+    """
+    if names.strip():
+        return named_layers("word_sites", layers, names)
+
+    def distance(layer: AttentionLayer) -> float:
+        return abs(math.log(math.prod(layer.grid(height, width)) / (res * res)))
+
+    nearest = min(map(distance, layers))
+    return tuple(layer for layer in layers if distance(layer) == nearest)
+
+
+def named_layers(name: str, layers: Collection[AttentionLayer], names: str) -> tuple[AttentionLayer, ...]:
+    """The layers that `names` lists, separated by commas, each a layer's key (`output.3.0`) or the beginning
+    of several (`output.3`, `middle`). Raises ValueError, naming the input `name`, for one that fits no layer.
+    """
+
+    def fits(layer: AttentionLayer, part: str) -> bool:
+        return f"{layer.key}.".startswith(f"{part}.")
+
+    wanted = [part.strip().lower() for part in names.split(",") if part.strip()]
+    for part in wanted:
+        if not any(fits(layer, part) for layer in layers):
+            raise ValueError(
+                f"{name} has {part!r}, but this model's attention layers are "
+                f"{', '.join(layer.key for layer in layers)}: use these, or the beginning of one"
+            )
+    chosen = tuple(layer for layer in layers if any(fits(layer, part) for part in wanted))
+    if not chosen:
+        raise ValueError(f"{name} {names!r} names no attention layer: name one, or leave it empty")
+    return chosen

@@ -1,0 +1,189 @@
+"""UNets of Stable Diffusion's kind, as the host builds them: SD1.x, SD2.x, SDXL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
+
+from .hooks import After, Attention, Before, ForwardEnded, attend
+from .layers import AttentionLayer
+
+_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)")
+
+
+class Block(NamedTuple):
+    """A part of the network that is computed again as one where it is checkpointed.
+
+    path: its name in the module tree.
+    kind: `residual`, `transformer` or `resize`.
+    tokens: places of the picture at its input.
+    inputs, outputs: channels; of a transformer those of its tokens, and 0 of a `resize`.
+    depth: transformer blocks in it.
+    convolved: whether convolutions lead in and out of its transformer blocks, and not Linears.
+    weights: how many numbers it has learned.
+    """
+
+    path: str
+    kind: str
+    tokens: int
+    inputs: int
+    outputs: int
+    depth: int
+    convolved: bool
+    weights: int
+
+
+class UNet:
+    """What the methods ask of a network; another kind of network is another class with these methods.
+
+    module: the host's `diffusion_model`.
+    layers: by key, in the order in which they run.
+    outputs: the output projections of the self-attentions, by key.
+
+    Raises ValueError for another kind of network, and for a UNet without cross-attention.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        if not isinstance(module, UNetModel):
+            raise ValueError(
+                f"needs a UNet with cross-attention (SD1.5, SD2.x, SDXL), but got {type(module).__name__}"
+            )
+        self.module = module
+        self.layers: dict[str, AttentionLayer] = {}
+        self.outputs: dict[str, torch.nn.Module] = {}
+        level = 0
+        for path, part in module.named_modules():
+            if isinstance(part, (Downsample, Upsample)):
+                level += 1 if isinstance(part, Downsample) else -1
+            elif isinstance(part, BasicTransformerBlock) and (match := _BLOCK.fullmatch(path)):
+                block, number, depth = match.groups()
+                if part.attn2 is not None and not part.disable_self_attn:
+                    key = f"{block}.{0 if block == 'middle' else number}.{depth}"
+                    width = part.n_heads * part.d_head
+                    self.layers[key] = AttentionLayer(key, level, width, part.n_heads, path)
+                    self.outputs[key] = part.attn1.to_out
+        if not self.layers:
+            raise ValueError("this model's UNet has no self- and cross-attention: use SD1.5, SD2.x or SDXL")
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Channels of a token at each layer."""
+        return {key: layer.width for key, layer in self.layers.items()}
+
+    def install(
+        self,
+        options: dict[str, Any],
+        before: Before,
+        after: After | None = None,
+        *,
+        self_layers: Iterable[AttentionLayer],
+        cross_layers: Iterable[AttentionLayer] = (),
+    ) -> dict[str, Any]:
+        """A call's `transformer_options` with hooks in these layers; the original is not touched.
+
+        What other nodes have in a slot still decides the attention: it runs inside, on copies of q and k.
+        """
+        hooks = _Hooks(before, after)
+        patches = dict(options.get("patches", {}))
+        others = patches.get("attn1_patch", ())
+        patches["attn1_patch"] = [hooks.enter, *others, hooks.leave] if others else [hooks.leave]
+        if after is not None:
+            patches["attn1_output_patch"] = [hooks.output, *patches.get("attn1_output_patch", ())]
+        replace = dict(options.get("patches_replace", {}))
+        for kind, layers in (("attn1", self_layers), ("attn2", cross_layers)):
+            slots = replace[kind] = dict(replace.get(kind, {}))
+            for layer in layers:
+                block, number, depth = layer.key.split(".")
+                slot = block, int(number), int(depth)
+                slots[slot] = partial(hooks.attention, layer, kind, slots.get(slot, slots.get(slot[:2])))
+        return {**options, "patches": patches, "patches_replace": replace}
+
+    @staticmethod
+    def end_between_blocks(options: dict[str, Any], done: Callable[[], bool]) -> dict[str, Any]:
+        """A call's `transformer_options` that end the forward between two blocks once `done` says so: with
+        checkpointing it must not end inside of one.
+        """
+
+        def end(hidden: torch.Tensor, *rest: Any) -> Any:
+            if done():
+                raise ForwardEnded
+            return hidden if len(rest) == 1 else (hidden, rest[0])  # (h, options) or (h, skip, options)
+
+        patches = dict(options.get("patches", {}))
+        for slot in ("input_block_patch", "output_block_patch"):
+            patches[slot] = [end, *patches.get(slot, ())]
+        return {**options, "patches": patches}
+
+    def blocks(self, height: int, width: int) -> Iterator[Block]:
+        """What the network consists of, in the order in which it runs, for a latent of `height` x `width`."""
+        for path, part in self.module.named_modules():
+            tokens, kind, inputs, outputs, depth, convolved = height * width, "resize", 0, 0, 0, False
+            if isinstance(part, Downsample):
+                height, width = (height + 1) // 2, (width + 1) // 2
+            elif isinstance(part, Upsample):
+                height, width = height * 2, width * 2
+            elif isinstance(part, ResBlock):
+                kind, inputs, outputs = "residual", part.channels, part.out_channels
+            elif isinstance(part, SpatialTransformer):
+                kind, depth, convolved = "transformer", len(part.transformer_blocks), not part.use_linear
+                inputs = outputs = part.transformer_blocks[0].n_heads * part.transformer_blocks[0].d_head
+            else:
+                continue
+            weights = sum(weight.numel() for weight in part.parameters())
+            yield Block(path, kind, tokens, inputs, outputs, depth, convolved, weights)
+
+
+class _Hooks:
+    """Hooks in the slots of one call. The host goes through a layer's slots in this order."""
+
+    def __init__(self, before: Before, after: After | None) -> None:
+        self._before, self._after = before, after
+        self._entered: torch.Tensor | None = None
+        self._inputs: tuple[torch.Tensor | None, ...] = ()
+        self._found: tuple[AttentionLayer, torch.Tensor] | None = None
+
+    @torch.compiler.disable
+    def enter(self, n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> tuple:
+        """First in `attn1_patch`."""
+        self._entered = n
+        return n, context, value
+
+    @torch.compiler.disable
+    def leave(self, n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> tuple:
+        """Last in `attn1_patch`."""
+        self._inputs, self._entered = (n, context, n if self._entered is None else self._entered), None
+        return n, context, value
+
+    @torch.compiler.disable
+    def attention(
+        self,
+        layer: AttentionLayer,
+        kind: str,
+        previous: Callable | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """In place of the attention."""
+        inputs, self._inputs = self._inputs if kind == "attn1" else (), ()
+        shape = options.get("activations_shape")
+        at = Attention(layer, kind, q, k, v, options, shape and tuple(shape[-2:]), *inputs)
+        found = self._before(at)
+        if found is not None:
+            self._found = layer, found
+        if previous is not None:
+            return previous(q.clone(), k.clone(), v, options)  # it may write into them
+        return attend(q, k, v, options)
+
+    @torch.compiler.disable
+    def output(self, out: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """First in `attn1_output_patch`."""
+        found, self._found = self._found, None
+        return out if found is None else self._after(*found, out)
