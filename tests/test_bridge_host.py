@@ -236,6 +236,19 @@ def test_unify_edit_with_a_bridge(host: Host, model: Any, bridged: Any) -> None:
     assert edit.run().isfinite().all()
 
 
+def test_a_bridge_names_itself_inside_of_unify_edit(host: Host, bridged: Any) -> None:
+    """Protects: what only the bridge cannot follow begins with the bridge's title, though the call is of
+    UnifyEdit's sampler.
+    """
+    edit = Edit(host, bridged)
+    edit.sampler_inputs.update(structure_side=4, word_side=4)  # layers that HyperTile leaves alone
+    (edit.model,) = host.execute(
+        "HyperTile", model=bridged, tile_size=64, swap_size=2, max_depth=0, scale_depth=False
+    )
+    with pytest.raises(ValueError, match=r"^Apply Attention Bridge: the self-attention of layer .* rows"):
+        edit.run()
+
+
 def widened(conditioning: Any, times: int) -> Any:
     """A small model's CONDITIONING for a model whose text is `times` as wide."""
     return [[text.repeat(1, 1, times), options] for text, options in conditioning]

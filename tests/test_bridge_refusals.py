@@ -186,7 +186,7 @@ def test_training_a_model_with_a_bridge(host: Host) -> None:
 def test_a_model_call_outside_of_a_sampling(host: Host, model: Any, bridge: Any) -> None:
     """Protects: a call of the patched model where no reference was read is an error, not a plain picture."""
     options = host.pack_module("patches.bridge.apply")
-    with pytest.raises(RuntimeError, match="outside of a sampling"):
+    with pytest.raises(ValueError, match="outside of a sampling"):
         options._ApplyModel(nullcontext())(lambda *_: None, torch.zeros(1), None, None, None, None, {})
 
 
