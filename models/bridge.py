@@ -1,7 +1,7 @@
 """The attention bridge's learned parameters (DescriptiveEdit, arXiv 2508.20505).
 
-At every layer: LoRA updates of the self-attention's q, k, v and output projections, and a Linear that fuses
-what the reference gave into the picture. The frozen projections themselves stay in the host's UNet.
+Each layer has LoRA updates of the self-attention's q, k, v and output projections, and a Linear that adds the
+result to the image's hidden states. The frozen projections themselves stay in the host's UNet.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _described(default: Any, description: str) -> Any:
 
 @dataclass(frozen=True)
 class BridgeOptions:
-    """What can be chosen for a bridge. Raises ValueError for values that no bridge has."""
+    """The options of a bridge. Raises ValueError for invalid values."""
 
     rank: int = _described(64, "Rank of the LoRA updates, from 1.")
     alpha: float = _described(64.0, "The LoRA updates are scaled by alpha / rank. Above 0.")
@@ -72,12 +72,12 @@ class _Base:
 
 @dataclass(frozen=True)
 class BridgeSettings(BridgeOptions, _Base):
-    """What a bridge is, apart from its weights: its base, then the options.
+    """A bridge without its weights: its base, then the options.
 
-    base: the host's name of the model family that it belongs to, such as `SD15`.
+    base: the host's name of the bridge's model family, such as `SD15`.
     widths: channels of a token at every layer, by the layer's key, such as `output.3.0`.
 
-    Raises ValueError for values that no bridge has.
+    Raises ValueError for invalid values.
     """
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class BridgeSettings(BridgeOptions, _Base):
                 raise ValueError(f"a layer is called {key!r} but must be called as in output.3.0")
 
     def shape(self) -> str:
-        """The base's shape in a line, for messages."""
+        """One line about the base's shape, for messages."""
         counts: dict[int, int] = {}
         for width in self.widths.values():
             counts[width] = counts.get(width, 0) + 1
@@ -98,7 +98,7 @@ class BridgeSettings(BridgeOptions, _Base):
 
 
 class LowRank(torch.nn.Module):
-    """A LoRA update: x -> (alpha / rank) up(down(x)), from and to `width` channels."""
+    """A LoRA update: x -> (alpha / rank) up(down(x)), with `width` input and output channels."""
 
     def __init__(self, width: int, settings: BridgeSettings, **placed: Any) -> None:
         super().__init__()
@@ -122,9 +122,9 @@ class LayerBridge(torch.nn.Module):
 
 
 class AttentionBridge(torch.nn.Module):
-    """All layers. The state dict's names are the bridge file's, with `.weight` behind them.
+    """All layers. The names in the state dict are those of the bridge file plus `.weight`.
 
-    The weights are there from the start, of this dtype and on this device, but without values: call `reset`
+    The weights exist from the start, with this dtype and on this device, but are uninitialised: call `reset`
     or load a state dict.
     """
 
@@ -151,8 +151,9 @@ class AttentionBridge(torch.nn.Module):
 
     @torch.no_grad()
     def reset(self, seed: int = 0) -> AttentionBridge:
-        """Start values: `down` Gaussian with deviation 1 / rank, everything else zero. With the fusion
-        `linear` the bridge then changes nothing.
+        """Initialise: `down` Gaussian with standard deviation 1 / rank, everything else zero.
+
+        With the fusion `linear` the bridge then changes nothing.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -167,8 +168,8 @@ class AttentionBridge(torch.nn.Module):
 def manage(bridge: AttentionBridge) -> comfy.model_patcher.ModelPatcher:
     """The bridge under the host's model management: the value of ATTENTION_BRIDGE.
 
-    Its weights get no gradient: the host copies them into buffers that it uses again, which must not become
-    part of a graph. Who trains copies the bridge.
+    Its weights get no gradient: the host copies them into buffers that it reuses, which must not become part
+    of a graph. Training works on a copy.
     """
     management = comfy.model_management
     return comfy.model_patcher.CoreModelPatcher(
@@ -179,7 +180,7 @@ def manage(bridge: AttentionBridge) -> comfy.model_patcher.ModelPatcher:
 
 
 def new_bridge(settings: BridgeSettings, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A bridge with start values, in float32."""
+    """An initialised bridge, in float32."""
     device = comfy.model_management.unet_offload_device()
     with torch.inference_mode(False):
         return manage(AttentionBridge(settings, torch.float32, device).reset(seed))

@@ -1,6 +1,6 @@
-"""Reading and writing attention bridges: this pack's format, and the authors' release layout.
+"""Reads and writes attention bridges: this pack's format and the authors' release layout.
 
-A file is recognised by what is in it, never by its name, and nothing but safetensors is read.
+A file is recognised by its content, never by its name. Only safetensors files are read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SD15_LAYOUT = {
 
 
 def save_bridge(bridge: AttentionBridge, path: Path) -> None:
-    """Write a bridge in this pack's format, beside `path` first and then into place."""
+    """Write a bridge in this pack's format, under a temporary name first."""
     settings = bridge.settings
     metadata = {
         "format": FORMAT,
@@ -68,10 +68,12 @@ def save_bridge(bridge: AttentionBridge, path: Path) -> None:
 def load_bridge(path: Path) -> Any:
     """ATTENTION_BRIDGE from a file of this pack's format or of the authors' release layout.
 
-    Of the release, either file may be given: the LoRA file in its `xy_lora` folder, or the
-    `model.safetensors` with the `conv1n` weights beside that folder, alone or with the LoRA and the whole
-    UNet. Raises ValueError if the file is something else, is cut off, has missing, unexpected, misshapen or
-    non-finite tensors, which are listed, or is half a release without one other half that is surely its own.
+    Of a release, either file may be given: the LoRA file in its `xy_lora` folder, or the `model.safetensors`
+    with the `conv1n` weights beside that folder, alone or with the LoRA and the whole UNet.
+
+    Raises ValueError, listing the tensors, if some are missing, unexpected, misshapen or not finite. Raises
+    ValueError if the file is something else or cut off, or is half a release whose other half is missing or
+    ambiguous.
     """
     names, metadata = _header(path)
     if metadata.get("format") == FORMAT:
@@ -91,13 +93,13 @@ def load_bridge(path: Path) -> Any:
     device = comfy.model_management.unet_offload_device()
     with torch.inference_mode(False):
         bridge = AttentionBridge(settings, dtype, device)
-        bridge.load_state_dict(tensors)  # copied: whoever replaces the file later must not change the bridge
+        bridge.load_state_dict(tensors)  # copied, so that replacing the file later does not change the bridge
         return manage(bridge)
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that decide what `load_bridge` makes of this one: itself, and of half a release what its
-    other half may be.
+    """The files that `load_bridge` reads for this one: the file itself, and for half a release the candidates
+    for its other half.
     """
     names, metadata = _header(path)
     if metadata.get("format") == FORMAT or bool(_lora_names(names)) == bool(_fuse_names(names)):
@@ -174,8 +176,9 @@ def _listed(problem: str, names: Iterable[str]) -> str:
 
 
 def _lora_names(names: Iterable[str]) -> list[str]:
-    """The LoRA on an extra attention of the blocks, none if on several: LoRA on `attn1` or `attn2` is a plain
-    one.
+    """The LoRA on an extra attention of the blocks; none if it is on several.
+
+    LoRA on `attn1` or `attn2` is an ordinary LoRA.
     """
     matches = [match for name in names if (match := _RELEASE_LORA.fullmatch(name))]
     extra = [match for match in matches if match[2] not in ("attn1", "attn2")]
@@ -187,13 +190,13 @@ def _fuse_names(names: Iterable[str]) -> list[str]:
 
 
 def _beside(path: Path) -> list[Path]:
-    """Where the `conv1n` weights of a release can be that this file belongs to."""
+    """Possible places of the release's `conv1n` weights."""
     folder = path.parent.parent if path.parent.name == _RELEASE_FOLDER else path.parent
     return _files_in(folder)
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """Where its LoRA can be."""
+    """Possible places of the release's LoRA."""
     return _files_in(path.parent if path.parent.name == _RELEASE_FOLDER else path.parent / _RELEASE_FOLDER)
 
 
@@ -202,8 +205,10 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _read_release(path: Path, names: Sequence[str]) -> tuple[BridgeSettings, Tensors]:
-    """The authors' layout. Their training sends the reference's own rows through the bridge, and alpha is
-    the rank (arXiv 2508.20505, released code).
+    """The authors' layout.
+
+    Their training passes the reference's own rows through the bridge, and alpha equals the rank (arXiv
+    2508.20505, released code).
     """
     lora = fuse = path
     if not _fuse_names(names):
@@ -252,12 +257,12 @@ def _release_tensors(path: Path, tensors: Tensors) -> Tensors:
 
 
 def _natural(name: str) -> list[str]:
-    """To sort names by the numbers in them: output.3 before output.10."""
+    """Sort key by the numbers in a name: output.3 before output.10."""
     return [part.zfill(3) for part in name.split(".")]
 
 
 def _only(path: Path, candidates: Iterable[Path], fits: Callable[[list[str]], Any], what: str) -> Path:
-    """The one file that has this half; `path` is one half."""
+    """The only file with this half; `path` is the other half."""
     found, problem = [], None
     for candidate in candidates:
         try:
@@ -284,7 +289,7 @@ def _half(path: Path, what: str) -> ValueError:
 
 
 def _check_same(path: Path, other: Path, lora: Tensors, same: Tensors) -> None:
-    """Raise ValueError unless the LoRA in the release's other file, where it has one, is this one."""
+    """Raise ValueError unless the LoRA in the release's other file, if any, is this one."""
     for name, weight in same.items():
         mine = lora.get(name)
         if mine is None or mine.shape != weight.shape or not _near(mine.float(), weight.float()):
@@ -295,5 +300,5 @@ def _check_same(path: Path, other: Path, lora: Tensors, same: Tensors) -> None:
 
 
 def _near(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equal but for how a number is stored in half precision."""
+    """Equal up to half-precision rounding."""
     return torch.allclose(first, second, rtol=1e-2, atol=1e-4, equal_nan=True)

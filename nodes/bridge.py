@@ -1,4 +1,4 @@
-"""DescriptiveEdit's attention bridge (arXiv 2508.20505): load, make, save, apply."""
+"""Nodes for DescriptiveEdit's attention bridge (arXiv 2508.20505): load, create, save, apply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .errors import naming
 from .saving import SUFFIX, checked_name, next_path
 
 CATEGORY = "descriptive edit/bridge"
-# The page ranks a node higher, the less an alias says beyond what was typed; the bare name is Apply's.
+# The node search ranks an alias higher if it has little beyond the typed text; the bare name is Apply's.
 ALIASES = ["2508.20505", "attention bridge", "reference UNet", "image editing"]
 FOLDER = "attention_bridges"
 JOIN = ("one for each image", "all for every image")
@@ -34,7 +34,7 @@ def bridge_files() -> list[str]:
 
 
 def keep_bridge(bridge: AttentionBridge, stem: str) -> str:
-    """Write a bridge under a checked name; returns the file's name as Load Attention Bridge lists it."""
+    """Save a bridge under a checked name; returns the file name as Load Attention Bridge lists it."""
     path = next_path(_folder(), stem)
     save_bridge(bridge, path)
     return path.name

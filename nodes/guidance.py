@@ -1,4 +1,4 @@
-"""Dual guidance (DescriptiveEdit, arXiv 2508.20505): as a guider, as a model patch, and its schedule."""
+"""Nodes for dual guidance (DescriptiveEdit, arXiv 2508.20505): a guider, a model patch and their schedule."""
 
 from __future__ import annotations
 

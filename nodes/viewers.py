@@ -1,4 +1,4 @@
-"""Looking at an edit: what the model attends to, and pictures side by side."""
+"""Nodes for inspecting an edit: attention maps, and images side by side."""
 
 from __future__ import annotations
 

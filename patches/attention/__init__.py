@@ -1,1 +1,1 @@
-"""The attention of the host's networks: its layers, slots and recorder."""
+"""Attention in the host's networks: layers, slots and recorder."""

@@ -1,8 +1,8 @@
-"""What a model call and each attention layer in it must look like where a patch of ours reads or feeds it.
+"""Checks a model call and each attention layer in it, where a patch of ours reads or feeds it.
 
-Other nodes may change what reaches a layer. A change that a method cannot follow is refused here, by layer:
-what was found, what is needed, which kinds of node do that, and what to do. Shapes only, so that nothing
-waits for the device.
+Other nodes may change what reaches a layer. A change that a method cannot follow is refused here. The error
+names the layer, what was found, what is needed, which nodes cause it, and what to do. Only shapes are
+checked, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def check_rows(layer: str, found: int, expected: int) -> None:
 def check_grid(
     layer: str, found: int, expected: tuple[int, int], at_work: tuple[int, int] | None, why: str
 ) -> None:
-    """Raise ValueError, naming the layer, unless the layer has as many tokens as its grid has places.
+    """Raise ValueError, naming the layer, unless the layer has one token per position of its grid.
 
     found: tokens.
     expected: rows and columns of the layer's grid in this model call.
-    at_work: those of the picture in the network at this moment, None if unknown.
+    at_work: the same of the image in the network at this moment, None if unknown.
     why: who needs the grid, for the message.
     """
     if found == math.prod(expected):
@@ -74,8 +74,9 @@ def check_keys(layer: str, found: int, expected: int) -> None:
 def check_text(layer: str, found: int, expected: int) -> None:
     """Raise ValueError, naming the layer, unless a cross-attention has the keys of its description.
 
-    found: keys. expected: tokens of the conditioning; a conditioning of NegPip holds keys and values in turn,
-    so that half of them are keys.
+    found: number of keys.
+    expected: tokens of the conditioning. With NegPip a conditioning holds keys and values alternately, so
+    half of them are keys.
     """
     if found not in (expected, expected / 2):
         raise ValueError(
@@ -94,8 +95,9 @@ def check_gradient(layer: str, *tensors: torch.Tensor) -> None:
 
 
 def check_order(moved: Collection[tuple[str, torch.Tensor]]) -> None:
-    """Raise ValueError if tokens were moved. moved: of `AttentionRecorder`. Waits for the device if another
-    node replaced any.
+    """Raise ValueError if tokens were moved. Waits for the device if another node replaced any.
+
+    moved: of `AttentionRecorder`.
     """
     if name := first_moved(moved):
         raise ValueError(
@@ -105,9 +107,10 @@ def check_order(moved: Collection[tuple[str, torch.Tensor]]) -> None:
 
 
 def check_call(x: torch.Tensor, rows: int, size: Sequence[int]) -> None:
-    """Raise ValueError, unless a model call is of whole images.
+    """Raise ValueError unless a model call has whole images.
 
-    x: what the UNet is called with. rows, size: of the latent, height and width.
+    x: the input of the UNet.
+    rows, size: of the latent; size is height and width.
     """
     if len(x) != rows or tuple(x.shape[-2:]) != tuple(size):
         height, width = size
@@ -122,7 +125,7 @@ def _latents(x: torch.Tensor) -> str:
 
 
 def refused_parts(x: torch.Tensor, rows: int, size: Sequence[int], reason: str) -> ValueError:
-    """The error for a model call on parts of what is sampled, which a bridge cannot follow for `reason`."""
+    """The error for a model call on parts of the sampled latent that a bridge cannot follow for `reason`."""
     height, width = size
     return ValueError(
         f"the model is called with {_latents(x)} where the sampling has {rows} of {width}x{height}: "
@@ -145,9 +148,10 @@ def check_fired(kind: str, layers: Iterable[AttentionLayer], fired: Collection[s
 
 
 def may_skip(options: dict[str, Any], own: str) -> bool:
-    """Whether another node's wrapper, which may keep the UNet from running, is around a model call.
+    """Whether another node's wrapper around a model call could keep the UNet from running.
 
-    options: the call's `transformer_options`. own: the key of our wrappers.
+    options: the call's `transformer_options`.
+    own: the key of our wrappers.
     """
     wrappers = options.get("wrappers", {})
     kinds = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)

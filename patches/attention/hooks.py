@@ -1,7 +1,7 @@
-"""What a hook in an attention layer sees, and how it ends the network's forward early.
+"""What a hook in an attention layer receives, and how it ends the network's forward early.
 
-A network's adapter (`UNet.install`) puts hooks into the host's slots for one call, around what other nodes
-have put there.
+A network's adapter (`UNet.install`) puts hooks into the host's slots for one call, around the patches of
+other nodes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from .layers import AttentionLayer
 
 
 class ForwardEnded(Exception):
-    """Ends a network's forward. Raised in a hook, and caught by whoever installed it."""
+    """Ends a network's forward. Raised in a hook and caught by the code that installed it."""
 
 
 class Attention(NamedTuple):
     """An attention that is about to be computed.
 
-    layer: where it is.
+    layer: its layer.
     kind: the host's name, `attn1` for self-attention, `attn2` for cross-attention.
     q, k, v: [rows, tokens, width], projected; a row is an image of the call's batch.
     options: the call's `extra_options`.
-    grid: rows and columns of the picture in the network at this moment, None if the host does not say.
-    hidden, context: of a self-attention, [rows, tokens, width]: what q, and k and v, are projected from.
+    grid: rows and columns of the image in the network at this moment, None if the host does not say.
+    hidden, context: of a self-attention, [rows, tokens, width], before projection to q, and to k and v.
     entered: `hidden` before other nodes' patches; the same object if there are none.
     """
 
@@ -46,12 +46,12 @@ class Attention(NamedTuple):
 # Called before an attention is computed; what it returns is handed to `After`, unless it is None.
 Before = Callable[[Attention], torch.Tensor | None]
 # Called with a self-attention's layer, what `Before` returned, and the projected output, [rows, tokens,
-# width]. What it returns takes the output's place; other nodes' patches come afterwards.
+# width]. Its return value replaces the output; other nodes' patches follow.
 After = Callable[[AttentionLayer, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """Attention by the host's choice of backend, or another node's override of it, [rows, tokens, width].
+    """Attention by the host's backend, or another node's override of it, [rows, tokens, width].
 
     options: the layer's `extra_options`.
     """

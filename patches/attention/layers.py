@@ -1,4 +1,4 @@
-"""The attention layers of a network: names, grids, and which of them a method looks at."""
+"""The attention layers of a network: names, grids and selection."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class AttentionLayer:
     """One transformer block of a network, with its self- and cross-attention.
 
-    key: as bridge files write it, such as `output.3.0`.
-    level: how many times the latent has been halved before it.
+    key: the name in bridge files, such as `output.3.0`.
+    level: how often the latent has been halved before it.
     width: channels of a token.
     heads: of each of its attentions.
     path: the block's name in the network's module tree.
@@ -34,9 +34,10 @@ class AttentionLayer:
 def structure_layers(
     layers: Collection[AttentionLayer], height: int, width: int, max_res: int, names: str = ""
 ) -> tuple[AttentionLayer, ...]:
-    """The layers with at most `max_res` x `max_res` tokens, for a latent of `height` x `width`, or those of
-    the coarsest grid if all have more; or the ones that `names` lists. Raises ValueError for a name that fits
-    no layer.
+    """The layers with at most `max_res` x `max_res` tokens, for a latent of `height` x `width`.
+
+    If all have more, those of the coarsest grid. If `names` is given, the layers that it lists.
+    Raises ValueError for a name that fits no layer.
     """
     if names.strip():
         return named_layers("structure_sites", layers, names)
@@ -48,8 +49,9 @@ def structure_layers(
 def word_layers(
     layers: Collection[AttentionLayer], height: int, width: int, res: int, names: str = ""
 ) -> tuple[AttentionLayer, ...]:
-    """The layers of the resolution whose number of tokens is closest to `res` x `res`, by ratio; or the ones
-    that `names` lists. Raises ValueError for a name that fits no layer.
+    """The layers of the resolution whose number of tokens is closest to `res` x `res`, by ratio.
+
+    If `names` is given, the layers that it lists. Raises ValueError for a name that fits no layer.
     """
     if names.strip():
         return named_layers("word_sites", layers, names)
@@ -62,8 +64,10 @@ def word_layers(
 
 
 def named_layers(name: str, layers: Collection[AttentionLayer], names: str) -> tuple[AttentionLayer, ...]:
-    """The layers that `names` lists, separated by commas, each a layer's key (`output.3.0`) or the beginning
-    of several (`output.3`, `middle`). Raises ValueError, naming the input `name`, for one that fits no layer.
+    """The layers that `names` lists, separated by commas.
+
+    Each is a layer's key (`output.3.0`) or a prefix of several (`output.3`, `middle`).
+    Raises ValueError, naming the input `name`, for one that fits no layer.
     """
 
     def fits(layer: AttentionLayer, part: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a network attends to at one point of the sampling, as maps to look at."""
+"""Captures what a network attends to at one point of the sampling, as maps for display."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ _COMPONENTS = 3
 
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
-    """words: for each word a map, [images, rows, columns]: the probability with which a token of the image
-        attends to the word, averaged over heads, layers and the word's tokens.
+    """Maps of one model call.
+
+    words: for each word a map, [images, rows, columns]: the probability that an image token attends to the
+    word, averaged over heads, layers and the word's tokens.
     structure: [images, rows, columns, 3], 0 to 1: the three leading components of self-attention.
     """
 
@@ -64,9 +66,9 @@ def capture_attention(
 ) -> AttentionMaps:
     """Run the model once and read its attention.
 
-    conditioning: of the description in which the tokens were found; of several entries the first for the
-        whole image at this noise level counts.
-    cross_attn_res, self_attn_res: tokens a side; the nearest grid that the model has is taken.
+    conditioning: of the description in which the tokens were found. Of several entries the first for the
+    whole image at this noise level is used.
+    cross_attn_res, self_attn_res: tokens per side; the model's nearest grid is used.
 
     Raises ValueError for inputs that do not belong together.
     """
@@ -123,7 +125,7 @@ def _record_once(
     inversion: Inversion | None,
     step: int,
 ) -> torch.Tensor:
-    """A sampler function that runs the model once and changes nothing."""
+    """A sampler function that runs the model once without changing the latent."""
     guider, options = model.inner_model, (extra_args or {})["model_options"]
     if inversion is not None:
         x = inversion.latent(step, x)
@@ -156,7 +158,7 @@ def _word_maps(
             f"edit_tokens has token {last} but conditioning has {context} tokens: encode the "
             "description that the tokens were found in"
         )
-    # A word that stands twice has a map for each time.
+    # A word that occurs twice has a map for each occurrence.
     texts = [word.text for word in tokens.words]
     return {
         f"{word.text} ({word.tokens[0]})" if texts.count(word.text) > 1 else word.text: rearrange(

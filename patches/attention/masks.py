@@ -1,4 +1,4 @@
-"""Masks drawn on the image, on the grids of the attention layers."""
+"""Resizes masks from the image to the grids of the attention layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .layers import AttentionLayer
 
 
 def check_mask(mask: torch.Tensor, rows: int, height: int, width: int) -> None:
-    """Raise ValueError, unless `mask` fits `rows` images of `height` x `width` pixels.
+    """Raise ValueError unless `mask` fits `rows` images of `height` x `width` pixels.
 
-    Another size is resized if its proportions are the image's, to within a hundredth or the 8 pixels that a
+    Another size is allowed if its aspect ratio is the image's, to within a hundredth or the 8 pixels that a
     VAE crops.
     """
     images, mask_height, mask_width = mask.shape
@@ -36,7 +36,7 @@ def layer_masks(
     width: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """The mask on every layer's grid: a token's value is the share of its area that the mask covers.
+    """The mask on every layer's grid: a token's value is the fraction of its area that the mask covers.
 
     mask: [rows or 1, any height, any width], 0 to 1, or None for the whole image.
     height, width: the latent's.

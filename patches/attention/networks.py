@@ -1,4 +1,4 @@
-"""The kinds of network that the methods work in. Another kind is another file beside unet.py."""
+"""Selects the adapter for a kind of network. A new kind is a new file beside unet.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Network = UNet
 
 
 def network_of(module: torch.nn.Module) -> Network:
-    """What the methods ask of the host's `diffusion_model`. It walks the module tree: call it once a run.
+    """The adapter for the host's `diffusion_model`. It walks the module tree: call it once per run.
 
-    Raises ValueError for a network that no method works in.
+    Raises ValueError for an unsupported network.
     """
     return UNet(module)

@@ -1,12 +1,11 @@
-"""Recording the attention of a model call, with or without gradient.
+"""Records the attention of a model call, with or without gradient.
 
-A recorder lives for one model call. It rides in the call's own `model_options` as a wrapper around the
-network, which puts hooks into the attention layers. The model's output is bit for bit what it is without the
-recorder, unless the recorder was asked to stop early: then the forward ends at the last attention that is
-recorded, and its output is zero.
+A recorder lives for one model call. It is passed in the call's own `model_options` as a wrapper around the
+network, which puts hooks into the attention layers. The model's output stays bit for bit the same, unless the
+recorder is set to stop early: then the forward ends at the last recorded attention, and its output is zero.
 
-Queries and keys are kept, not probabilities, which take up to a hundred times as much: they are computed from
-the two when they are needed, a piece at a time.
+Queries and keys are kept, not probabilities, which take up to a hundred times the memory. Probabilities are
+computed from them when needed, one piece at a time.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ PIECE = 2**24  # probabilities at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Expected:
-    """What a recorded call must be like, so that what is recorded has a meaning.
+    """Requirements on a recorded call.
 
     rows: images of the latent.
     size: height and width of the latent.
     text: tokens of the description.
-    own_grid: whether self-attention must be on the grid that the network's layout gives it, and not on one
-        that another node has shrunk.
+    own_grid: whether self-attention must be on the grid of the network's layout, and not on one that another
+    node has shrunk.
     """
 
     rows: int
@@ -74,13 +73,13 @@ _WHOLE = Piece()
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """What one attention computes its probabilities from, in one model call.
+    """The queries and keys of one attention in one model call.
 
     q: [rows, queries, heads * d] in the network's dtype; a row is an image of the call's batch.
     k: [rows, keys, heads * d].
     heads: of the attention.
 
-    Where the call has a gradient, q and k are in its graph.
+    If the call has a gradient, q and k are in its graph.
     """
 
     q: torch.Tensor
@@ -88,8 +87,9 @@ class Projections:
     heads: int
 
     def pieces(self, whole_heads: bool = False) -> Iterator[Piece]:
-        """Pieces of at most PIECE probabilities, or of one query, which cover all; with `whole_heads` every
-        piece has all queries of its heads.
+        """Pieces of at most PIECE probabilities, or of one query, that together cover all.
+
+        whole_heads: every piece has all queries of its heads.
         """
         rows, queries, _ = self.q.shape
         line = rows * self.k.shape[1]
@@ -100,8 +100,9 @@ class Projections:
                 yield Piece(slice(head, head + heads), slice(query, query + count))
 
     def probabilities(self, piece: Piece = _WHOLE) -> torch.Tensor:
-        """softmax(q k^T / sqrt(d)) of the piece, [rows, heads, queries, keys] in float32; it sums to 1 over
-        keys.
+        """softmax(q k^T / sqrt(d)) of the piece, [rows, heads, queries, keys] in float32.
+
+        It sums to 1 over keys.
         """
         q, k = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (self.q, self.k))
         q, k = q[:, piece.heads, piece.queries].float(), k[:, piece.heads].float()
@@ -118,26 +119,26 @@ class Projections:
 
 @dataclass(frozen=True, eq=False)
 class LossGradient:
-    """A loss of some attentions' probabilities, and where its way back into the network begins.
+    """A loss of some attentions' probabilities, with the derivatives from which its backward pass starts.
 
     values: [rows].
     parts: queries or keys in the network's graph, each [rows, tokens, heads * d], and the derivative of the
-        values' sum by them in float32.
+    values' sum with respect to them in float32.
     """
 
     values: torch.Tensor
     parts: list[tuple[torch.Tensor, torch.Tensor]]
 
     def by_latent(self, latent: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
-        """d(sum of values)/d(latent), in float32. Uses `parts` up, so that they take no memory while the
-        network's gradient is computed.
+        """d(sum of values)/d(latent), in float32. Consumes `parts`, so that they take no memory during the
+        network's backward pass.
 
-        latent: the leaf that the model call started from, [rows, ...]; each row's loss is a function of its
-            own row.
+        latent: the leaf that the model call started from, [rows, ...]; each row's loss depends on its own row
+        only.
         keep_graph: whether the graph is needed again.
 
-        Gradients of attention losses are far below what half precision can hold, so what enters the network
-        is scaled row by row to a largest value of 1, and scaled back in float32.
+        Gradients of attention losses are far too small for half precision. So what enters the network is
+        scaled row by row to a maximum of 1, and scaled back in float32.
         """
         peaks = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in self.parts]).amax(dim=0)
         peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
@@ -151,15 +152,15 @@ class LossGradient:
 
 
 class AttentionRecorder:
-    """Attention of one model call.
+    """Records the attention of one model call.
 
     network: of the model.
-    self_layers, cross_layers: where self- and cross-attention are recorded.
+    self_layers, cross_layers: layers whose self- and cross-attention are recorded.
     stop: end the forward after the last of them.
-    whole_layers: end it between two blocks, as `checkpointed` needs, and not inside of one.
+    whole_layers: end it between two blocks, as `checkpointed` needs, and not inside one.
 
-    After the call `self_attention` and `cross_attention` hold queries and keys by layer, and `moved` what
-    `check_order` reads.
+    After the call `self_attention` and `cross_attention` hold queries and keys by layer, and `moved` the
+    input of `check_order`.
     """
 
     def __init__(
@@ -184,7 +185,9 @@ class AttentionRecorder:
 
     @property
     def missing(self) -> list[str]:
-        """The wanted attentions that were not recorded, as messages name them, in the order they run in."""
+        """Names of the requested attentions that were not recorded, for messages, in the order in which they
+        run.
+        """
         return [
             layer_name(kind, layer.key)
             for kind, layers in (("attn1", self._self_layers), ("attn2", self._cross_layers))
@@ -194,18 +197,22 @@ class AttentionRecorder:
 
     @property
     def ran(self) -> bool:
-        """Whether any wanted attention was recorded; not so if another node kept the network from running."""
+        """Whether any requested attention was recorded. False if another node kept the network from
+        running.
+        """
         return bool(self.self_attention or self.cross_attention)
 
     def clear(self) -> None:
-        """Forget what was recorded. A graph whose layers are computed again refers to itself through it, and
-        would take memory until Python looks for such circles.
+        """Forget what was recorded.
+
+        A graph whose layers are computed again refers to itself through the recorder, and would take memory
+        until Python's garbage collector finds the cycle.
         """
         self.self_attention.clear()
         self.cross_attention.clear()
 
     def attach(self, model_options: dict[str, Any], expected: Expected | None = None) -> dict[str, Any]:
-        """A copy of `model_options` whose model calls are recorded here; the original is not touched.
+        """A copy of `model_options` whose model calls are recorded here; the original is unchanged.
 
         A call that is not as `expected` raises ValueError.
         """
@@ -279,14 +286,15 @@ def record(
     options: dict[str, Any],
     own_grid: bool = False,
 ) -> list[torch.Tensor]:
-    """One model call for one conditioning entry, recorded; returns the denoised latents.
+    """One recorded model call for one conditioning entry; returns the denoised latents.
 
     entry: of a processed conditioning.
-    x: [rows, ...]. sigma: [rows].
+    x: [rows, ...].
+    sigma: [rows].
     options: the call's model options.
     own_grid: as in `Expected`.
 
-    A compiled model runs uncompiled, because what was compiled before has no hooks.
+    A compiled model runs uncompiled, because the compiled code has no hooks.
 
     Raises ValueError if the network or a layer did not run, or if another node changes the call or a layer.
     """
@@ -310,13 +318,13 @@ def record(
 
 
 def _uncompiled() -> AbstractContextManager:
-    """A region in which torch, from 2.6 on, runs what it has compiled as it is written."""
+    """A context in which torch 2.6 and newer run compiled models uncompiled."""
     stance = getattr(torch.compiler, "set_stance", None)
     return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
 
 
 def whole_image(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of a processed conditioning that are for no area and no mask."""
+    """The entries of a processed conditioning without an area or a mask."""
     return [entry for entry in entries if "area" not in entry and "mask" not in entry]
 
 

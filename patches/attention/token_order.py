@@ -1,8 +1,8 @@
-"""Whether another node has put the tokens of a self-attention into another order.
+"""Detects whether another node has reordered the tokens of a self-attention.
 
-Merged tokens are seen by their number. Tokens that were only moved (shuffles, a token merging that merges
-none) keep it, so their values are compared: all values are still there, at other tokens. Nothing waits for
-the device until `first_moved` is asked.
+Merged tokens are detected by their number. Tokens that were only moved (shuffles, a token merging that merges
+none) keep their number, so their values are compared: all values are still there, at other tokens. Nothing
+waits for the device until `first_moved` is called.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def moved(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 def first_moved(found: Collection[tuple[str, torch.Tensor]]) -> str | None:
-    """The first layer whose tokens were moved, or None. found: layers' keys with what `moved` says. Waits
-    for the device if there are any.
+    """The first layer whose tokens were moved, or None. Waits for the device if `found` is not empty.
+
+    found: layers' keys with the result of `moved`.
     """
     if not found:
         return None

@@ -18,15 +18,15 @@ _BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transforme
 
 
 class Block(NamedTuple):
-    """A part of the network that is computed again as one where it is checkpointed.
+    """A part of the network that checkpointing computes again as a whole.
 
     path: its name in the module tree.
     kind: `residual`, `transformer` or `resize`.
-    tokens: places of the picture at its input.
+    tokens: positions of the image at its input.
     inputs, outputs: channels; of a transformer those of its tokens, and 0 of a `resize`.
     depth: transformer blocks in it.
-    convolved: whether convolutions lead in and out of its transformer blocks, and not Linears.
-    weights: how many numbers it has learned.
+    convolved: whether its transformer blocks are entered and left by convolutions instead of Linears.
+    weights: number of learned parameters.
     """
 
     path: str
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 class UNet:
-    """What the methods ask of a network; another kind of network is another class with these methods.
+    """The adapter of UNets. Another kind of network is another class with these methods.
 
     module: the host's `diffusion_model`.
     layers: by key, in the order in which they run.
@@ -85,9 +85,9 @@ class UNet:
         self_layers: Iterable[AttentionLayer],
         cross_layers: Iterable[AttentionLayer] = (),
     ) -> dict[str, Any]:
-        """A call's `transformer_options` with hooks in these layers; the original is not touched.
+        """A call's `transformer_options` with hooks in these layers; the original is unchanged.
 
-        What other nodes have in a slot still decides the attention: it runs inside, on copies of q and k.
+        Another node's patch in a slot still computes the attention: it runs inside, on copies of q and k.
         """
         hooks = _Hooks(before, after)
         patches = dict(options.get("patches", {}))
@@ -106,8 +106,9 @@ class UNet:
 
     @staticmethod
     def end_between_blocks(options: dict[str, Any], done: Callable[[], bool]) -> dict[str, Any]:
-        """A call's `transformer_options` that end the forward between two blocks once `done` says so: with
-        checkpointing it must not end inside of one.
+        """A call's `transformer_options` that end the forward between two blocks once `done` returns true.
+
+        With checkpointing it must not end inside one.
         """
 
         def end(hidden: torch.Tensor, *rest: Any) -> Any:
@@ -121,7 +122,7 @@ class UNet:
         return {**options, "patches": patches}
 
     def blocks(self, height: int, width: int) -> Iterator[Block]:
-        """What the network consists of, in the order in which it runs, for a latent of `height` x `width`."""
+        """The blocks of the network, in the order in which they run, for a latent of `height` x `width`."""
         for path, part in self.module.named_modules():
             tokens, kind, inputs, outputs, depth, convolved = height * width, "resize", 0, 0, 0, False
             if isinstance(part, Downsample):
@@ -140,7 +141,7 @@ class UNet:
 
 
 class _Hooks:
-    """Hooks in the slots of one call. The host goes through a layer's slots in this order."""
+    """Hooks in the slots of one call. The host visits a layer's slots in this order."""
 
     def __init__(self, before: Before, after: After | None) -> None:
         self._before, self._after = before, after

@@ -1,1 +1,1 @@
-"""The attention bridge at work in a model, and dual guidance."""
+"""Applies the attention bridge to a model, and dual guidance."""

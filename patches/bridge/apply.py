@@ -1,8 +1,8 @@
-"""Putting an attention bridge into a model, through the host's doors.
+"""Adds an attention bridge to a model through the host's ModelPatcher.
 
 The patched model holds no tensors beyond its inputs and no patches in the attention slots. One wrapper around
-the sampling reads the reference once and frees it at the end; one around each model call puts the bridge into
-the slots for the length of that call, around whatever other nodes have put there.
+the sampling reads the reference once and frees it at the end. One around each model call puts the bridge into
+the slots during that call, around the patches of other nodes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Door = AbstractContextManager[Any]
 def apply_bridge(model: ModelPatcher, setup: BridgeSetup, door: Door | None = None) -> ModelPatcher:
     """A clone of `model` that samples with the bridge.
 
-    door: entered around this pack's own code in every run.
+    door: context that is entered around this pack's own code in every run.
 
-    Raises ValueError for a model that is no UNet, that has a bridge already or that the bridge was not made
-    for, and for a reference that is not a latent of the model's or is empty.
+    Raises ValueError if the model has no UNet, already has a bridge or does not fit this one, and if the
+    reference is empty or not a latent of the model.
     """
     network = check_base(model, setup.bridge)
     if has_bridge(model):
@@ -82,7 +82,7 @@ def check_base(model: ModelPatcher, bridge: ModelPatcher) -> Network:
 
 
 def cache_elements(setup: BridgeSetup, layers: Iterable[AttentionLayer]) -> int:
-    """How many numbers a run keeps: K and V, or Q, of the reference, and the merged output matrices."""
+    """Number of values that a run keeps: K and V, or Q, of the reference, and the merged output matrices."""
     images, _, height, width = setup.reference.shape
     kept = 2 if setup.settings.direction == "edit_queries" else 1
     merged = 1 if setup.settings.fusion == "linear" else 0
@@ -94,7 +94,7 @@ def cache_elements(setup: BridgeSetup, layers: Iterable[AttentionLayer]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Prepare:
-    """PREPARE_SAMPLING: asks the host for the memory of the cache, in rows of the latent, its unit."""
+    """PREPARE_SAMPLING: requests memory for the cache from the host, in rows of the latent, its unit."""
 
     elements: int
 
@@ -108,7 +108,7 @@ class _Prepare:
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """SAMPLER_SAMPLE: reads the reference when the models are loaded, and frees it whatever happens."""
+    """SAMPLER_SAMPLE: reads the reference when the models are loaded, and always frees it."""
 
     setup: BridgeSetup
     door: Door
@@ -143,7 +143,7 @@ class _Sample:
 
 
 def _note_areas(executor: Callable, *args: Any, **kwargs: Any) -> Any:
-    """CALC_COND_BATCH: tells the run which part of the latent each conditioning's model call will see."""
+    """CALC_COND_BATCH: tells the run which part of the latent each conditioning's model call covers."""
     _, conds, _, _, model_options = args
     if run := model_options["transformer_options"].get(KEY):
         run.note_areas(conds)
@@ -152,7 +152,7 @@ def _note_areas(executor: Callable, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _ApplyModel:
-    """APPLY_MODEL: the bridge in the attention slots of one model call."""
+    """APPLY_MODEL: puts the bridge into the attention slots for one model call."""
 
     door: Door
 

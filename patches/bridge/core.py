@@ -1,13 +1,13 @@
-"""The bridge's formula in a network: one call reads the reference, others are given what it left.
+"""The bridge's formula in a network: one call reads the reference, the others use its features.
 
-At each layer (DescriptiveEdit, arXiv 2508.20505), with normed hidden states h of the picture and r of the
-reference and direction `edit_queries`:
+At each layer (DescriptiveEdit, arXiv 2508.20505), with normed hidden states h of the image being denoised and
+r of the reference and direction `edit_queries`:
 
     Z'    = (W_o + dW_o) Attention((W_q + dW_q) h, (W_k + dW_k) r, (W_v + dW_v) r)
     Z_out = Z + strength * mask * F(Z')
 
-`reference_queries` swaps h and r. W are the host's own weights with every LoRA on them. The host hands over
-W_q h, W_k h and W_v h; only the updates are computed here.
+`reference_queries` swaps h and r. W are the host's own weights with all LoRAs. The host provides W_q h, W_k h
+and W_v h; only the updates are computed here.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Merge = Callable[[AttentionLayer, torch.Tensor], Matrix | None]
 
 
 class ReferenceFeatures(NamedTuple):
-    """What the reference pass left at a layer.
+    """Features of the reference at a layer.
 
     query: [references, tokens, width], with `reference_queries`.
     key, value: [references, or 1 if they are joined, tokens, width], with `edit_queries`.
-    merged: the output projection and F as one matrix and bias, None where they are not merged.
+    merged: the output projection and F as one matrix and bias, None if they are not merged.
     """
 
     query: torch.Tensor | None
@@ -44,7 +44,7 @@ class ReferenceFeatures(NamedTuple):
 
 
 class ReferenceCache:
-    """A bridge, the network it works in, and by layer what the last reference pass left."""
+    """A bridge, its network, and by layer the features from the last reference pass."""
 
     def __init__(self, bridge: AttentionBridge, network: Network) -> None:
         self.bridge, self.settings, self.network = bridge, bridge.settings, network
@@ -60,17 +60,17 @@ class ReferenceCache:
         timesteps: torch.Tensor | None = None,
         **conditions: Any,
     ) -> None:
-        """The reference pass: clean latents at timestep 0, with no ControlNet, up to the last layer.
+        """The reference pass: clean latents at timestep 0, without ControlNet, up to the last layer.
 
         x: [references, channels, height, width].
         options: the call's `transformer_options`.
         joined: all references as one long sequence of tokens.
-        merge: from a layer and a tensor like its queries to its output matrix, or None.
+        merge: function from a layer and a tensor like its queries to the merged output matrix, or None.
         timesteps: other than 0, for experiments, [references].
         conditions: `context`, `y`.
 
-        Where a gradient is wanted, the frozen network gets none unless the reference passes through the
-        bridge itself. Raises ValueError if a layer was not reached.
+        The frozen network gets no gradient unless the reference passes through the bridge itself.
+        Raises ValueError if a layer was not reached.
         """
         self.features.clear()
         learning = torch.is_grad_enabled()
@@ -113,7 +113,7 @@ class ReferencePass:
         self._cache, self._joined, self._merge, self._learning = cache, joined, merge, learning
 
     def before(self, at: Attention) -> torch.Tensor | None:
-        """Keep the layer's features; returns Z' of the reference with itself, or None."""
+        """Keep the layer's features. Returns Z' of the reference with itself, or None."""
         cache, learned, r = self._cache, self._cache.bridge.layer(at.layer.key), at.hidden
         queries = cache.settings.direction == "reference_queries"
         self_bridge = cache.settings.reference_self_bridge
@@ -144,16 +144,16 @@ class ReferencePass:
 
 
 class DenoisePatches:
-    """Hooks of a denoising call, some of whose rows see the reference.
+    """Hooks of a denoising call in which some rows see the reference.
 
     rows: of the call's batch, a slice or an index tensor; None for none.
     x: the latents of the call, for their number and size.
-    expand_to_rows: from a tensor of the cache to one for each of these rows.
-    strength: of what the bridge adds.
+    expand_to_rows: function from a tensor of the cache to one for each of these rows.
+    strength: factor of the bridge's output.
     masks: by layer, [rows or 1, tokens, 1], or None.
-    door: entered where an error is raised, since the call may be another node's.
+    door: context that is entered where an error is raised, since the call may be another node's.
 
-    `fired` holds the keys of the layers at which the bridge was at work.
+    `fired` holds the keys of the layers at which the bridge acted.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class DenoisePatches:
         self._strength, self._masks, self._door = strength, masks, door or nullcontext()
 
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
-        """A call's `transformer_options` with these hooks; the original is not touched."""
+        """A call's `transformer_options` with these hooks; the original is unchanged."""
         network = self._cache.network
         return network.install(options, self.before, self.after, self_layers=network.layers.values())
 

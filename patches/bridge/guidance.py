@@ -45,15 +45,16 @@ Scale = float | torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class GuidanceSchedule:
-    """The two scales over a sampling, each as a table of values at progress 0, 1/1000 ... 1 (pure noise to
-    clean image), linear in between.
+    """The two scales over a sampling.
+
+    Each is a table of values at progress 0, 1/1000 ... 1 (pure noise to clean image), linear in between.
     """
 
     image: np.ndarray
     text: np.ndarray
 
     def at(self, along: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both scales at progress `along` (a scalar tensor), on its device and without waiting for it."""
+        """Both scales at progress `along` (a scalar tensor), on its device and without a sync."""
         place = along * _TABLE
         low = place.floor().clamp(max=_TABLE - 1)
         found = []
@@ -71,7 +72,11 @@ def scale_table(start: float, end: float, curve: Callable[[np.ndarray], np.ndarr
 
 @dataclass(frozen=True, eq=False)
 class DualGuidance:
-    """image, text: the two scales. formula: `paper` or `release`. schedule: takes the place of both scales.
+    """The settings of dual guidance.
+
+    image, text: the two scales.
+    formula: `paper` or `release`.
+    schedule: replaces both scales.
 
     Raises ValueError for a scale that is not finite and for an unknown formula.
     """
@@ -89,7 +94,7 @@ class DualGuidance:
                 raise ValueError(f"{name}_guidance is {getattr(self, name)} but must be a finite number")
 
     def image_term(self, image: Scale) -> dict[Row, Scale]:
-        """Each prediction's weight in what is added to the guidance by text; they sum to 0."""
+        """Each prediction's weight in the term that is added to text guidance; they sum to 0."""
         if self.formula == "paper":
             return {UNCONDITIONAL: image - 1, Row(False, False): 1 - image}
         return {EDIT: image, Row(False, True): -image}
@@ -102,7 +107,7 @@ class DualGuidance:
         return found
 
     def used(self, bridged: bool) -> list[Row]:
-        """The rows whose weight is not zero all through the sampling, the text pair first."""
+        """The rows with a weight that is not zero throughout the sampling, the text pair first."""
         scales = [(self.image, self.text)]
         if self.schedule is not None:
             scales = list(zip(self.schedule.image.tolist(), self.schedule.text.tolist(), strict=True))
@@ -138,7 +143,7 @@ class DualGuider(comfy.samplers.CFGGuider):
 
 @dataclass(frozen=True, eq=False)
 class _Predict:
-    """PREDICT_NOISE: dual guidance in place of the guider's own prediction, inside of every other wrapper."""
+    """PREDICT_NOISE: dual guidance instead of the guider's own prediction, inside all other wrappers."""
 
     guidance: DualGuidance
     door: AbstractContextManager[Any]
@@ -175,10 +180,11 @@ class _Predict:
 def apply_guidance(
     model: Any, guidance: DualGuidance, door: AbstractContextManager[Any] | None = None
 ) -> Any:
-    """A clone of `model` (a ModelPatcher) that any sampler with a positive and a negative conditioning runs
-    with dual guidance; the sampler's own cfg is not used. door: entered in every run.
+    """A clone of `model` with dual guidance, for any sampler with one positive and one negative conditioning.
 
-    Raises ValueError, if the model has dual guidance already.
+    The sampler's own cfg is not used. door: context that is entered in every run.
+
+    Raises ValueError if the model already has dual guidance.
     """
     if model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY):
         raise ValueError("this MODEL has dual guidance already: remove one of the two nodes")
@@ -190,8 +196,12 @@ def apply_guidance(
 def predict(
     guider: Any, guidance: DualGuidance, x: torch.Tensor, sigma: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The guided denoised prediction. x: [images, ...]. sigma: [images]. guider: one of the host's, in a run,
-    with `positive` (the edit description) and `negative` (the unconditional one).
+    """The guided denoised prediction.
+
+    x: [images, ...].
+    sigma: [images].
+    guider: one of the host's, in a run, with `positive` (the edit description) and `negative` (the
+    unconditional one).
     """
     model = guider.inner_model
     bridged = has_bridge(guider.model_patcher)

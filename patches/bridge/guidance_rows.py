@@ -1,10 +1,10 @@
-"""The predictions of dual guidance in one batch, each row to other packs what it is in a stock run.
+"""The predictions of dual guidance in one batch, with each row as in a stock run for other packs.
 
-The host numbers the rows of a call by their place in a list of conditionings, and packs read that number: 0
-is the edit description, 1 the unconditional one. A row without the reference is a third place in that list,
-so its number is put right before anyone reads it, in the two doors that the host opens first: `get_control`
-of a conditioning's ControlNet and `model_function_wrapper`. What only a bridge needs to know, that the row
-does not see the reference, travels beside it by the row's own uuid.
+The host numbers the rows of a call by their index in a list of conditionings, and packs read that number: 0
+is the edit description, 1 the unconditional one. A row without the reference is a third entry in that list.
+So its number is corrected before any pack reads it, at the two points that the host calls first:
+`get_control` of a conditioning's ControlNet and `model_function_wrapper`. That the row does not see the
+reference, which only a bridge needs to know, is passed along by the row's own uuid.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ def predict_rows(
 ) -> dict[Row, torch.Tensor]:
     """The denoised prediction of each of `rows`, in one batch if memory allows.
 
-    model: the host's BaseModel. rows: at most one of them without the reference. texts: the run's processed
-    conditioning, by `Row.text`. x: [images, ...]. sigma: [images]. options: the call's model options, not
-    touched.
+    model: the host's BaseModel.
+    rows: at most one of them without the reference.
+    texts: the run's processed conditioning, by `Row.text`.
+    x: [images, ...].
+    sigma: [images].
+    options: the call's model options, unchanged.
 
-    A `sampler_calc_cond_batch_function` of another node gets pairs of both descriptions, as in a stock run: a
-    row without the reference is a second call, in the place of its partner.
+    A `sampler_calc_cond_batch_function` of another node gets pairs of both descriptions, as in a stock run. A
+    row without the reference is a second call, with that row in its partner's position.
     """
     pair = [texts[row.text] if row in rows else None for row in (EDIT, UNCONDITIONAL)]
     places = {EDIT: 0, UNCONDITIONAL: 1}
@@ -80,8 +83,8 @@ def predict_rows(
 
 @dataclass(frozen=True, eq=False)
 class _Marks:
-    """What the rows without the reference are called: `index` in place of the host's own number for the
-    entries with these `uuids`.
+    """The numbers of the rows without the reference: `index` instead of the host's number for entries with
+    these `uuids`.
     """
 
     uuids: frozenset[UUID]
@@ -101,15 +104,16 @@ class _Marks:
         return {**options, "model_function_wrapper": call, NAME: {**options.get(NAME, {}), BLIND: self.uuids}}
 
     def restate(self, options: dict[str, Any]) -> None:
-        """Put the numbers right in one call's own `transformer_options`, where the host has just written
+        """Correct the numbers in one call's own `transformer_options`, right after the host has written
         them.
         """
         numbered = zip(options["cond_or_uncond"], options["uuids"], strict=True)
         options["cond_or_uncond"] = [self.index if uuid in self.uuids else own for own, uuid in numbered]
 
     def controlled(self, conds: list[Entries | None]) -> list[Entries | None]:
-        """The same conditionings, whose ControlNets read the numbers as they are put right; rows that share
-        a ControlNet share its stand-in, so that the host still batches them.
+        """The same conditionings, with ControlNets that read the corrected numbers.
+
+        Rows that share a ControlNet share its wrapper, so that the host still batches them.
         """
         known: dict[int, _Control] = {}
 
@@ -122,7 +126,7 @@ class _Marks:
 
 
 class _Control:
-    """A ControlNet in the conditionings of one call. All but what it is asked first is its own."""
+    """Wraps a ControlNet in the conditionings of one call: corrects the numbers in `get_control`."""
 
     def __init__(self, control: Any, marks: _Marks) -> None:
         vars(self).update(_control=control, _marks=marks)

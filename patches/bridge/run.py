@@ -1,4 +1,4 @@
-"""An attention bridge during one sampling: the reference is read once, every call uses what it left."""
+"""An attention bridge during one sampling: the reference is read once, and every call uses its features."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ Area = tuple[int, ...] | None
 
 @dataclass(frozen=True, eq=False)
 class BridgeSetup:
-    """What a bridge is applied with.
+    """Inputs of Apply Attention Bridge.
 
     bridge: ATTENTION_BRIDGE.
     reference: [references, channels, height, width] as a VAE gives it.
-    source: the source description's CONDITIONING; None takes the run's negative one.
-    strength: of what the bridge adds, any finite number; 1 as trained.
+    source: the source description's CONDITIONING; None uses the run's negative one.
+    strength: factor of the bridge's output, any finite number; 1 as trained.
     start, end: fractions of the sampling, 0 to 1, between which it acts.
     mask: [1 or images, height, width], 0 to 1, where it acts; None for everywhere.
-    joined: all references for every image, joined along tokens, instead of one for each.
+    joined: use all references for every image, joined along tokens, instead of one for each.
 
-    Raises ValueError for a strength, range, mask or source that cannot be used, and for references that are
-    joined though the bridge's direction does not allow it.
+    Raises ValueError for an invalid strength, range, mask or source, and for references that are joined
+    although the bridge's direction does not allow it.
     """
 
     bridge: ModelPatcher
@@ -82,17 +82,17 @@ class BridgeSetup:
 
     @property
     def settings(self) -> BridgeSettings:
-        """The bridge's."""
+        """The settings of the bridge."""
         return self.bridge.model.settings
 
 
 class BridgeRun:
-    """One sampling with a bridge. It lives in the run's own `transformer_options`.
+    """One sampling with a bridge. It is kept in the run's own `transformer_options`.
 
     guider: the host's, inside its `inner_sample`.
     noise: [images, channels, height, width].
     sigmas: the run's.
-    door: entered where an error is raised inside of another node's call.
+    door: context that is entered where an error is raised inside another node's call.
 
     Raises ValueError if references, mask or grid do not fit the sampled latent.
     """
@@ -144,8 +144,8 @@ class BridgeRun:
             )
 
     def read_reference(self) -> None:
-        """The reference pass with the source description, through the host's network as it is loaded,
-        without other nodes' patches.
+        """The reference pass with the source description, through the host's loaded network, without other
+        nodes' patches.
         """
         model = self._guider.inner_model
         reference = model.process_latent_in(self._setup.reference.to(self._device, torch.float32))
@@ -200,10 +200,10 @@ class BridgeRun:
         }
 
     def _merge(self, layer: AttentionLayer, like: torch.Tensor) -> Matrix | None:
-        """Fuse and output projection as one matrix and bias, from the host's own layer.
+        """Output projection and fuse layer as one matrix and bias, from the host's own layer.
 
-        Exact for the Linear fusion as long as the weights stay the same, so not under hooks, which change
-        them between calls. Costs 4 width^3 and saves 2 width^2 a token, so it is done where the run's tokens
+        Exact for the Linear fusion as long as the weights stay the same, so not with hooks, which change them
+        between calls. Costs 4 width^3 and saves 2 width^2 per token, so it is done only if the run's tokens
         repay it at least twice.
         """
         learned, output = self.cache.bridge.layer(layer.key), self.cache.network.outputs[layer.key]
@@ -216,16 +216,19 @@ class BridgeRun:
         return matrix.mT.contiguous(), learned.fuse(constant)[0]
 
     def note_areas(self, conds: list[list[dict[str, Any]] | None]) -> None:
-        """Remember the area of each conditioning by its uuid, which the host's copies keep."""
+        """Store the area of each conditioning by its uuid, which the host's copies keep."""
         known = [entry for entries in conds for entry in entries or () if "area" in entry]
         self._areas = {entry["uuid"]: tuple(entry["area"]) for entry in known}
 
     def patches(self, options: dict[str, Any], x: torch.Tensor) -> DenoisePatches:
-        """The bridge for one model call. options: its `transformer_options`. x: its latents.
+        """The bridge for one model call.
 
-        There are patches for every call, also where no row sees the reference, so that a compiled network
-        always finds the same ones. Raises ValueError for a call on parts of the latent that the bridge cannot
-        follow.
+        options: its `transformer_options`.
+        x: its latents.
+
+        Every call gets patches, even if no row sees the reference, so that a compiled network always finds
+        the same ones.
+        Raises ValueError for a call on parts of the latent that the bridge cannot follow.
         """
         uuids, blind = options["uuids"], options.get(BLIND, ())
         chunks = [chunk for chunk, uuid in enumerate(uuids) if uuid not in blind]
@@ -245,12 +248,14 @@ class BridgeRun:
         return DenoisePatches(self.cache, rows, x, expand_to_rows, self._setup.strength, masks, self._door)
 
     def _check_parts(self, x: torch.Tensor, areas: list[Area], seen: int, in_order: bool) -> None:
-        """Other nodes may call the model with tiles of the latent, or with some of its images, in an order of
-        their own: raise ValueError where it must be known what a row is, and is not.
+        """Raise ValueError if the bridge must know which image or position a row holds and cannot.
+
+        Other nodes may call the model with tiles of the latent, or with some of its images in their own
+        order.
 
         areas: for each conditioning of the call.
         seen: how many of these see the reference.
-        in_order: whether the rows are, as the host makes them, every image for each conditioning.
+        in_order: whether the rows are in the host's order, every image for each conditioning.
         """
         whole, size = (self._height, self._width), tuple(x.shape[-2:])
         from_edit = self._setup.settings.direction == "edit_queries"
@@ -274,9 +279,10 @@ class BridgeRun:
             raise refused_parts(x, len(areas) * self._images, whole, " and ".join(reasons))
 
     def check_fired(self, patches: DenoisePatches, options: dict[str, Any]) -> None:
-        """After a model call: raises ValueError if the bridge was to act at a layer and did not, unless
-        another node's wrapper may have kept the network from running, as cached steps do. A recorder of ours
-        may have ended it.
+        """After a model call: raises ValueError if the bridge should have acted at a layer and did not.
+
+        Not if another node's wrapper may have kept the network from running, as cached steps do, or a
+        recorder of ours may have ended it.
         """
         if patches.rows is None:
             return
@@ -288,7 +294,7 @@ class BridgeRun:
             raise ValueError(f"the bridge acted at no layer. {COMPILED}")
 
     def finish(self) -> None:
-        """After the last step: raises ValueError if the bridge was to act and did in no call."""
+        """After the last step: raises ValueError if the bridge should have acted and did in no call."""
         if self._due and not self._fired:
             raise ValueError(
                 f"the bridge acted at no layer in any step. Another node keeps the UNet from running: take "
@@ -306,13 +312,13 @@ class BridgeRun:
         return torch.tensor(rows, device=x.device)
 
     def _expand_to_rows(self, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """From a tensor of the cache to one for every row of `chunks` chunks."""
+        """Expands a tensor of the cache to the rows of `chunks` chunks."""
         rows = chunks * self._images
         return lambda kept: kept.expand(rows, -1, -1) if len(kept) == 1 else kept.repeat(chunks, 1, 1)
 
     def _layer_masks(self, areas: list[Area], images: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The mask at every layer for `images` rows of each of these areas, [rows, tokens, 1]; made once a
-        run.
+        """The mask at every layer for `images` rows of each of these areas, [rows, tokens, 1]; computed once
+        per run.
         """
         height, width = x.shape[-2:]
         call = (tuple(areas), images, height, width)
@@ -330,7 +336,7 @@ class BridgeRun:
         return self._masks[call]
 
     def close(self) -> None:
-        """Free what the run kept."""
+        """Free the run's memory."""
         self.cache.features.clear()
         self._masks.clear()
         self._mask = None
@@ -339,8 +345,8 @@ class BridgeRun:
 def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The timesteps, [references], and the network's input for a reference without noise.
 
-    A discrete schedule counts its timesteps, and 0 is clean. Where the timestep is a function of sigma (EDM),
-    0 is not, so the reference is taken as what the lowest sigma holds.
+    In a discrete schedule timestep 0 is clean. If the timestep is a function of sigma (EDM), 0 is not, so the
+    timestep of the lowest sigma is used.
     """
     sigma = sampling.sigma_min.to(reference).expand(len(reference))
     timestep = sampling.timestep(sigma)
@@ -350,7 +356,7 @@ def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _size_of(area: Area, whole: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of what the host cuts out for an area."""
+    """Height and width of the host's crop for an area."""
     if area is None:
         return whole
     height, width, top, left = area
