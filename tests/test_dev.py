@@ -308,6 +308,17 @@ def test_port_in_use_is_one_line(host: Host, capsys: pytest.CaptureFixture[str])
     assert re.fullmatch(r"dev.py serve: port \d+ is in use: .*--port\n", capsys.readouterr().err)
 
 
+def test_bench_lists_what_it_measures(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects: `dev.py bench` without an argument names all three measurements."""
+    bench = host.pack_module("lab.bench.command")
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "{bridge,unify,training}" in capsys.readouterr().err
+
+
 def test_everything_is_pinned() -> None:
     """Protects: a fresh clone gets the versions that were tested, and users get no packages from us."""
     lines = (ROOT / "requirements-dev.txt").read_text().splitlines()

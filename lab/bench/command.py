@@ -1,7 +1,7 @@
-"""`python dev.py bench bridge|unify`: speed and memory against the stock host, as ratios in one process; on a
-card where there is one, in float16, and the figures then name it.
+"""`python dev.py bench bridge|unify|training`: speed and memory.
 
-`bench training` counts what training a bridge needs; it has arguments of its own.
+`bridge` and `unify` are compared with the stock host, as ratios in one process; on a card in float16, with
+its name in the figures. `training` counts what training a bridge needs; it has arguments of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main() -> None:
         bench_training.main()
         return
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
-    parser.add_argument("what", choices=WHAT)
+    training = "training has arguments of its own: dev.py bench training --help"
+    parser.add_argument("what", choices=(*WHAT, "training"), help=training)
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement, in alternating order")
     parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
     parser.add_argument(
