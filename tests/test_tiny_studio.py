@@ -24,7 +24,7 @@ def scenes(host: Any) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def judge(host: Any) -> Any:
+def classifier(host: Any) -> Any:
     return host.pack_module("lab.tiny_studio.attribute_classifier").load()
 
 
@@ -51,12 +51,12 @@ def sample(
     )[0]["samples"]
 
 
-def test_the_judge_reads_held_out_drawings(scenes: ModuleType, judge: Any) -> None:
+def test_the_classifier_reads_held_out_drawings(scenes: ModuleType, classifier: Any) -> None:
     """Protects the measure: 99% of every attribute, on new drawings of the combinations that the model never
     saw.
     """
     chosen = held_scenes(scenes, 600, 41)
-    read = judge.read(drawings(scenes, chosen))
+    read = classifier.read(drawings(scenes, chosen))
     for kind, attributes in scenes.ATTRIBUTES.items():
         for name in attributes:
             marks = [
@@ -65,23 +65,23 @@ def test_the_judge_reads_held_out_drawings(scenes: ModuleType, judge: Any) -> No
             assert np.mean(marks) >= 0.99, (kind, name)
 
 
-def test_the_judge_reads_two_objects(scenes: ModuleType, judge: Any) -> None:
+def test_the_classifier_reads_two_objects(scenes: ModuleType, classifier: Any) -> None:
     """Protects the measure of scenes of two objects: 99% of every attribute on new held-out drawings, and
     what is not there is not read: one object on the left alone has nothing on the right, one in the middle
     nothing on either side.
     """
     chosen = held_scenes(scenes, 400, 44, "two")
-    read = judge.read_two(drawings(scenes, chosen))
+    read = classifier.read_two(drawings(scenes, chosen))
     assert all(found["kind"] == "two" for found in read)
     for name in scenes.TWO_OBJECTS:
         marks = [found.get(name) == scene.values[name] for scene, found in zip(chosen, read, strict=True)]
         assert np.mean(marks) >= 0.99, name
     large = [s for s in held_scenes(scenes, 200, 45, "object") if s.values["size"] == "large"]
-    whole = [set(scenes.TWO_OBJECTS) <= set(found) for found in judge.read_two(drawings(scenes, large))]
+    whole = [set(scenes.TWO_OBJECTS) <= set(found) for found in classifier.read_two(drawings(scenes, large))]
     assert np.mean(whole) < 0.1
 
 
-def test_edits_of_two_objects_are_measured(host: Any, scenes: ModuleType, judge: Any) -> None:
+def test_edits_of_two_objects_are_measured(host: Any, scenes: ModuleType, classifier: Any) -> None:
     """Protects the studies and the benchmark on two objects: the true edit is a success, the source is none,
     nor is the edit of the other object; and pictures of both kinds can be read together.
     """
@@ -104,7 +104,7 @@ def test_edits_of_two_objects_are_measured(host: Any, scenes: ModuleType, judge:
     scene = scenes.Scene("two", values)
     other = scene.changed(left_colour="yellow", right_colour="red")
     pictures = drawings(scenes, [scene, other, scene.objects()[0]])
-    assert judge.read_as(["two", "two", "object"], pictures) == [
+    assert classifier.read_as(["two", "two", "object"], pictures) == [
         {"kind": "two", **scene.values},
         {"kind": "two", **other.values},
         {"kind": "object", **scene.objects()[0].values},
@@ -125,7 +125,7 @@ def test_the_vae_keeps_held_out_scenes(host: Any, studio: Any, scenes: ModuleTyp
     assert np.mean([-10 * math.log10(error) for error in errors.tolist()]) >= 29.8
 
 
-def test_prompts_come_out_as_written(host: Any, studio: Any, scenes: ModuleType, judge: Any) -> None:
+def test_prompts_come_out_as_written(host: Any, studio: Any, scenes: ModuleType, classifier: Any) -> None:
     """Protects the meaning of the model: on held-out combinations nearly every attribute that is asked for is
     drawn. The full measurement is `dev.py studio --report`; this is a sample of it.
     """
@@ -136,7 +136,7 @@ def test_prompts_come_out_as_written(host: Any, studio: Any, scenes: ModuleType,
     (pictures,) = host.execute("VAEDecode", vae=vae, samples={"samples": latent})
     marks = [
         read.get(name) == value
-        for scene, read in zip(chosen, judge.read(pictures), strict=True)
+        for scene, read in zip(chosen, classifier.read(pictures), strict=True)
         for name, value in scene.values.items()
     ]
     assert np.mean(marks) >= 0.9
@@ -311,11 +311,12 @@ def test_training_resumes_after_a_kill(host: Any, scenes: ModuleType, tmp_path: 
     pool = train.pool_scenes()[:8]
     pictures = np.stack([np.round(scene.draw() * 255).astype(np.uint8) for scene in pool])
     torch.save({"latents": torch.randn(8, 4, 16, 16).half()}, tmp_path / "latents.pt")
+    classifier = train.attribute_classifier
     stages = {
         "vae.pt": lambda steps: train.train_vae.train(tmp_path, pictures, steps),
         "refine.pt": lambda steps: train.train_vae.train(tmp_path, pictures, steps, refine=True),
         "diffusion.pt": lambda steps: train.train_diffusion.train(tmp_path, pool, steps),
-        "judge.pt": lambda steps: train.judge.train(tmp_path, pictures, pool, steps, batch=4),
+        "attribute_classifier.pt": lambda steps: classifier.train(tmp_path, pictures, pool, steps, batch=4),
     }
     with torch.inference_mode(False):
         for file, run in stages.items():

@@ -67,10 +67,9 @@ NEWER_TORCH = {
 
 
 def shipped() -> list[Path]:
-    """The files that a user's Python runs; what made the Tiny Studio ran on the pinned torch."""
+    """The files that a user's Python runs."""
     folders = ("nodes", "patches", "models", "training", "metrics", "pictures", "lab")
-    files = [ROOT / "__init__.py", *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
-    return [file for file in files if file.name != "training_tools.py"]
+    return [ROOT / "__init__.py", *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
 
 
 def dotted(node: ast.AST) -> str:

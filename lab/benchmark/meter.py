@@ -49,7 +49,7 @@ class Meter:
                 self._clip = comfy.sd.load_clip([str(clip)])
                 self._load("clip_t", lambda: ClipText(self._vision, self._clip, "a picture"))
         self._text = self._networks.pop("clip_t", None) is not None
-        self._judge: judge.Judge | None = None
+        self._judge: judge.AttributeClassifier | None = None
 
     def _load(self, name: str, make: Callable[[], Network]) -> None:
         try:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from ...metrics.lpips import Lpips
 from ...models.files import replacing
 from ...models.tiny_studio import scenes, studio
-from ..tiny_studio.training_tools import say
+from ..tiny_studio.stage import say
 from .tiny_benchmark import Cases, Method, Scores, Studio, draw_cases, run, score
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "studies"

@@ -1,8 +1,8 @@
-"""A small classifier that reads a scene's attributes off a picture. Trained on drawings only; used by
-tests and benchmarks, never by the product.
+"""A small classifier that reads a scene's attributes from a picture. Trained on drawings only; used by tests
+and benchmarks, never by the product.
 
-It is shown every combination of attributes, also those that the model never sees: a reader that had not met
-them would take them for their neighbours, and judge the model for it.
+It learns every combination of attributes, also those that the model never sees: otherwise it would take them
+for their neighbours, and the model would be blamed for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ...models.tiny_studio import drawing, scenes
-from .training_tools import learning_rate, resume, save, say
+from .stage import Stage
 
 FILE = Path(__file__).with_name("attribute_classifier.safetensors")
 KINDS = tuple(scenes.ATTRIBUTES)
@@ -28,7 +28,7 @@ HEADS = [("kind", "kind", KINDS)] + [
 ]
 
 
-class Judge(torch.nn.Module):
+class AttributeClassifier(torch.nn.Module):
     """Pictures [B, 3, 64, 64] in 0..1 -> logits of every head, joined along the last axis."""
 
     def __init__(self) -> None:
@@ -96,10 +96,10 @@ class Judge(torch.nn.Module):
         return found
 
 
-def load(path: Path = FILE) -> Judge:
-    judge = Judge()
-    judge.load_state_dict(safetensors.torch.load_file(path))
-    return judge.eval()
+def load(path: Path = FILE) -> AttributeClassifier:
+    classifier = AttributeClassifier()
+    classifier.load_state_dict(safetensors.torch.load_file(path))
+    return classifier.eval()
 
 
 def alone(pictures: torch.Tensor, side: str) -> torch.Tensor:
@@ -151,32 +151,21 @@ def train(
     rng = np.random.default_rng(31)
     held = [scenes.sample_scene(rng, held=True) for _ in range(1 + len(pool) // 8)]
     drawn = np.stack([np.round(scene.draw() * 255).astype(np.uint8) for scene in held])
-    judge, path = Judge(), work / "judge.pt"
-    optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
-    step = 0
-    if state := resume(path):
-        judge.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step = state["step"]
+    classifier = AttributeClassifier()
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
+    stage = Stage(work / "attribute_classifier.pt", classifier, [optimiser])
     targets = _targets([*pool, *held])
-    rng = np.random.default_rng(3000 + step)
-    while step < steps:
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * learning_rate(step, steps)
+    rng = np.random.default_rng(3000 + stage.step)
+
+    def losses() -> tuple[torch.Tensor]:
         picked = np.sort(rng.integers(len(targets), size=batch))
         first = picked[picked < len(pool)]
         shown = np.concatenate([pictures[first], drawn[picked[len(first) :] - len(pool)]])
         image = _small(torch.from_numpy(shown).float() / 255)
-        parts = judge(_worn(image)).split([len(options) for *_, options in HEADS], dim=-1)
-        losses = [
+        parts = classifier(_worn(image)).split([len(options) for *_, options in HEADS], dim=-1)
+        summed = [
             F.cross_entropy(part, targets[picked, head], reduction="sum") for head, part in enumerate(parts)
         ]
-        loss = torch.stack(losses).sum() / batch
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        step += 1
-        if step % 100 == 0:
-            say(f"judge {step}/{steps} loss {loss.item():.4f}")
-        if step % 500 == 0 or step == steps:
-            save(path, {"model": judge.state_dict(), "optimiser": optimiser.state_dict(), "step": step})
+        return (torch.stack(summed).sum() / batch,)
+
+    stage.run(steps, losses)

@@ -1,9 +1,9 @@
 """`python dev.py studio` trains the Tiny Studio, `python dev.py studio --report` measures the one that
 ships.
 
-Everything is measured on scenes whose combination of attributes no training saw, through the host's own
-classes and sampler. The judge reads the pictures; a prompt counts as right when every attribute that it
-names or implies is.
+Everything is measured on scenes whose combination of attributes no training saw, with the host's own classes
+and sampler. The attribute classifier reads the pictures; a prompt counts as right when every attribute that
+it names or implies is.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 
 from ...models.tiny_studio import scenes, studio
 from ...patches import inversion
-from . import attribute_classifier as judge
-from . import train
+from . import attribute_classifier, train
+from .attribute_classifier import AttributeClassifier
 
 PROMPTS, STEPS, CFG, BATCH = 300, 25, 3.0, 50
 
@@ -58,7 +58,10 @@ def generate(model: Any, clip: Any, vae: Any, texts: list[str], seed: int) -> to
 
 
 def attribute_scores(
-    reader: judge.Judge, chosen: list[scenes.Scene], pictures: torch.Tensor, named: list[set[str]]
+    reader: AttributeClassifier,
+    chosen: list[scenes.Scene],
+    pictures: torch.Tensor,
+    named: list[set[str]],
 ) -> tuple[dict[str, float], float, list[bool]]:
     """For each attribute the share read right where it was named, and the share of pictures right in all
     of theirs.
@@ -137,11 +140,11 @@ def main() -> None:
         return
     torch.set_num_threads(2)
     model, clip, vae = studio.load_model(), studio.load_clip(), studio.load_vae()
-    reader = judge.load()
+    reader = attribute_classifier.load()
     with torch.inference_mode():
         fresh = held_scenes(1000, 11)
         pictures = drawings(fresh)
-        judged, _, _ = attribute_scores(
+        drawn, _, _ = attribute_scores(
             reader, fresh, pictures, [{"kind", *scene.values} - {"kind"} for scene in fresh]
         )
         vae_psnr = psnr_db(vae.decode(vae.encode(pictures[:200])), pictures[:200])
@@ -156,16 +159,16 @@ def main() -> None:
         attributes, prompts, marks = attribute_scores(reader, chosen, made, spoken)
         figures = {
             "vae_psnr_db": vae_psnr,
-            "judge_accuracy_min": min(judged.values()),
+            "judge_accuracy_min": min(drawn.values()),
             "attribute_accuracy_min": min(attributes.values()),
             "prompt_accuracy": prompts,
             "inversion_psnr_db": inversion_psnr(model, clip, vae, fresh[:10]),
             "file_mb": studio.FILE.stat().st_size / 1e6,
         }
     contact_sheet(made[:64], texts[:64], marks[:64], args.out / "contact_sheet.png")
-    print(f"{'attribute':<20}{'judge on drawings':>20}{'model':>10}")
-    for name in judged:
-        print(f"{name:<20}{judged[name]:>20.3f}{attributes[name]:>10.3f}")
+    print(f"{'attribute':<20}{'on drawings':>20}{'model':>10}")
+    for name in drawn:
+        print(f"{name:<20}{drawn[name]:>20.3f}{attributes[name]:>10.3f}")
     for name, value in figures.items():
         print(f"{name:<24}{value:.3f}")
     print(f"contact sheet: {args.out / 'contact_sheet.png'}")

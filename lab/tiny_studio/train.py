@@ -1,8 +1,8 @@
 """Draw the world and learn the Tiny Studio: `python dev.py studio`.
 
-Stages, each resumable after a kill: draw a pool of scenes; the VAE; the pool's latents; UNet and text
-encoder; the VAE once more, its latents held where they are; the judge; pack. `--stage NAME` runs one of
-them.
+Stages, each of which continues after a kill: draw a pool of scenes; the VAE; the pool's latents; UNet and
+text encoder; the VAE once more, its latents held where they are; the attribute classifier; pack.
+`--stage NAME` runs one of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 
 from ...models.files import replacing
 from ...models.tiny_studio import drawing, networks, scenes, studio, words
-from . import attribute_classifier as judge
-from . import train_diffusion, train_vae
-from .training_tools import load, resume, save, say
+from ...training.state import read_state, write_state
+from . import attribute_classifier, train_diffusion, train_vae
+from .stage import say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio"
 POOL = 24_000
+STAGES = ("draw", "vae", "encode", "diffusion", "refine", "classifier", "pack")
 
 
 def pool_scenes() -> list[scenes.Scene]:
@@ -52,7 +53,7 @@ def encode_pool(work: Path, pictures: np.ndarray) -> None:
     if (work / "latents.pt").exists():
         return
     vae = networks.new_vae()
-    vae.load_state_dict(load(work / "vae.pt")["average"])
+    vae.load_state_dict(read_state(work / "vae.pt")["average"])
     latents = torch.empty(len(pictures), 4, 16, 16)
     for start in range(0, len(pictures), 50):
         image = torch.from_numpy(pictures[start : start + 50]).permute(0, 3, 1, 2) / 127.5 - 1.0
@@ -62,7 +63,7 @@ def encode_pool(work: Path, pictures: np.ndarray) -> None:
             say(f"encode {start}/{len(pictures)}")
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     normal = (latents - mean[:, None, None]) / std[:, None, None]
-    save(work / "latents.pt", {"latents": normal.half(), "mean": mean, "std": std})
+    write_state(work / "latents.pt", {"latents": normal.half(), "mean": mean, "std": std})
 
 
 def packed_vae(work: Path) -> dict[str, torch.Tensor]:
@@ -70,10 +71,9 @@ def packed_vae(work: Path) -> dict[str, torch.Tensor]:
     host's SD1.5 latent scale gives unit variance. The log-variance, which nothing here uses, is set to
     that of a sharp code.
     """
-    state = dict(load(work / "vae.pt")["average"])
-    if better := resume(work / "refine.pt"):
-        state = dict(better["average"])
-    stored = torch.load(work / "latents.pt", weights_only=True)
+    refined = work / "refine.pt"
+    state = dict(read_state(refined if refined.exists() else work / "vae.pt")["average"])
+    stored = read_state(work / "latents.pt")
     mean, gain = stored["mean"], 1.0 / (stored["std"] * networks.LATENT_SCALE)
     weight, bias = state["quant_conv.weight"].clone(), state["quant_conv.bias"].clone()
     weight[:4] *= gain[:, None, None, None]
@@ -86,8 +86,8 @@ def packed_vae(work: Path) -> dict[str, torch.Tensor]:
 
 
 def pack(work: Path, path: Path = studio.FILE) -> None:
-    """All networks as float16 in one file, and the judge in another."""
-    average = load(work / "diffusion.pt")["average"]
+    """All networks as float16 in one file, and the attribute classifier in another."""
+    average = read_state(work / "diffusion.pt")["average"]
     state = {f"vae.{k}": v for k, v in packed_vae(work).items()}
     state |= {k: v for k, v in average.items() if k.startswith("unet.")}
     state |= {k: v for k, v in average.items() if k.startswith("text.")}
@@ -97,9 +97,9 @@ def pack(work: Path, path: Path = studio.FILE) -> None:
     state["text.text_model.embeddings.position_embedding.weight"] = position
     state = {k: v.half().contiguous() for k, v in state.items()}
     state["text.tokens"] = torch.tensor(words.vocabulary())
-    for target, tensors in ((path, state), (judge.FILE, None)):
-        if tensors is None:
-            tensors = {k: v.contiguous() for k, v in load(work / "judge.pt")["model"].items()}
+    read = read_state(work / "attribute_classifier.pt")["model"]
+    classifier = {k: v.contiguous() for k, v in read.items()}
+    for target, tensors in ((path, state), (attribute_classifier.FILE, classifier)):
         with replacing(target) as part:
             safetensors.torch.save_file(tensors, part)
         say(f"wrote {target.name}, {target.stat().st_size / 1e6:.1f} MB")
@@ -108,7 +108,7 @@ def pack(work: Path, path: Path = studio.FILE) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dev.py studio", description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="where the pool and the checkpoints are kept")
-    parser.add_argument("--stage", choices=("draw", "vae", "encode", "diffusion", "refine", "judge", "pack"))
+    parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--vae-steps", type=int, default=4200)
     parser.add_argument("--steps", type=int, default=7000, help="of UNet and text encoder, 48 scenes each")
     parser.add_argument("--refine-steps", type=int, default=5000)
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         "encode": lambda: encode_pool(args.work, pictures),
         "diffusion": lambda: train_diffusion.train(args.work, pool, args.steps),
         "refine": lambda: train_vae.train(args.work, pictures, args.refine_steps, refine=True),
-        "judge": lambda: judge.train(args.work, pictures, pool),
+        "classifier": lambda: attribute_classifier.train(args.work, pictures, pool),
         "pack": lambda: pack(args.work),
     }
     for name, run in stages.items():

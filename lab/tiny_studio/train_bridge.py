@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from ...training.pairs import EditPair
 from ...training.settings import Objective, TrainSettings
 from ...training.trainer import Trainer
 from . import train_diffusion
-from .training_tools import say
+from .stage import say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "bridges"
 COMPARED = Path(__file__).resolve().parents[1] / "studies" / "bridges"
@@ -100,7 +101,8 @@ def new_bridge(variant: Variant, widths: dict, seed: int) -> AttentionBridge:
     if not variant.zero_start:
         torch.manual_seed(seed)
         for key in widths:
-            torch.nn.Linear.reset_parameters(bridge.layer(key).fuse)
+            fuse: Any = bridge.layer(key).fuse
+            torch.nn.Linear.reset_parameters(fuse)
     return bridge
 
 
@@ -113,7 +115,7 @@ def train(name: str, work: Path) -> None:
     settings = replace(SETTINGS, learning_rate=variant.rate, decay=variant.decay, objective=objective)
     bridge = new_bridge(variant, network_of(model.diffusion_model).widths, settings.seed)
     if variant.again:
-        bridge.load_state_dict(load_bridge(studio.BRIDGE).state_dict())
+        bridge.load_state_dict(load_bridge(studio.BRIDGE).model.state_dict())
     trainer = Trainer(model, bridge, pairs, settings, "cpu")
     path = work / f"{name}.pt"
     if path.exists():

@@ -7,9 +7,9 @@ mean in pure noise and a net that reads its colours there does not read them in 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from comfy.model_sampling import ModelSamplingDiscrete
 
 from ...models.tiny_studio import networks, scenes, words
-from .training_tools import Average, Optimiser, learning_rate, resume, save, say
+from .stage import Stage, learning_rate, muon_and_adamw
 
 OFFSET_NOISE = 0.5
 CAPTION_DROP = 0.1
@@ -41,11 +41,12 @@ class TextAndUNet(torch.nn.Module):
         embeddings = self.text.text_model.embeddings
         del embeddings.token_embedding
         torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.3)
-        for layer in self.text.text_model.encoder.layers:
+        layers: Any = self.text.text_model.encoder.layers
+        for layer in layers:
             # The host adds to its hidden state in place, which a layer's saved input must not see.
-            for norm in ("layer_norm1", "layer_norm2"):
-                layer.get_submodule(norm).register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
-        self.table = torch.nn.Parameter(torch.randn(len(vocabulary), networks.TEXT["hidden_size"]))
+            for norm in (layer.layer_norm1, layer.layer_norm2):
+                norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+        self.table = torch.nn.Parameter(torch.randn(len(vocabulary), int(networks.TEXT["hidden_size"])))
 
     def context(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, LENGTH] table rows -> [B, 77, width]."""
@@ -72,34 +73,24 @@ def train(
     pool: list[scenes.Scene],
     steps: int,
     start: Path | None = None,
-    share: Callable[[int, int], float] = learning_rate,
+    rate: Callable[[int, int], float] = learning_rate,
 ) -> None:
-    """Learn until `steps`, from the last checkpoint on, or where there is none from the packed studio
-    `start`. `share` gives that of the peak rates at a step of all steps.
+    """Train until `steps`, from the last checkpoint, or without one from the packed studio `start`.
+
+    rate: as of `Stage.run`.
     """
     torch.manual_seed(2)
     latents = torch.load(work / "latents.pt", weights_only=True)["latents"]
     model = TextAndUNet(words.vocabulary())
     if start:
         model.load_state_dict(packed(start))
-    optimiser = Optimiser([model], MUON_RATE, ADAM_RATE)
-    average = Average(model, 0.9985)
-    path, step = work / "diffusion.pt", 0
-    if state := resume(path):
-        model.load_state_dict(state["model"])
-        average.values, step = state["average"], state["step"]
-        optimiser.load_state_dict(state["optimiser"])
-    alpha_bar = 1 / (ModelSamplingDiscrete().get_buffer("sigmas").float() ** 2 + 1)
-    rng = np.random.default_rng(2000 + step)
-    torch.manual_seed(2000 + step)
-    begin = saved = time.time()
-    first, losses = step, []
+    stage = Stage(work / "diffusion.pt", model, muon_and_adamw(model, MUON_RATE, ADAM_RATE), 0.9985)
+    sigmas: Any = ModelSamplingDiscrete().sigmas
+    alpha_bar = 1 / (sigmas.float() ** 2 + 1)
+    rng = np.random.default_rng(2000 + stage.step)
+    torch.manual_seed(2000 + stage.step)
 
-    def checkpoint() -> None:
-        states = {"model": model.state_dict(), "average": average.values, "optimiser": optimiser.state_dict()}
-        save(path, {**states, "step": step})
-
-    while step < steps:
+    def losses() -> tuple[torch.Tensor]:
         picked = rng.integers(len(latents), size=BATCH)
         texts = [
             "" if rng.random() < CAPTION_DROP else scenes.caption(pool[i], scenes.random_named(pool[i], rng))
@@ -114,21 +105,6 @@ def train(
                 kept.sqrt() * clean + (1 - kept).sqrt() * noise, t, words.padded(texts, model.rows)
             )
         error = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
-        loss = (error * (1 / kept.flatten()).clamp(max=8.0)).mean()
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step(share(step, steps))
-        step += 1
-        average.update(model, step)
-        losses.append(loss.item())
-        if step % 100 == 0:
-            rate = (step - first) * BATCH / (time.time() - begin)
-            left = (steps - step) * BATCH / rate / 60
-            say(
-                f"diffusion {step}/{steps} loss {np.mean(losses[-100:]):.4f}, "
-                f"{rate:.0f} scenes/s, {left:.0f} min left"
-            )
-        if time.time() - saved > 180:
-            checkpoint()
-            saved = time.time()
-    checkpoint()
+        return ((error * (1 / kept.flatten()).clamp(max=8.0)).mean(),)
+
+    stage.run(steps, losses, rate)

@@ -17,8 +17,9 @@ import torch
 
 from ...models.files import replacing
 from ...models.tiny_studio import networks, scenes, studio
+from ...training.state import read_state, write_state
 from . import train_diffusion
-from .training_tools import load, save, say
+from .stage import say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "two"
 POOL = 20_000
@@ -45,7 +46,7 @@ def encode_pool(path: Path, pool: list[scenes.Scene], start: Path) -> None:
         latents[first : first + 50] = mean.float() * networks.LATENT_SCALE
         if first % 2000 == 0:
             say(f"encode {first}/{len(pool)}")
-    save(path, {"latents": latents})
+    write_state(path, {"latents": latents})
 
 
 def rate(step: int, steps: int) -> float:
@@ -55,7 +56,7 @@ def rate(step: int, steps: int) -> float:
 
 def pack(work: Path, start: Path, path: Path) -> None:
     """The averaged weights beside the VAE of `start`, as float16 in one file."""
-    average = load(work / "diffusion.pt")["average"]
+    average = read_state(work / "diffusion.pt")["average"]
     state = safetensors.torch.load_file(start)
     for name in state:
         if not name.startswith("vae.") and name != "text.tokens":

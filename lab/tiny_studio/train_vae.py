@@ -6,17 +6,16 @@ reach in 200 steps what AdamW with a KL term needs 600 for (measured).
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfy.ldm.models.autoencoder import AutoencoderKL
 
 from ...models.tiny_studio import drawing, networks
-from .training_tools import Average, Optimiser, learning_rate, load, resume, save, say
+from ...training.state import read_state
+from .stage import Stage, learning_rate, muon_and_adamw
 
 CROP, BATCH = 64, 8
 LATENT_NOISE = 0.1
@@ -36,7 +35,7 @@ def crops(pictures: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(batch).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-def _latent(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
+def _latent(vae: Any, image: torch.Tensor) -> torch.Tensor:
     return vae.quant_conv(vae.encoder(image)).chunk(2, dim=1)[0].float()
 
 
@@ -44,32 +43,17 @@ def train(work: Path, pictures: np.ndarray, steps: int, refine: bool = False) ->
     """Learn both halves, or refine a finished pair, whose latents then stay close to what they were."""
     torch.manual_seed(0)
     vae = networks.new_vae()
-    path = work / ("refine.pt" if refine else "vae.pt")
-    optimiser = Optimiser([vae], MUON_RATE, ADAM_RATE)
-    average = Average(vae, 0.998)
-    step = 0
-    if state := resume(path):
-        step = state["step"]
-        vae.load_state_dict(state["model"])
-        average.values = state["average"]
-        optimiser.load_state_dict(state["optimisers"])
-    elif refine:
-        average.values = load(work / "vae.pt")["average"]
-        vae.load_state_dict(average.values)
     known = None
     if refine:
+        finished = read_state(work / "vae.pt")["average"]
+        vae.load_state_dict(finished)
         known = networks.new_vae().requires_grad_(False)
-        known.load_state_dict(load(work / "vae.pt")["average"])
-    rng = np.random.default_rng(1000 + step)
-    begin = saved = time.time()
-    first = step
-    errors: list[float] = []
+        known.load_state_dict(finished)
+    path = work / ("refine.pt" if refine else "vae.pt")
+    stage = Stage(path, vae, muon_and_adamw(vae, MUON_RATE, ADAM_RATE), 0.998)
+    rng = np.random.default_rng(1000 + stage.step)
 
-    def checkpoint() -> None:
-        states = {"model": vae.state_dict(), "average": average.values, "optimisers": optimiser.state_dict()}
-        save(path, {**states, "step": step})
-
-    while step < steps:
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
         image = crops(pictures, rng)
         with torch.autocast("cpu", torch.bfloat16):
             mean = _latent(vae, image)
@@ -78,24 +62,8 @@ def train(work: Path, pictures: np.ndarray, steps: int, refine: bool = False) ->
         colour = F.mse_loss(F.avg_pool2d(out, 8), F.avg_pool2d(image, 8))
         loss = F.l1_loss(out, image) + 4.0 * mse + COLOUR_WEIGHT * colour
         if known is None:
-            loss = loss + 1e-4 * mean.square().mean()
-        else:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = loss + ANCHOR * F.mse_loss(mean, _latent(known, image))
-        vae.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step(learning_rate(step, steps) * (0.4 if refine else 1.0))
-        step += 1
-        average.update(vae, step)
-        errors.append(mse.item())
-        if step % 100 == 0:
-            psnr = 10 * math.log10(4 / np.mean(errors[-100:]))
-            left = (steps - step) * (time.time() - begin) / (step - first) / 60
-            say(
-                f"{path.stem} {step}/{steps} psnr {psnr:.2f} dB, latent std {mean.std().item():.2f}, "
-                f"{left:.0f} min left"
-            )
-        if time.time() - saved > 120:
-            checkpoint()
-            saved = time.time()
-    checkpoint()
+            return loss + 1e-4 * mean.square().mean(), mse
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss + ANCHOR * F.mse_loss(mean, _latent(known, image)), mse
+
+    stage.run(steps, losses, lambda step, all: learning_rate(step, all) * (0.4 if refine else 1.0))
