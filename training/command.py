@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BRIDGE = "bridge.safetensors"
-# A process may wait for another one's pictures or its encoding.
+# A process may wait for another one's images or encoding.
 PATIENCE = timedelta(hours=24)
 
 
@@ -84,7 +84,8 @@ class Run:
         )
 
     def train(self) -> bool:
-        """Continue until the last step, or until a signal stops the process. Returns whether it was the last.
+        """Continue until the last step, or until a signal stops the process. Returns whether all steps are
+        done.
 
         Raises what `Trainer.run` raises; the steps before are then saved.
         """
@@ -107,7 +108,7 @@ class Run:
         return True
 
     def _after_step(self, progress: _Progress, stopped: bool) -> bool:
-        """Log, save and validate where it is time to. Returns whether any process was told to stop."""
+        """Log, save and validate when due. Returns whether any process has received a stop signal."""
         config, step = self.config, self.trainer.step
         stop = bool(self._sum(torch.tensor(float(stopped), device=self.trainer.device)) > 0)
         last = stop or step == config.steps
@@ -125,7 +126,9 @@ class Run:
         return stop
 
     def _keep(self) -> str:
-        """Without a word to the other processes, which may wait for this step's gradient."""
+        """Save without communicating with the other processes, which may be waiting for this step's
+        gradient.
+        """
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.trainer)
         return "the steps before are saved and the same command continues"
@@ -135,7 +138,7 @@ class Run:
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     def _data(self) -> tuple[EncodedPairs, Validation | None]:
-        """Every process encodes its shard, and all read the whole."""
+        """Every process encodes its shard, then all read the whole."""
         config = self.config
         pairs = self._encoded(config.data)
         if not config.validation.every:
@@ -169,7 +172,7 @@ class Run:
         return self.accelerator.reduce(values, "sum")
 
     def _check_same(self) -> None:
-        """Raises ValueError if the processes have not all the same step and weights."""
+        """Raises ValueError unless all processes have the same step and weights."""
         digest = hashlib.sha256(str(self.trainer.step).encode())
         for weight in self.trainer.bridge.parameters():
             digest.update(weight.detach().cpu().numpy().tobytes())
@@ -194,7 +197,7 @@ class Run:
 
 
 class _Progress:
-    """Speed and time left, from this session alone."""
+    """Speed and remaining time, measured in this session."""
 
     def __init__(self, config: Config, world: int, step: int) -> None:
         self._pairs = config.train.batch * config.train.accumulate * world
@@ -202,7 +205,7 @@ class _Progress:
         self._first, self._begin = step, time.monotonic()
 
     def line(self, trainer: Trainer) -> tuple[str, dict[str, float]]:
-        """A line to print, and the curves' points: the loss is the mean since the line before."""
+        """A line to print, and the points of the curves: the loss is the mean since the previous line."""
         recent = trainer.losses[-self._every :]
         speed = (trainer.step - self._first) / (time.monotonic() - self._begin)
         left = timedelta(seconds=round((self._steps - trainer.step) / speed))
@@ -221,7 +224,7 @@ class _Progress:
 
 @contextmanager
 def _signals() -> Generator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came; a second one stops the process at once."""
+    """Whether Ctrl-C or SIGTERM was received; a second one stops the process at once."""
     came: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -239,11 +242,11 @@ def _signals() -> Generator[Callable[[], bool]]:
 
 
 def accelerator_for(config: Config) -> Accelerator:
-    """The processes, each of which learns on the host's device.
+    """The processes, each of which trains on the host's device.
 
-    Raises ValueError if a GPU is asked for and there is none, if torch cannot use the device, and if several
-    processes would exchange gradients on another device. Raises ImportError, with the command that installs
-    it, if a library is missing.
+    Raises ValueError if a GPU is requested and there is none, if torch cannot use the device, or if several
+    processes would exchange gradients on another device.
+    Raises ImportError, with the command that installs it, if a library is missing.
     """
     accelerate = library("accelerate")
     if config.logging.tensorboard:
@@ -253,7 +256,7 @@ def accelerator_for(config: Config) -> Accelerator:
         raise ValueError("device is cuda but torch finds no GPU here: install a torch for it, or take auto")
     accelerator = accelerate.Accelerator(
         cpu=cpu,
-        mixed_precision="no",  # the trainer's own autocast, whatever `accelerate config` says
+        mixed_precision="no",  # the trainer has its own autocast, whatever `accelerate config` says
         log_with="tensorboard" if config.logging.tensorboard else None,
         project_dir=config.output,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=PATIENCE)],
@@ -270,7 +273,7 @@ def accelerator_for(config: Config) -> Accelerator:
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError unless torch computes in `dtype` on `device`: it may be made for other cards."""
+    """Raises ValueError unless torch can compute in `dtype` on `device`: it may be built for other cards."""
     try:
         square = torch.ones(8, 8, device=device).to(dtype)
         (square @ square).float().sum().item()

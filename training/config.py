@@ -21,12 +21,12 @@ from .settings import STRICT, DataConfig, TrainSettings
 
 @dataclass(frozen=True, config=STRICT)
 class BridgeConfig(BridgeOptions):
-    """The bridge that is learned."""
+    """The trained bridge."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
-    """What a stopped run continues from."""
+    """Checkpoints, from which a stopped run continues."""
 
     every: int = Field(1000, ge=1, description="Steps from one checkpoint to the next.")
     keep: int = Field(3, ge=1, description="How many of the last checkpoints are kept.")
@@ -118,7 +118,7 @@ def read_config(path: Path) -> Config:
 
 
 def _readable(error: ValidationError) -> str:
-    """The first problem in a line: which setting, what was found, what is allowed."""
+    """The first problem in one line: which setting, what was found, what is allowed."""
     first = error.errors()[0]
     found = first["input"]
     # Without pydantic's own names for the text of a union and for the key of a mapping.
@@ -145,7 +145,7 @@ def _readable(error: ValidationError) -> str:
 
 
 def documented() -> str:
-    """All settings with their defaults and descriptions, as YAML; those without a default are empty."""
+    """All settings with their defaults and descriptions, as YAML. Settings without a default are empty."""
     return "\n".join(_documented(Config, "")) + "\n"
 
 

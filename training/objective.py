@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSample:
-    """What is random in a forward.
+    """The random values of a forward.
 
     timesteps: [pairs].
     noise: as the latents.
@@ -62,8 +62,10 @@ class NoiseSample:
 
 
 def check_trainable(model: ModelPatcher) -> None:
-    """Raises ValueError for a model that the objective does not know: its UNet takes more than a latent and a
-    text, or it predicts neither noise nor v at the UNet's own timesteps.
+    """Raises ValueError for a model that cannot be trained.
+
+    Its UNet takes more than a latent and a text, or it predicts neither noise nor v at the UNet's own
+    timesteps.
     """
     unet, family = model.model.diffusion_model, type(model.model.model_config).__name__
     channels = model.get_model_object("latent_format").latent_channels
@@ -96,10 +98,10 @@ def check_trainable(model: ModelPatcher) -> None:
 def sample_noise(
     objective: Objective, seeds: Sequence[int], shape: Sequence[int], timesteps: int
 ) -> NoiseSample:
-    """One pair per seed, on the CPU: the same for a pair however a batch is split.
+    """One sample per seed, on the CPU: the same for a pair however a batch is split.
 
     shape: of one latent.
-    timesteps: how many the schedule has.
+    timesteps: number of timesteps of the schedule.
     """
     times, noises, texts, images, edits = [], [], [], [], []
     for seed in seeds:
@@ -183,7 +185,7 @@ def losses(
 
 
 def _torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """In place of the host's choice, which may have no derivative."""
+    """Attention by torch: the host's choice may have no derivative."""
     return attention_pytorch(*args, **kwargs)
 
 

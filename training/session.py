@@ -28,7 +28,7 @@ def train_bridge(
     """Train a copy of `bridge` on `model`. Returns the trainer with it, the copy moved off the GPU.
 
     bridge: an ATTENTION_BRIDGE for this model.
-    on_step, keep: as of `Trainer.run`.
+    on_step, keep: as in `Trainer.run`.
 
     Raises what `Trainer.run` raises.
     """

@@ -38,11 +38,11 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that learn together.
+    """The processes that train together.
 
     rank: of this process, from 0.
-    world: how many there are.
-    sum: from a tensor to its sum over all of them, the same to the last bit in each.
+    world: number of processes.
+    sum: function from a tensor to its sum over all of them, bit-identical in each.
     """
 
     rank: int = 0
@@ -51,14 +51,14 @@ class ProcessGroup:
 
 
 class Trainer:
-    """Learns a bridge; only its weights change.
+    """Trains a bridge; nothing else changes.
 
-    A step has `settings.accumulate` forwards in each process of the group, and the forwards of a run are
-    dealt to the processes in turn: two processes take the steps of one that accumulates twice as much.
+    A step has `settings.accumulate` forwards in each process of the group. The forwards of a run are dealt to
+    the processes in turn, so two processes take the steps of one that accumulates twice as much.
 
     model: the base model, on `device`.
-    bridge: what learns, on `device`.
-    about: what else a run depends on, plain values by name; its checkpoints keep it.
+    bridge: the trained bridge, on `device`.
+    about: what else a run depends on, plain values by name; stored in its checkpoints.
 
     Raises ValueError if there are too few pairs for a batch.
     """
@@ -84,19 +84,19 @@ class Trainer:
         self._optimiser = optimiser_class(settings.optimiser)(
             self._weights, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        # Small gradients are zero in fp16, whether autocast or the model's own type brings it in.
+        # Small gradients underflow in fp16, by autocast or by the model's own dtype.
         half = torch.float16 in (PRECISIONS[settings.precision], model.get_dtype_inference())
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def run(self, steps: int, on_step: Callable[[], bool | None], keep: Callable[[], str]) -> bool:
-        """Train until `steps` steps are taken in all. Returns whether they are.
+        """Train until `steps` steps are done in all. Returns whether they are.
 
-        on_step: called after each step; the run ends early where it returns True.
-        keep: called when an error or an interrupt stops the run, which it goes on to do: saves what the steps
-            before have learned, and says what became of it.
+        on_step: called after each step; if it returns True the run ends early.
+        keep: called when an error or an interrupt stops the run. It saves what was learned so far and returns
+        a text that says where. The error is then raised.
 
-        Raises OutOfMemory where memory runs out, else what stopped it.
+        Raises OutOfMemory if memory runs out, else the error that stopped the run.
         """
         while self.step < steps:
             try:
@@ -117,8 +117,8 @@ class Trainer:
     def run_step(self) -> float:
         """One optimiser step. Returns its mean loss over all processes.
 
-        Raises FloatingPointError, naming the step, for a loss or gradient that is not finite, in every
-        process alike: the weights are then those before that step.
+        Raises FloatingPointError, naming the step, for a loss or gradient that is not finite, in all
+        processes. The weights are then those before that step.
         """
         settings, group = self.settings, self.group
         forwards = settings.accumulate * group.world
@@ -127,14 +127,14 @@ class Trainer:
             weight.grad = torch.zeros_like(weight)
         for part in range(group.rank, forwards, group.world):
             loss = self.loss(self.step * forwards + part).mean() / forwards
-            if loss.requires_grad:  # the bridge has no part in it where every image is dropped
+            if loss.requires_grad:  # the bridge is not involved if every image is dropped
                 self._scaler.scale(loss).backward()
             total += loss.detach()
         mean = float(self._over_all_processes(total))
         self._check_finite("loss", mean)
         self._scaler.unscale_(self._optimiser)
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._weights, settings.clip))
-        if not self._scaler.is_enabled():  # which leaves such a step out and scales less
+        if not self._scaler.is_enabled():  # which skips such a step and lowers the scale
             self._check_finite("gradient", self.gradient_norm)
         for group_of_weights in self._optimiser.param_groups:
             group_of_weights["lr"] = settings.rate(self.step)
@@ -150,7 +150,7 @@ class Trainer:
         return mean
 
     def _over_all_processes(self, loss: torch.Tensor) -> torch.Tensor:
-        """The sum of the loss; the gradients become their sums."""
+        """The sum of the loss over all processes; the gradients are replaced by their sums."""
         if self.group.world == 1:
             return loss
         gradients = [weight.grad for weight in self._weights if weight.grad is not None]
@@ -196,7 +196,7 @@ class Trainer:
         return copy
 
     def save(self, path: Path) -> None:
-        """Write everything that a run needs to continue. Raises OSError, see `write_state`."""
+        """Save everything that a run needs to continue. Raises OSError, see `write_state`."""
         state = {
             "format": FORMAT,
             "identity": self._identity(),
@@ -230,7 +230,7 @@ class Trainer:
             raise ValueError(f"{path.name} is a checkpoint of another configuration: {differences}")
         self.bridge.load_state_dict(state["bridge"])
         self._optimiser.load_state_dict(state["optimiser"])
-        if state["scaler"]:  # empty where nothing was scaled
+        if state["scaler"]:  # empty if nothing was scaled
             self._scaler.load_state_dict(state["scaler"])
         self.average.values = {name: value.to(self.device) for name, value in state["average"].items()}
         self.step, self.losses = state["step"], state["losses"]
