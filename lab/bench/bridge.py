@@ -1,7 +1,7 @@
-"""What a bridge and dual guidance cost, on SD1.5's full-width UNet with random weights.
+"""Cost of a bridge and dual guidance, on SD1.5's full-width UNet with random weights.
 
 Steps are single model predictions inside a real sampling, timed by the sampler function, so that a run's
-preparation is not in them. Attention and memory: measuring.py.
+preparation is excluded. For attention and memory see measuring.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Clock:
         self._begin = 0.0
 
     def started(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
-        """SAMPLER_SAMPLE, outside of every other: preparation begins."""
+        """SAMPLER_SAMPLE, outside all others: preparation begins."""
         self._begin = now()
         return executor(*args, **kwargs)
 
@@ -117,8 +117,8 @@ def single(model: Any) -> Guider_Basic:
 
 
 def timed(guiders: dict[str, Any], side: int, rounds: int) -> dict[str, Clock]:
-    """Every guider's clock after `rounds` samplings of one step each, in alternating order, and one before
-    them that does not count.
+    """Every guider's clock after `rounds` samplings of one step each, in alternating order, after one that is
+    not counted.
     """
     clocks = {name: Clock() for name in guiders}
     order = list(guiders)

@@ -1,7 +1,7 @@
 """`python dev.py bench bridge|unify|training`: speed and memory.
 
-`bridge` and `unify` are compared with the stock host, as ratios in one process; on a card in float16, with
-its name in the figures. `training` counts what training a bridge needs; it has arguments of its own.
+`bridge` and `unify` are compared with the stock host, as ratios in one process; on a GPU in float16, with its
+name in the results. `training` computes the memory of training a bridge; it has its own arguments.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     training = "training has arguments of its own: dev.py bench training --help"
     parser.add_argument("what", choices=(*WHAT, "training"), help=training)
-    parser.add_argument("--rounds", type=int, default=5, help="of each measurement, in alternating order")
-    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
     parser.add_argument(
-        "--attend-and-excite", action="store_true", help="unify: time diffusers' pipeline, too, if installed"
+        "--rounds", type=int, default=5, help="rounds of each measurement, in alternating order"
+    )
+    parser.add_argument("--json", type=Path, help="write the results as one flat JSON object")
+    parser.add_argument(
+        "--attend-and-excite", action="store_true", help="unify: also time diffusers' pipeline, if installed"
     )
     args = parser.parse_args()
     bench = WHAT[args.what]

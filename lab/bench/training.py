@@ -1,9 +1,8 @@
-"""What training a bridge for SD1.5 costs: `python dev.py run lab.bench.training`.
+"""Cost of training a bridge for SD1.5: `python dev.py run lab.bench.training`.
 
-Memory is counted, not measured: the objective runs on tensors without content, and every storage that
-autograd keeps for the gradients is added up, so the figures are the same on every machine. Attention is
-torch's flash kernel, which keeps no probabilities. Not in them: what CUDA and torch's allocator take for
-themselves.
+Memory is computed, not measured. The objective runs on tensors without content, and every storage that
+autograd keeps for the gradients is summed, so the values are the same on every machine. Attention is torch's
+flash kernel, which keeps no probabilities. Not included: the own use of CUDA and torch's allocator.
 """
 
 from __future__ import annotations
@@ -40,7 +39,9 @@ GB = 1e9
 
 
 def parts(dtype: torch.dtype, device: torch.device | None = None) -> tuple[Any, AttentionBridge]:
-    """What the objective needs of SD1.5, with frozen weights as they come, and its bridge at rank 64."""
+    """What the objective needs of SD1.5, with frozen weights in their own dtype, and its bridge at rank
+    64.
+    """
     unet = UNetModel(**UNET, dtype=dtype, device=device, operations=disable_weight_init)
     unet.requires_grad_(False)
     settings = BridgeSettings("SD15", network_of(unet).widths)
@@ -65,7 +66,7 @@ def row_loss(
     never = torch.zeros(rows, dtype=torch.bool, device=device)
     times = torch.full((rows,), 500, device=device)
     sample = NoiseSample(times, torch.zeros(latents, device=device), never, never, never)
-    # With it no branch asks for a row's content.
+    # With it no branch depends on a row's content.
     objective = Objective(dropout="none", dropped_image="white")
     dtype = PRECISIONS[precision]
     with torch.autocast(device.type, dtype) if dtype else nullcontext():
@@ -75,7 +76,7 @@ def row_loss(
 
 @cache
 def kept(rows: int, resolution: int, precision: str, checkpointing: bool) -> tuple[int, int, Counter]:
-    """Bytes that autograd keeps; the most of them in one layer; and the bytes of what is always there."""
+    """Bytes that autograd keeps; the maximum of them in one layer; and the bytes that are always there."""
     with FakeTensorMode():
         model, bridge = parts(PRECISIONS[precision] or torch.float32)
         weights = [*model.diffusion_model.parameters(), *bridge.parameters()]
@@ -99,7 +100,7 @@ def kept(rows: int, resolution: int, precision: str, checkpointing: bool) -> tup
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = StorageWeakRef(tensor.untyped_storage())
             if storage not in fixed and storage not in seen:
-                seen[storage] = tensor  # alive, so that no storage is used twice
+                seen[storage] = tensor  # kept alive, so that no storage is reused
                 layers[now[0]] += tensor.untyped_storage().nbytes()
             return tensor
 
@@ -109,18 +110,18 @@ def kept(rows: int, resolution: int, precision: str, checkpointing: bool) -> tup
 
 
 def memory(precision: str) -> dict[str, float]:
-    """Figures in GB: what is always there, what each row adds, and the sum by batch."""
+    """Memory in GB: what is always there, what each row adds, and the sum by batch."""
     *_, always = kept(1, RESOLUTIONS[0], precision, False)
     figures: dict[str, float] = {"parameters": always["parameters"]}
     names = ("unet", "bridge", "gradient", "adamw", "average")
     figures |= {f"{name}_gb": always[name] / GB for name in names}
-    # What does not grow with the rows: the bridge's weights as autocast needs them.
+    # Independent of the rows: the bridge's weights as autocast casts them.
     one, two = (kept(rows, RESOLUTIONS[0], precision, True)[0] for rows in (1, 2))
     rest = 2 * one - two
     for resolution in RESOLUTIONS:
         row, layer, _ = kept(1, resolution, precision, False)
         less, *_ = kept(1, resolution, precision, True)
-        # Checkpointed, one layer's activations are there again while its gradient is computed.
+        # With checkpointing, one layer's activations are recomputed for its gradient.
         for label, each, again in ((f"{resolution}", row, 0), (f"{resolution}_checkpointed", less, layer)):
             figures[f"row_gb_{label}"] = (each - rest) / GB
             for batch in BATCHES:
@@ -146,7 +147,7 @@ def step_seconds(batch: int, resolution: int, precision: str, checkpointing: boo
 
 
 def table(figures: dict[str, float], precision: str) -> str:
-    """The figures for people."""
+    """The values as a table."""
     fixed = ", ".join(
         f"{name} {figures[f'{name}_gb']:.2f}" for name in ("unet", "bridge", "gradient", "adamw", "average")
     )
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="of the measured step")
     parser.add_argument("--resolution", type=int, default=256, help="of the measured step")
     parser.add_argument("--checkpointing", action="store_true", help="in the measured step")
-    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
+    parser.add_argument("--json", type=Path, help="write the results as one flat JSON object")
     args = parser.parse_args()
     figures = memory(args.precision)
     seconds = args.step_seconds

@@ -1,1 +1,1 @@
-"""Learning and measuring the Tiny Studio."""
+"""Training and measuring the Tiny Studio."""

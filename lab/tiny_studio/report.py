@@ -1,9 +1,8 @@
-"""`python dev.py studio` trains the Tiny Studio, `python dev.py studio --report` measures the one that
-ships.
+"""`python dev.py studio` trains the Tiny Studio; `python dev.py studio --report` measures the shipped one.
 
-Everything is measured on scenes whose combination of attributes no training saw, with the host's own classes
-and sampler. The attribute classifier reads the pictures; a prompt counts as right when every attribute that
-it names or implies is.
+All scenes have a combination of attributes that no training saw, and run with the host's own classes and
+sampler. The attribute classifier reads the images. A prompt counts as right if every attribute that it names
+or implies is right.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ def held_scenes(count: int, seed: int) -> list[scenes.Scene]:
 
 
 def drawings(chosen: list[scenes.Scene]) -> torch.Tensor:
-    """[B, 128, 128, 3] in 0..1."""
+    """[B, 128, 128, 3], 0 to 1."""
     return torch.from_numpy(np.stack([scene.draw() for scene in chosen]))
 
 
 def psnr_db(image: torch.Tensor, target: torch.Tensor) -> float:
-    """Mean over the batch of the PSNR of values 0..1, in dB."""
+    """Mean PSNR over the batch for values 0 to 1, in dB."""
     return float(np.mean([kornia.metrics.psnr(a, b, 1.0).item() for a, b in zip(image, target, strict=True)]))
 
 
 def generate(model: Any, clip: Any, vae: Any, texts: list[str], seed: int) -> torch.Tensor:
-    """One picture a text with the host's Euler sampler, [B, 128, 128, 3] in 0..1."""
+    """One image per text with the host's Euler sampler, [B, 128, 128, 3], 0 to 1."""
     encoded = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=False) for text in [*texts, ""]]
     positive = [[torch.cat(encoded[:-1]), {}]]
     negative = [[encoded[-1], {}]]
@@ -63,8 +62,8 @@ def attribute_scores(
     pictures: torch.Tensor,
     named: list[set[str]],
 ) -> tuple[dict[str, float], float, list[bool]]:
-    """For each attribute the share read right where it was named, and the share of pictures right in all
-    of theirs.
+    """For each attribute the fraction read right where it was named, and the fraction of images with all
+    attributes right.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     whole = []
@@ -81,7 +80,7 @@ def attribute_scores(
 
 
 def inversion_psnr(model: Any, clip: Any, vae: Any, chosen: list[scenes.Scene]) -> float:
-    """PSNR of pictures inverted and sampled again by the host's Euler sampler, against the VAE's own
+    """PSNR of images inverted and sampled again by the host's Euler sampler, against the VAE's own
     reconstruction.
     """
     sampler = comfy.samplers.sampler_object("euler")
@@ -128,9 +127,9 @@ def contact_sheet(pictures: torch.Tensor, texts: list[str], marks: list[bool], p
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py studio", description=__doc__, add_help=False)
     parser.add_argument(
-        "--report", action="store_true", help="measure the shipped studio, draw its contact sheet"
+        "--report", action="store_true", help="measure the shipped studio and draw its contact sheet"
     )
-    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
+    parser.add_argument("--json", type=Path, help="write the metrics as one flat JSON object")
     parser.add_argument(
         "--out", type=Path, default=Path("output/studio"), help="where the contact sheet goes"
     )

@@ -1,4 +1,4 @@
-"""What the trainings of the Tiny Studio share: a loop that continues from its checkpoint, and optimisers."""
+"""Shared by the Tiny Studio's trainings: a loop that resumes from its checkpoint, and the optimisers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def learning_rate(step: int, steps: int, warm: int = 100) -> float:
 def muon_and_adamw(
     module: torch.nn.Module, muon_rate: float, adam_rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the inner matrices and convolutions, AdamW for the rest: at equal time on two cores well ahead
-    of AdamW alone.
+    """Muon for the inner matrices and convolutions, AdamW for the rest.
+
+    With equal time on two cores this is well ahead of AdamW alone.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     inner = [
@@ -51,11 +52,11 @@ def muon_and_adamw(
 
 
 class Stage:
-    """The training of one network, which continues from its checkpoint.
+    """The training of one network, which resumes from its checkpoint.
 
     path: of the checkpoint.
     optimisers: at their peak rates.
-    decay: of the weights' moving average, 0 for none; the memory is short at the start.
+    decay: of the weights' moving average, 0 for none; its memory is short at the start.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class Stage:
         losses: Callable[[], Iterable[torch.Tensor]],
         rate: Callable[[int, int], float] = learning_rate,
     ) -> None:
-        """Train until `steps` steps are taken in all, and save.
+        """Train until `steps` steps are done in all, and save.
 
-        losses: of a new batch: the loss, and more that is only logged.
+        losses: function that returns the loss of a new batch, and values that are only logged.
         rate: fraction of the peak rates at a step of all steps.
         """
         begin = saved = time.monotonic()

@@ -1,8 +1,8 @@
-"""Draw the world and learn the Tiny Studio: `python dev.py studio`.
+"""Draws the scenes and trains the Tiny Studio: `python dev.py studio`.
 
-Stages, each of which continues after a kill: draw a pool of scenes; the VAE; the pool's latents; UNet and
-text encoder; the VAE once more, its latents held where they are; the attribute classifier; pack.
-`--stage NAME` runs one of them.
+The stages, each of which resumes after a kill: draw a pool of scenes; train the VAE; encode the pool; train
+UNet and text encoder; refine the VAE with its latents kept; train the attribute classifier; pack. `--stage
+NAME` runs one of them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ STAGES = ("draw", "vae", "encode", "diffusion", "refine", "classifier", "pack")
 
 
 def pool_scenes() -> list[scenes.Scene]:
-    """The scenes that everything is trained on: none of a held-out combination."""
+    """The scenes for all trainings: none has a held-out combination."""
     rng = np.random.default_rng(1)
     return [scenes.sample_scene(rng) for _ in range(POOL)]
 
 
 def draw_pool(work: Path, pool: list[scenes.Scene]) -> np.ndarray:
-    """The pool's pictures as uint8 [POOL, 128, 128, 3], drawn once and memory-mapped."""
+    """The pool's images as uint8 [POOL, 128, 128, 3], drawn once and memory-mapped."""
     path = work / "pool.npy"
     if not path.exists():
         pictures = np.empty((POOL, drawing.SIZE, drawing.SIZE, 3), np.uint8)
@@ -47,8 +47,8 @@ def draw_pool(work: Path, pool: list[scenes.Scene]) -> np.ndarray:
 
 @torch.no_grad()
 def encode_pool(work: Path, pictures: np.ndarray) -> None:
-    """The pool's latents, of zero mean and unit variance in each channel, with the mean and spread taken
-    out.
+    """The pool's latents, normalised per channel to zero mean and unit variance, with the mean and spread
+    used.
     """
     if (work / "latents.pt").exists():
         return
@@ -67,9 +67,10 @@ def encode_pool(work: Path, pictures: np.ndarray) -> None:
 
 
 def packed_vae(work: Path) -> dict[str, torch.Tensor]:
-    """The VAE's weights with the latents' mean and spread folded into its 1x1 convolutions, so that the
-    host's SD1.5 latent scale gives unit variance. The log-variance, which nothing here uses, is set to
-    that of a sharp code.
+    """The VAE's weights with the latents' mean and spread folded into its 1x1 convolutions.
+
+    So the host's SD1.5 latent scale gives unit variance. The log-variance, which nothing here uses, is set
+    to a nearly zero variance.
     """
     refined = work / "refine.pt"
     state = dict(read_state(refined if refined.exists() else work / "vae.pt")["average"])

@@ -1,7 +1,7 @@
-"""Learn the Tiny Studio's bridges on its drawn world: `python dev.py run lab.tiny_studio.train_bridge`.
+"""Trains the Tiny Studio's bridges on its drawn scenes: `python dev.py run lab.tiny_studio.train_bridge`.
 
-One is the bridge that ships. The others are what the bridge study compares, all with the same budget, pairs
-and seeds. Each goes on from its checkpoint and is packed when it is done.
+One is the bridge that ships. The others are for the comparison in the bridge study, with the same budget,
+pairs and seeds. Each resumes from its checkpoint and is packed when it is done.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ SETTINGS = TrainSettings(
 
 @dataclass(frozen=True)
 class Variant:
-    """A bridge and its training. zero_start: whether a linear F starts at zero. instruction: whether the
-    edit's text says the change only. rate: the learning rate. decay: the steps over which it falls. again:
-    whether it starts as the bridge that ships.
+    """A bridge and its training.
+
+    zero_start: whether a linear F starts at zero.
+    instruction: whether the edit's text names only the change.
+    rate: the learning rate.
+    decay: the steps over which it falls.
+    again: whether it starts from the bridge that ships.
     """
 
     direction: str = "reference_queries"
@@ -71,7 +75,7 @@ VARIANTS = {
 
 
 def drawn_pairs(instruction: bool = False) -> Iterator[EditPair]:
-    """The training pairs, of all edit types and wordings: no combination in them is held out."""
+    """The training pairs, of all edit types and wordings; none has a held-out combination."""
     for seed in range(PAIRS_A_TYPE):
         wording = scenes.WORDINGS[seed % len(scenes.WORDINGS)]
         for edit_type in EDIT_TYPES:
@@ -82,7 +86,7 @@ def drawn_pairs(instruction: bool = False) -> Iterator[EditPair]:
 
 
 def encoded_pairs(work: Path, instruction: bool = False) -> EncodedPairs:
-    """The training pairs as latents and text embeddings, encoded where they are not yet."""
+    """The training pairs as latents and text embeddings; missing ones are encoded."""
     total = PAIRS_A_TYPE * len(EDIT_TYPES)
 
     def report(done: int) -> None:
@@ -107,7 +111,7 @@ def new_bridge(variant: Variant, widths: dict, seed: int) -> AttentionBridge:
 
 
 def train(name: str, work: Path) -> None:
-    """Learn one variant, from its checkpoint on if there is one, and pack its averaged weights."""
+    """Train one variant, from its checkpoint if there is one, and pack its averaged weights."""
     variant = VARIANTS[name]
     pairs = encoded_pairs(work, variant.instruction)
     model = studio.load_model(disable_dynamic=True, dtype=torch.float32).model

@@ -1,8 +1,8 @@
-"""Learn the Tiny Studio's UNet and text encoder on stored latents.
+"""Trains the Tiny Studio's UNet and text encoder on stored latents.
 
 ε-prediction on SD1.5's schedule. Two things decide the quality of so small a model (measured): the loss
-weight min(1/ᾱ, 8), and offset noise in training, because the schedule leaves a trace of the picture's
-mean in pure noise and a net that reads its colours there does not read them in the text.
+weight min(1/ᾱ, 8), and offset noise in training. Without the latter, the schedule leaves a trace of the
+image's mean in pure noise, and a network that reads colours there does not read them in the text.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 
 
 class TextAndUNet(torch.nn.Module):
-    """Text encoder with a compact token table, and UNet. Text outputs from the end mark on are zero, as
-    in the host.
+    """Text encoder with a compact token table, and UNet. Text outputs from the end mark on are zero, as in
+    the host.
     """
 
     def __init__(self, vocabulary: list[int]) -> None:
@@ -43,7 +43,7 @@ class TextAndUNet(torch.nn.Module):
         torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.3)
         layers: Any = self.text.text_model.encoder.layers
         for layer in layers:
-            # The host adds to its hidden state in place, which a layer's saved input must not see.
+            # The host adds to its hidden state in place, which must not change a layer's saved input.
             for norm in (layer.layer_norm1, layer.layer_norm2):
                 norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
         self.table = torch.nn.Parameter(torch.randn(len(vocabulary), int(networks.TEXT["hidden_size"])))
@@ -63,7 +63,7 @@ def packed(path: Path) -> dict[str, torch.Tensor]:
     """The weights of a packed studio as a state of TextAndUNet, in float32."""
     state = safetensors.torch.load_file(path)
     if state.pop("text.tokens").tolist() != words.vocabulary():
-        raise ValueError(f"{path.name} was trained on other words: train anew, from no start")
+        raise ValueError(f"{path.name} was trained on other words: train again without a start")
     state["table"] = state.pop("text.table")
     return {name: value.float() for name, value in state.items() if not name.startswith("vae.")}
 

@@ -1,8 +1,8 @@
-"""Teach the Tiny Studio scenes of two objects, from the weights that ship on:
-`python dev.py run lab.tiny_studio.train_two`.
+"""Trains the shipped Tiny Studio further on scenes of two objects: `python dev.py run
+lab.tiny_studio.train_two`.
 
-The VAE stays. Half of what is shown are the scenes that it knows already, so that it does not forget them.
-Goes on from its last checkpoint; `--pack FILE` writes what there is so far as a studio.
+The VAE is unchanged. Half of the training scenes are of the kinds that it knows already, so that it does not
+forget them. Resumes from its last checkpoint; `--pack FILE` writes the current state as a studio.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from .stage import say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "two"
 POOL = 20_000
-RATE, WARM, DECAY = 0.4, 100, 800  # share of the first training's rates, and the steps of its rise and fall
+RATE, WARM, DECAY = (
+    0.4,
+    100,
+    800,
+)  # fraction of the first training's rates, and the steps of its rise and fall
 
 
 def pool_scenes() -> list[scenes.Scene]:
@@ -50,12 +54,12 @@ def encode_pool(path: Path, pool: list[scenes.Scene], start: Path) -> None:
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the first training's peak rates: a rise, a plain, and a fall over the last steps."""
+    """Fraction of the first training's peak rates: a rise, a plateau, and a fall over the last steps."""
     return RATE * min(1.0, (step + 1) / WARM, max(0.02, (steps - step) / DECAY))
 
 
 def pack(work: Path, start: Path, path: Path) -> None:
-    """The averaged weights beside the VAE of `start`, as float16 in one file."""
+    """The averaged weights with the VAE of `start`, as float16 in one file."""
     average = read_state(work / "diffusion.pt")["average"]
     state = safetensors.torch.load_file(start)
     for name in state:
@@ -69,10 +73,10 @@ def pack(work: Path, start: Path, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="train_two", description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="where latents and checkpoint are kept")
-    parser.add_argument("--start", type=Path, default=studio.FILE, help="the packed studio to go on from")
+    parser.add_argument("--start", type=Path, default=studio.FILE, help="the packed studio to start from")
     parser.add_argument("--steps", type=int, default=6000, help="48 scenes each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pack", type=Path, help="only write the studio learned so far")
+    parser.add_argument("--pack", type=Path, help="only write the studio trained so far")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)

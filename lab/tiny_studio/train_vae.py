@@ -1,7 +1,7 @@
-"""Learn the Tiny Studio's VAE on crops of drawn scenes, and refine it when the UNet has learned its latents.
+"""Trains the Tiny Studio's VAE on crops of drawn scenes, and refines it after the UNet's training.
 
-Muon on the convolutions and a fixed noise on the latents instead of a learned one: on two cores they
-reach in 200 steps what AdamW with a KL term needs 600 for (measured).
+Muon on the convolutions and a fixed noise on the latents instead of a learned one: on two cores they need 200
+steps for what AdamW with a KL term needs 600 for (measured).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _latent(vae: Any, image: torch.Tensor) -> torch.Tensor:
 
 
 def train(work: Path, pictures: np.ndarray, steps: int, refine: bool = False) -> None:
-    """Learn both halves, or refine a finished pair, whose latents then stay close to what they were."""
+    """Train both halves, or refine a finished pair, whose latents then stay close to the old ones."""
     torch.manual_seed(0)
     vae = networks.new_vae()
     known = None
