@@ -75,9 +75,7 @@ def encoded(training: Any, folder: Path, pairs: int = 5) -> Any:
         sizes.append(size)
     whites = tuple((size, stored(f"white{size[0]}", torch.ones(1, 4, *size))) for size in sorted(set(sizes)))
     empty = stored("empty", torch.zeros(1, TOKENS, WIDTH))
-    return training.cache.EncodedPairs(
-        folder, tuple(map(str, range(pairs))), tuple(files), tuple(sizes), whites, empty
-    )
+    return training.cache.EncodedPairs(folder, tuple(files), tuple(sizes), whites, empty)
 
 
 def cache(host: Host, model: Any, bridge: Any) -> Any:

@@ -339,12 +339,35 @@ def test_full_disk(training: Any, tmp_path: Path, data: Path) -> None:
     assert again.trainer.step == 1
 
 
-def test_a_loss_that_is_not_finite(training: Any, tmp_path: Path, data: Path) -> None:
-    """Protects: such a loss stops the run with its step, and the state before that step is saved."""
+@pytest.mark.parametrize(
+    ("problem", "expected", "said"),
+    [
+        (None, FloatingPointError, "the loss of step 3 is nan"),
+        (ValueError("a pair is gone"), ValueError, "a pair is gone"),
+    ],
+    ids=["not finite", "error"],
+)
+def test_what_stops_a_run(
+    training: Any,
+    tmp_path: Path,
+    data: Path,
+    problem: Exception | None,
+    expected: type[Exception],
+    said: str,
+) -> None:
+    """Protects: a loss that is not finite stops the run and names its step; whatever stops a run, the state
+    before that step is saved.
+    """
     run = make_run(training, tmp_path, data, checkpoint__every=100)
     losses = run.trainer.loss
-    run.trainer.loss = lambda place: losses(place) * (float("nan") if place == 2 else 1.0)
-    with pytest.raises(FloatingPointError, match="the loss of step 3 is nan"):
+
+    def loss(forward: int) -> torch.Tensor:
+        if forward == 2 and problem is not None:
+            raise problem
+        return losses(forward) * (float("nan") if forward == 2 else 1.0)
+
+    run.trainer.loss = loss
+    with pytest.raises(expected, match=said):
         run.train()
     assert state(tmp_path / "run")["step"] == 2
 

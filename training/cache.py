@@ -43,7 +43,6 @@ class EncodedPairs:
     """
 
     folder: Path
-    names: tuple[str, ...]
     files: tuple[tuple[str, str, str, str], ...]
     sizes: tuple[Size, ...]
     whites: tuple[tuple[Size, str], ...]
@@ -96,7 +95,7 @@ def encode_pairs(
         _stored(folder, name, what, partial(_text, clip, text))
         return name
 
-    names, files, sizes, whites = [], [], [], {}
+    files, sizes, whites = [], [], {}
     empty_text = embedding("empty text", "")
     for done, pair in enumerate(pairs, 1):
         source, size = latent(f"source of {pair.name}", pair.source)
@@ -105,14 +104,11 @@ def encode_pairs(
         edit_text = embedding(f"edit text of {pair.name}", pair.edit_text)
         if size not in whites:
             whites[size], _ = latent("white picture", torch.ones_like(pair.source))
-        names.append(pair.name)
         files.append((source, edit, source_text, edit_text))
         sizes.append(size)
         if report is not None:
             report(done)
-    return EncodedPairs(
-        folder, tuple(names), tuple(files), tuple(sizes), tuple(sorted(whites.items())), empty_text
-    )
+    return EncodedPairs(folder, tuple(files), tuple(sizes), tuple(sorted(whites.items())), empty_text)
 
 
 def encode_shard(
@@ -143,7 +139,7 @@ def encode_shard(
     index = {
         "samples": reading.seen,
         "bad": reading.bad,
-        "pairs": list(zip(reading.numbers, pairs.names, pairs.files, pairs.sizes, strict=True)),
+        "pairs": list(zip(reading.numbers, pairs.files, pairs.sizes, strict=True)),
         "whites": pairs.whites,
         "empty_text": pairs.empty_text,
     }
@@ -162,24 +158,17 @@ def indexed_pairs(data: DataConfig, encoders: str, folder: Path) -> EncodedPairs
     for first in sorted(folder.glob(f"index-{digest}-0-of-*.json")):
         world = int(first.stem.rpartition("-")[2])
         paths = [folder / f"index-{digest}-{rank}-of-{world}.json" for rank in range(world)]
-        if all(path.exists() for path in paths):
-            return _merged(data.name, folder, [json.loads(path.read_bytes()) for path in paths])
+        if not all(path.exists() for path in paths):
+            continue
+        indexes = [json.loads(path.read_bytes()) for path in paths]
+        bad = [(number, problem) for index in indexes for number, problem in index["bad"]]
+        too_many_bad(data.name, bad, indexes[0]["samples"])
+        rows = sorted(row for index in indexes for row in index["pairs"])
+        whites = {tuple(size): name for index in indexes for size, name in index["whites"]}
+        files = tuple(tuple(files) for _, files, _ in rows)
+        sizes = tuple((height, width) for _, _, (height, width) in rows)
+        return EncodedPairs(folder, files, sizes, tuple(sorted(whites.items())), indexes[0]["empty_text"])
     return None
-
-
-def _merged(where: str, folder: Path, indexes: Sequence[dict[str, Any]]) -> EncodedPairs:
-    bad = [(number, problem) for index in indexes for number, problem in index["bad"]]
-    too_many_bad(where, bad, indexes[0]["samples"])
-    rows = sorted((row for index in indexes for row in index["pairs"]), key=lambda row: row[0])
-    whites = {tuple(size): name for index in indexes for size, name in index["whites"]}
-    return EncodedPairs(
-        folder,
-        tuple(name for _, name, _, _ in rows),
-        tuple(tuple(files) for _, _, files, _ in rows),
-        tuple(tuple(size) for _, _, _, size in rows),
-        tuple(sorted(whites.items())),
-        indexes[0]["empty_text"],
-    )
 
 
 def file_fingerprint(path: Path) -> str:

@@ -96,9 +96,9 @@ class Run:
             self.say(f"continuing from {found.name}")
         if self.config.logging.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        progress = _Progress(self.config, self.accelerator.num_processes, trainer.step)
+        start = trainer.step, time.monotonic()
         with _signals() as stopped:
-            done = trainer.run(self.config.steps, lambda: self._after_step(progress, stopped()), self._keep)
+            done = trainer.run(self.config.steps, lambda: self._after_step(start, stopped()), self._keep)
         if not done:
             self.say(f"stopped: step {trainer.step} is saved, the same command continues")
             return False
@@ -107,15 +107,13 @@ class Run:
         self.say(f"done: {self.output / BRIDGE}")
         return True
 
-    def _after_step(self, progress: _Progress, stopped: bool) -> bool:
+    def _after_step(self, start: tuple[int, float], stopped: bool) -> bool:
         """Log, save and validate when due. Returns whether any process has received a stop signal."""
         config, step = self.config, self.trainer.step
         stop = bool(self._sum(torch.tensor(float(stopped), device=self.trainer.device)) > 0)
         last = stop or step == config.steps
         if last or step % config.logging.every == 0:
-            line, metrics = progress.line(self.trainer)
-            self.say(line)
-            self.accelerator.log(metrics, step)
+            self._log(*start)
         if last or step % config.checkpoint.every == 0:
             self._check_same()
             if self.accelerator.is_main_process:
@@ -185,6 +183,24 @@ class Run:
                 "machines the output folder must be one that all of them see"
             )
 
+    def _log(self, first: int, begin: float) -> None:
+        """The loss is the mean since the previous line; speed and remaining time are of this session."""
+        trainer, train, steps = self.trainer, self.config.train, self.config.steps
+        recent = trainer.losses[-self.config.logging.every :]
+        speed = (trainer.step - first) / (time.monotonic() - begin)
+        metrics = {
+            "loss": sum(recent) / len(recent),
+            "gradient_norm": trainer.gradient_norm,
+            "learning_rate": train.rate(trainer.step - 1),
+            "samples_per_second": speed * train.batch * train.accumulate * self.accelerator.num_processes,
+        }
+        left = timedelta(seconds=round((steps - trainer.step) / speed))
+        self.say(
+            f"step {trainer.step}/{steps}  loss {metrics['loss']:.4f}  "
+            f"{metrics['samples_per_second']:.2f} samples/s  {left} left"
+        )
+        self.accelerator.log(metrics, trainer.step)
+
     def _validate(self, validation: Validation) -> None:
         picture = validation.picture(self.trainer, self.model, self.base)
         path = self.output / "validation" / f"step-{self.trainer.step:06}.png"
@@ -194,32 +210,6 @@ class Run:
             tracker = self.accelerator.get_tracker("tensorboard")
             images = {"validation": np.asarray(picture)[None]}
             tracker.log_images(images, self.trainer.step, dataformats="NHWC")
-
-
-class _Progress:
-    """Speed and remaining time, measured in this session."""
-
-    def __init__(self, config: Config, world: int, step: int) -> None:
-        self._pairs = config.train.batch * config.train.accumulate * world
-        self._steps, self._every = config.steps, config.logging.every
-        self._first, self._begin = step, time.monotonic()
-
-    def line(self, trainer: Trainer) -> tuple[str, dict[str, float]]:
-        """A line to print, and the points of the curves: the loss is the mean since the previous line."""
-        recent = trainer.losses[-self._every :]
-        speed = (trainer.step - self._first) / (time.monotonic() - self._begin)
-        left = timedelta(seconds=round((self._steps - trainer.step) / speed))
-        metrics = {
-            "loss": sum(recent) / len(recent),
-            "gradient_norm": trainer.gradient_norm,
-            "learning_rate": trainer.settings.rate(trainer.step - 1),
-            "samples_per_second": speed * self._pairs,
-        }
-        return (
-            f"step {trainer.step}/{self._steps}  loss {metrics['loss']:.4f}  "
-            f"{metrics['samples_per_second']:.2f} samples/s  {left} left",
-            metrics,
-        )
 
 
 @contextmanager

@@ -67,15 +67,11 @@ def read_pairs(data: DataConfig, shard: tuple[int, int] = (0, 1)) -> Reading:
 
 def local_files(data: DataConfig) -> list[Path]:
     """The files on this machine that the pairs come from; empty for a data set of the hub."""
-    match data.kind:
-        case "folder":
-            return sorted(path for path in _folder(data).iterdir() if path.is_file())
-        case "webdataset":
-            return _files(data.path)
-        case _ if _is_parquet(data.path):
-            return _files(data.path)
-        case _:
-            return sorted(path for path in Path(str(data.path)).rglob("*") if path.is_file())
+    if data.kind == "folder":
+        return sorted(path for path in _folder(data).iterdir() if path.is_file())
+    if data.kind == "webdataset" or _is_parquet(data.path):
+        return _files(data.path)
+    return sorted(path for path in Path(str(data.path)).rglob("*") if path.is_file())
 
 
 def _folder(data: DataConfig) -> Path:
