@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def _read(path: Path, names: Iterable[str]) -> Tensors:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Generator[Any]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             yield file
@@ -243,6 +243,7 @@ def _release_tensors(path: Path, tensors: Tensors) -> Tensors:
     for name, weight in tensors.items():
         lora = _RELEASE_LORA.fullmatch(name)
         match = lora or _RELEASE_FUSE.fullmatch(name)
+        assert match is not None
         inner = names.get(f"{match[1]}.attn1.to_q.weight")
         if inner is None:
             raise ValueError(f"{path.name}: {name} belongs to no self-attention of SD1.5")

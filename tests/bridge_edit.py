@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +107,7 @@ class Calls:
 
 
 @contextmanager
-def counted(model: Any) -> Iterator[Calls]:
+def counted(model: Any) -> Generator[Calls]:
     """Counts the calls of a MODEL's UNet, also of one that ends early."""
     calls = Calls()
 

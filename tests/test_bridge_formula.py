@@ -87,7 +87,7 @@ class Layer:
             name: weight + scale * learned[f"{name}.up"] @ learned[f"{name}.down"]
             for name, weight in self.base.items()
         }
-        self.fuse = learned.get("fuse")
+        self.fuse: Any = learned.get("fuse")
 
     def plain(self, h: torch.Tensor) -> torch.Tensor:
         """Z."""

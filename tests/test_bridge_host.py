@@ -304,7 +304,8 @@ def test_full_width_sd15(host: Host) -> None:
     """
     model = host.pack_module("lab.bench.random_sd15").random_sd15()
     positive, negative, source = (widened(small_models.conditioning(seed), 24) for seed in (2, 4, 1))
-    inputs = {"positive": positive, "negative": negative, "latent": torch.zeros(1, 4, 8, 8), "steps": 2}
+    inputs: dict[str, Any] = {"positive": positive, "negative": negative, "steps": 2}
+    inputs["latent"] = torch.zeros(1, 4, 8, 8)
     plain = sample(host, model, **inputs)
     (fresh,) = host.execute("DescEditNewBridge", model=model)
     assert len(fresh.model.settings.widths) == 16

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ def attend_and_excite(side: int, rounds: int) -> dict[str, float]:
 
 def pipeline() -> Any:
     """The pipeline without VAE and text encoder."""
-    import diffusers
-
+    diffusers = import_module("diffusers")
     torch.manual_seed(0)
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).requires_grad_(False)

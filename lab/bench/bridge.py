@@ -57,7 +57,7 @@ class Clock:
             model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
         ) -> torch.Tensor:
             self.before.append(now() - self._begin)
-            for _ in range(steps):
+            for _step in range(steps):
                 begin = now()
                 model(x, sigmas[0] * x.new_ones([len(x)]), **extra_args)
                 self.step.append(now() - begin)

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="in the measured step")
     parser.add_argument("--json", type=Path, help="write the results as one flat JSON object")
     args = parser.parse_args()
-    figures = memory(args.precision)
+    figures: dict[str, Any] = memory(args.precision)
     seconds = args.step_seconds
     if args.measure:
         seconds = step_seconds(args.batch, args.resolution, args.precision, args.checkpointing)

@@ -18,7 +18,7 @@ Hooks on what autograd saves would copy less, but torch's checkpoint has hooks o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -57,7 +57,7 @@ def _own(value: Any) -> Any:
     return value
 
 
-def _writes(func: Callable) -> bool:
+def _writes(func: Any) -> bool:
     """Whether a function changes its first argument: add_, __iadd__, __setitem__, an attribute's __set__."""
     name = func.__name__.partition(".")[0]  # of torch.ops: add_.Tensor
     if name.endswith("__"):
@@ -93,7 +93,7 @@ _STREAMED: ContextVar[bool] = ContextVar("descriptive_edit.streamed", default=Fa
 
 
 @contextmanager
-def gradients(streamed: bool = False) -> Iterator[None]:
+def gradients(streamed: bool = False) -> Generator[None]:
     """A region in which autograd works although the host runs under inference mode with inference-tensor
     weights.
 
@@ -127,7 +127,7 @@ def weights_streamed(patchers: Iterable[Any]) -> bool:
 
 
 @contextmanager
-def naming_writes() -> Iterator[None]:
+def naming_writes() -> Generator[None]:
     """A region whose gradients fail with a ValueError that names `node` where another node has written in
     place into what autograd saved.
     """

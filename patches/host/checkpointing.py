@@ -64,7 +64,7 @@ def checkpointed(options: dict[str, Any]) -> dict[str, Any]:
 
         if torch.is_grad_enabled():
             # Autograd may compute again in a thread of its own, and after the region has been left.
-            how = {"use_reentrant": False, "preserve_rng_state": False}
+            how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             again = _Again(in_streamed_region())
             x = checkpoint(compute, x, emb, context, context_fn=lambda: (nullcontext(), again), **how)
         else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 import comfy.model_management
 
+_HostsOwn: Any = comfy.model_management.OOM_EXCEPTION  # torch's, or Exception where torch has none
 
-class OutOfMemory(comfy.model_management.OOM_EXCEPTION):
+
+class OutOfMemory(_HostsOwn):
     """Of the kind by which the host knows that it must unload its models before the next prompt."""
 
 
