@@ -78,7 +78,8 @@ def test_a_run_without_memory(host: Host, model: Any, node: str, phase: str, cal
     with no_memory(model, call, phase) as alive, pytest.raises(torch.OutOfMemoryError) as raised:
         run[node]()
     assert comfy.model_management.is_oom(raised.value)
-    assert str(raised.value).startswith(f"{node}: no memory left: ")
+    title = host.node(node).GET_SCHEMA().display_name
+    assert str(raised.value).startswith(f"{title}: no memory left: ")
     assert str(raised.value).endswith("(CUDA out of memory. Tried to allocate 1.21 GiB.)")
     assert len(alive) == call
     gc.collect()
