@@ -58,6 +58,12 @@ def test_nothing_in_it_needs_the_rest() -> None:
     assert [name for name in files if outside.search((ROOT / name).read_text(encoding="utf-8"))] == []
 
 
+def test_its_pages_name_no_command_of_the_repository() -> None:
+    """Protects: help pages, tooltips and templates send nobody to dev.py, which an installed pack lacks."""
+    texts = [name for name in archived() if name.startswith(("web/", "locales/", "workflows/", "subgraphs/"))]
+    assert [name for name in texts if b"dev.py" in (ROOT / name).read_bytes()] == []
+
+
 def test_readme_links_lead_somewhere() -> None:
     """Protects: relative links and pictures of the README are in the archive, or named as repository-only."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
