@@ -355,7 +355,7 @@ MODULES = {
     "benchmark": ("lab.benchmark.command", "judge workflows on an edit benchmark; benchmark --help"),
     "bridge-study": ("lab.studies.bridge_study", "300 held-out edits with the bridges and without"),
     "unify-study": ("lab.studies.unify_study", "300 held-out edits with UnifyEdit, its parts and without"),
-    "report": ("lab.studies.report", "run the studies and write their pages and docs/results.md"),
+    "report": ("lab.studies.results_page", "run the studies and write their pages and docs/results.md"),
     "docs": ("lab.pages", "write locales/en and the lists of the help pages from the schemas"),
     "studio": ("lab.tiny_studio.report", "train the small model that ships; studio --report measures it"),
 }

@@ -1,4 +1,4 @@
-"""Pictures side by side under their labels, as one picture."""
+"""Images side by side under their labels, as one image."""
 
 from __future__ import annotations
 
@@ -10,43 +10,72 @@ from PIL import Image, ImageDraw
 
 from .lettering import Lettering
 
-_GAP, _FONT = 6, 14
+_GAP, _LABEL, _CAPTION = 6, 14, 11
 
 
-def draw_sheet(columns: Sequence[tuple[str, torch.Tensor]], side: int) -> torch.Tensor:
-    """Columns of pictures, each under its label.
+def draw_sheet(
+    columns: Sequence[tuple[str, torch.Tensor | Sequence[torch.Tensor]]],
+    side: int,
+    captions: Sequence[Sequence[str]] = (),
+    framed: Sequence[Sequence[bool]] = (),
+) -> torch.Tensor:
+    """Columns of images, each column under its label. Returns an IMAGE, [1, height, width, 3], 0 to 1.
 
-    columns: label and IMAGE, [rows or 1, height, width, 3], 0 to 1, of any sizes; a single picture is
-    repeated in every row. side: of a cell, in pixels, which a picture's longer side is scaled to. Returns an
-    IMAGE, [1, height, width, 3]. Raises ValueError for columns of other lengths.
+    Args:
+        columns: label and images, each [height, width, 3], 0 to 1, of any size. A single image is repeated in
+            every row.
+        side: of a cell, in pixels: the length that the longer side of an image is scaled to.
+        captions: by row and column, a text below the image.
+        framed: by row and column, whether the image gets a red frame.
+
+    Raises ValueError for columns of different lengths.
     """
     lengths = [len(images) for _, images in columns]
     rows = max(lengths)
     wrong = [f"input {n} has {count}" for n, count in enumerate(lengths, start=1) if count not in (1, rows)]
     if wrong:
         raise ValueError(f"one input has {rows} images but {', '.join(wrong)}: give one, or {rows}")
-    lettering = Lettering(_FONT)
+    lettering, small = Lettering(_LABEL), Lettering(_CAPTION)
     labels = [lettering.wrap(label, side) for label, _ in columns]
     cells = [
         [_scaled(images[row if len(images) > 1 else 0], side) for _, images in columns] for row in range(rows)
     ]
-    head = (_FONT + 3) * max(map(len, labels)) + _GAP
-    heights = [max(cell.height for cell in row) + _GAP for row in cells]
-    sheet = Image.new("RGB", (len(columns) * (side + _GAP) + _GAP, head + sum(heights)), "white")
+    texts = [[small.wrap(text, side) for text in row] for row in captions] or [[[]] * len(columns)] * rows
+    head = (_LABEL + 3) * max(map(len, labels)) + _GAP
+    heights = [max(cell.height for cell in row) for row in cells]
+    below = [(_CAPTION + 3) * max(map(len, row)) + _GAP for row in texts]
+    size = len(columns) * (side + _GAP) + _GAP, head + sum(heights) + sum(below)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for column, label in enumerate(labels):
-        x = _GAP + column * (side + _GAP)
-        for number, line in enumerate(label):
-            lettering.draw(pen, (x, 2 + number * (lettering.height + 3)), line)
-        for row, cell in enumerate(row[column] for row in cells):
-            middle = (side - cell.width) // 2, (heights[row] - _GAP - cell.height) // 2
-            sheet.paste(cell, (x + middle[0], head + sum(heights[:row]) + middle[1]))
+        x, y = _GAP + column * (side + _GAP), head
+        _write(pen, lettering, (x, 2), label)
+        for row, cell in enumerate(line[column] for line in cells):
+            left, top = x + (side - cell.width) // 2, y + (heights[row] - cell.height) // 2
+            sheet.paste(cell, (left, top))
+            if framed and framed[row][column]:
+                pen.rectangle(
+                    (left, top, left + cell.width - 1, top + cell.height - 1), outline="red", width=3
+                )
+            _write(pen, small, (x, y + heights[row] + 1), texts[row][column])
+            y += heights[row] + below[row]
     return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]
 
 
-def _scaled(image: torch.Tensor, side: int) -> Image.Image:
-    pixels = (image[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
-    height, width = pixels.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """An image [height, width, 3 or more], 0 to 1, in 8 bits."""
+    return Image.fromarray((pixels[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, lettering: Lettering, start: tuple[int, int], lines: Sequence[str]
+) -> None:
+    for number, line in enumerate(lines):
+        lettering.draw(pen, (start[0], start[1] + number * (lettering.height + 3)), line)
+
+
+def _scaled(pixels: torch.Tensor, side: int) -> Image.Image:
+    image = to_image(pixels)
+    scale = side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)

@@ -23,9 +23,9 @@ SLOTS = {"source_image": "1.image", "edit_description": "3.value", "output": "4"
 
 
 @pytest.fixture
-def adapters(host: Host) -> Any:
+def layouts(host: Host) -> Any:
     """The module."""
-    return host.pack_module("lab.benchmark.adapters")
+    return host.pack_module("lab.benchmark.layouts")
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def texts(case: Any) -> tuple[str, str, str]:
     return case.source_description, case.edit_description, case.instruction
 
 
-def test_folder(adapters: Any, tmp_path: Path) -> None:
+def test_folder(layouts: Any, tmp_path: Path) -> None:
     """Protects: our own format gives every field, and leaves out what a case has not."""
     paint(tmp_path / "target.png", BLUE)
     paint(tmp_path / "mask.png", 255, "L")
     extra = {"mask": "mask.png", "target_image": "target.png", "instruction": "make it blue"}
     write_cases(tmp_path, {"id": "a"}, {"id": "b", "type": "style", **extra})
-    first, second = adapters.read_cases("folder", tmp_path, "test")
+    first, second = layouts.read_cases("folder", tmp_path, "test")
     assert (first.id, first.edit_type, second.edit_type) == ("a", "colour", "style")
     assert texts(second) == ("a red wall", "a blue wall", "make it blue")
     assert first.read("mask") is None
@@ -79,7 +79,7 @@ def test_folder(adapters: Any, tmp_path: Path) -> None:
     assert first.seed != second.seed
 
 
-def test_emu_edit(adapters: Any, tmp_path: Path) -> None:
+def test_emu_edit(layouts: Any, tmp_path: Path) -> None:
     """Protects: the Emu Edit test set's parquet files, with captions, tasks and encoded pictures."""
     datasets = importlib.import_module("datasets")
     encoded = {"bytes": paint(tmp_path / "picture.png").read_bytes(), "path": None}
@@ -95,15 +95,15 @@ def test_emu_edit(adapters: Any, tmp_path: Path) -> None:
     }
     rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     rows.to_parquet(str(tmp_path / "set" / "data" / "test-00000-of-00001.parquet"))
-    first, second = adapters.read_cases("emu-edit", tmp_path / "set", "test")
+    first, second = layouts.read_cases("emu-edit", tmp_path / "set", "test")
     assert texts(first) == ("a red wall", "a blue wall", "make it blue")
     assert (first.edit_type, second.edit_type) == ("local", "remove")
     assert colour(first, "source_image") == RED
     with pytest.raises(ValueError, match="validation"):
-        adapters.read_cases("emu-edit", tmp_path / "set", "validation")
+        layouts.read_cases("emu-edit", tmp_path / "set", "validation")
 
 
-def test_dataset(adapters: Any, tmp_path: Path) -> None:
+def test_dataset(layouts: Any, tmp_path: Path) -> None:
     """Protects: a data set that was saved to disk, in our own names, with a picture that one row lacks."""
     datasets = importlib.import_module("datasets")
     path = str(paint(tmp_path / "picture.png"))
@@ -119,13 +119,13 @@ def test_dataset(adapters: Any, tmp_path: Path) -> None:
     for name in ("source_image", "target_image"):
         rows = rows.cast_column(name, datasets.Image())
     rows.save_to_disk(str(tmp_path / "set"))
-    first, second = adapters.read_cases("dataset", tmp_path / "set", "test")
+    first, second = layouts.read_cases("dataset", tmp_path / "set", "test")
     assert colour(first, "target_image") == BLUE
     assert second.read("target_image") is None
     assert second.edit_type == "style"
 
 
-def test_magicbrush(adapters: Any, tmp_path: Path) -> None:
+def test_magicbrush(layouts: Any, tmp_path: Path) -> None:
     """Protects: every turn is a case, from the true picture before it; the mask is its transparent part."""
     folder = tmp_path / "test" / "images" / "30"
     for name, shade in (("30-input.png", RED), ("30-output1.png", BLUE), ("30-output2.png", (1, 2, 3))):
@@ -146,7 +146,7 @@ def test_magicbrush(adapters: Any, tmp_path: Path) -> None:
     write(tmp_path / "test" / "edit_sessions.json", {"30": turns})
     described = {"30-input.png": "red", "30-output1.png": "a blue one", "30-output2.png": "a dark one"}
     write(tmp_path / "test" / "global_descriptions.json", {"30": described})
-    first, second = adapters.read_cases("magicbrush", tmp_path, "test")
+    first, second = layouts.read_cases("magicbrush", tmp_path, "test")
     assert (first.id, second.id, second.edit_type) == ("30-1", "30-2", "turn 2")
     assert texts(second) == ("a blue one", "a dark one", "dark")
     assert colour(second, "source_image") == colour(first, "target_image") == BLUE
@@ -156,7 +156,7 @@ def test_magicbrush(adapters: Any, tmp_path: Path) -> None:
     assert second.read("mask").getextrema() == (255, 255)
 
 
-def test_pie_bench(adapters: Any, tmp_path: Path) -> None:
+def test_pie_bench(layouts: Any, tmp_path: Path) -> None:
     """Protects: brackets go, runs become a mask with its edge, types are named, and paths are resolved."""
     paint(tmp_path / "annotation_images" / "6_change_attribute_color_40" / "1.jpg", size=(512, 512))
     entry = {
@@ -169,7 +169,7 @@ def test_pie_bench(adapters: Any, tmp_path: Path) -> None:
         "mask": [512 * 100 + 50, 7, 512 * 101 + 50, 7],
     }
     write(tmp_path / "mapping_file.json", {"600000000000": entry})
-    (case,) = adapters.read_cases("pie-bench", tmp_path, "test")
+    (case,) = layouts.read_cases("pie-bench", tmp_path, "test")
     assert texts(case) == ("a red wall", "a blue wall", "Make the wall blue")
     assert case.edit_type == "6 change colour"
     expected = np.zeros((512, 512), np.uint8)
@@ -180,7 +180,7 @@ def test_pie_bench(adapters: Any, tmp_path: Path) -> None:
     assert case.read("source_image").size == (512, 512)
 
 
-def test_unify_bench(adapters: Any, tmp_path: Path) -> None:
+def test_unify_bench(layouts: Any, tmp_path: Path) -> None:
     """Protects: a folder a group, two prompts a picture, and no mask where it says None."""
     paint(tmp_path / "color_sim" / "1.png")
     paint(tmp_path / "color_sim" / "1_mask.png", 255, "L")
@@ -188,7 +188,7 @@ def test_unify_bench(adapters: Any, tmp_path: Path) -> None:
     prompts = {"source_prompt": "a red wall", "target_prompt": "a blue wall"}
     write(tmp_path / "color_sim" / "prompts.json", {"1.png": {**prompts, "mask": "1_mask.png"}})
     write(tmp_path / "style" / "prompts.json", {"1.png": {**prompts, "mask": "None"}})
-    first, second = adapters.read_cases("unify-bench", tmp_path, "test")
+    first, second = layouts.read_cases("unify-bench", tmp_path, "test")
     assert [first.id, second.id] == ["color_sim/1", "style/1"]
     assert texts(first) == ("a red wall", "a blue wall", "")
     assert first.read("mask").getpixel((0, 0)) == 255
@@ -196,9 +196,11 @@ def test_unify_bench(adapters: Any, tmp_path: Path) -> None:
     assert colour(second, "source_image") == BLUE
 
 
-def test_tiny_studio(adapters: Any, host: Host) -> None:
-    """Protects: the Tiny Studio's cases are its held-out edits, with true edits, masks and what to read."""
-    cases = adapters.read_cases("tiny-studio", None, "test")
+def test_tiny_studio(layouts: Any, host: Host) -> None:
+    """Protects: the Tiny Studio's cases are its held-out edits, with true edits and masks; tuning cases have
+    no combination that is held out; another split is refused.
+    """
+    cases = layouts.read_cases("tiny-studio", None, "test")
     scenes = host.pack_module("models.tiny_studio.scenes")
     assert len(cases) == 50 * len(scenes.EDIT_TYPES)
     (case,) = [case for case in cases if case.id == "texture-007"]
@@ -207,14 +209,20 @@ def test_tiny_studio(adapters: Any, host: Host) -> None:
     target = np.asarray(case.read("target_image"), np.float32) / 255
     assert np.abs(target - pair.target.draw()).max() <= 0.5 / 255 + 1e-6
     assert np.array_equal(np.asarray(case.read("mask")) > 0, pair.mask() > 0)
-    assert case.expected == {"kind": "object", **pair.target.values}
+    assert case.drawn.pair == pair
+    assert all(scenes.held_out(case.drawn.pair.target) for case in cases)
+    tuning = [case.drawn.pair for case in layouts.read_cases("tiny-studio", None, "tuning")]
+    assert len(tuning) == 10 * len(scenes.EDIT_TYPES)
+    assert not any(scenes.held_out(scene) for pair in tuning for scene in (pair.source, pair.target))
+    with pytest.raises(ValueError, match="splits test and tuning, not 'dev'"):
+        layouts.read_cases("tiny-studio", None, "dev")
 
 
-def test_two_cases_with_one_id(adapters: Any, tmp_path: Path) -> None:
-    """Protects: an id that two cases have is refused, and both places are named."""
+def test_two_cases_with_one_id(layouts: Any, tmp_path: Path) -> None:
+    """Protects: an id that two cases have is refused, and both are named."""
     write_cases(tmp_path, {"id": "a"}, {"id": "b"}, {"id": "a"})
     with pytest.raises(ValueError, match=r"'a': cases\.jsonl line 1 and cases\.jsonl line 3"):
-        adapters.read_cases("folder", tmp_path, "test")
+        layouts.read_cases("folder", tmp_path, "test")
 
 
 @pytest.mark.parametrize(
@@ -227,18 +235,18 @@ def test_two_cases_with_one_id(adapters: Any, tmp_path: Path) -> None:
         ({"id": "a", "mask": "/etc/passwd"}, "leads out"),
     ],
 )
-def test_bad_case(adapters: Any, tmp_path: Path, case: dict[str, Any], message: str) -> None:
+def test_bad_case(layouts: Any, tmp_path: Path, case: dict[str, Any], message: str) -> None:
     """Protects: a line that is no case is refused, and the message says where and what."""
     write_cases(tmp_path, case)
     with pytest.raises(ValueError, match=message):
-        adapters.read_cases("folder", tmp_path, "test")
+        layouts.read_cases("folder", tmp_path, "test")
 
 
-def test_missing_picture(adapters: Any, host: Host, tmp_path: Path) -> None:
+def test_missing_picture(layouts: Any, host: Host, tmp_path: Path) -> None:
     """Protects: a picture that is missing or broken is an error of its case that names both."""
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     write_cases(tmp_path, {"id": "a", "source_image": "gone.png"}, {"id": "b", "source_image": "broken.png"})
-    gone, broken = adapters.read_cases("folder", tmp_path, "test")
+    gone, broken = layouts.read_cases("folder", tmp_path, "test")
     error = host.pack_module("lab.benchmark.cases").CaseError
     with pytest.raises(error, match=r"case a .* source_image gone\.png is missing"):
         gone.read("source_image")
@@ -252,11 +260,11 @@ def write_method(folder: Path, **changes: Any) -> Path:
     return folder / "method.json"
 
 
-def test_method_is_filled(adapters: Any, methods: Any, tmp_path: Path) -> None:
+def test_method_is_filled(layouts: Any, methods: Any, tmp_path: Path) -> None:
     """Protects: a case goes into all inputs of its slots, settings get values, and a sweep makes methods."""
     slots = {**SLOTS, "edit_description": ["3.value", "2.image"], "mask": "4.images", "level": "1.image"}
     write_cases(tmp_path, {"id": "a"})
-    (case,) = adapters.read_cases("folder", tmp_path, "test")
+    (case,) = layouts.read_cases("folder", tmp_path, "test")
     low, high = methods.read_methods([write_method(tmp_path, slots=slots, sweep={"level": [0.5, 2]})])
     assert (low.label, high.label, high.swept) == ("m level=0.5", "m level=2", ("level", 2.0))
     assert low.prompt["1"]["inputs"]["image"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -100,15 +101,14 @@ def test_worker_killed_in_the_middle(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert sorted(line["case"] for line in lines) == names
     assert not any("error" in line for line in lines)
-    assert [line["figures"]["psnr"] for line in lines] == [100] * 8
+    assert [line["metrics"]["psnr"] for line in lines] == [100] * 8
     assert not psutil.wait_procs(family(str(out)), timeout=30)[1]
 
 
 def test_without_ray(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Protects: without Ray the command says what to install."""
-    job: Any = host.pack_module("lab.benchmark.ray_job")
+    run_ray: Any = host.pack_module("lab.benchmark.run_ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     results = host.pack_module("lab.benchmark.results").Results(tmp_path)
-    settings = job.Job(("tiny-studio", None, "test"), (), tmp_path, tmp_path, None, None)
-    with pytest.raises(ImportError, match=r"pip install 'ray\[data\]"):
-        job.run([], settings, job.Resources("", 1, 0, 1), results)
+    with pytest.raises(ImportError, match=r"pip install -r lab/requirements\.txt"):
+        run_ray.run([], argparse.Namespace(), results)

@@ -29,8 +29,9 @@ SLOTS = {"source_image": "1.image", "edit_description": "5.value", "blend": "3.b
 @pytest.fixture
 def bench(host: Host) -> SimpleNamespace:
     """The modules."""
-    names = ("adapters", "engine", "meter", "methods", "results", "runner")
-    return SimpleNamespace(**{name: host.pack_module(f"lab.benchmark.{name}") for name in names})
+    names = ("layouts", "methods", "results", "run_local", "scorer")
+    found = {name: host.pack_module(f"lab.benchmark.{name}") for name in names}
+    return SimpleNamespace(worker=host.pack_module("lab.benchmark.comfy_worker"), **found)
 
 
 @pytest.fixture
@@ -49,30 +50,30 @@ def setting(bench: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
         {"id": "c", "source_image": "gone.png"},
     )
     methods = bench.methods.read_methods([tmp_path / "method.json"])
-    cases = bench.adapters.read_cases("folder", tmp_path / "set", "test")
+    cases = bench.layouts.read_cases("folder", tmp_path / "set", "test")
     return SimpleNamespace(methods=methods, cases=cases, out=tmp_path / "run")
 
 
 def run(bench: SimpleNamespace, setting: SimpleNamespace, start: Any) -> list[dict[str, Any]]:
     results = bench.results.Results(setting.out)
-    engine = bench.engine.Engine("ComfyUI", start, setting.methods)
+    worker = bench.worker.ComfyWorker("ComfyUI", start, setting.methods)
     tasks = results.missing(setting.methods, setting.cases)
-    bench.runner.run(tasks, [engine], bench.meter.Meter(), results)
+    bench.run_local.run(tasks, [worker], bench.scorer.Scorer(), results)
     return bench.results.read_results(setting.out)
 
 
 def test_run_on_a_server(live_server: Any, bench: SimpleNamespace, setting: SimpleNamespace) -> None:
     """Protects: every case goes through every method, figures fit the pictures, a missing picture is told."""
-    lines = run(bench, setting, lambda: bench.engine.Client(live_server.address))
+    lines = run(bench, setting, lambda: bench.worker.Client(live_server.address))
     assert {(line["method"], line["case"]) for line in lines} == {
         (f"m blend={value}", case) for value in (0, 1) for case in "abc"
     }
     by_key = {(line["method"], line["case"]): line for line in lines}
-    assert by_key["m blend=0", "a"]["figures"]["psnr"] == 100
+    assert by_key["m blend=0", "a"]["metrics"]["psnr"] == 100
     source = np.array([200, 30, 20]) / 255
     expected = float(np.mean(np.abs(1 - 2 * source)))
-    assert by_key["m blend=1", "b"]["figures"]["l1"] == pytest.approx(expected, abs=1 / 255)
-    assert by_key["m blend=1", "a"]["figures"]["l1_outside"] is None
+    assert by_key["m blend=1", "b"]["metrics"]["l1"] == pytest.approx(expected, abs=1 / 255)
+    assert by_key["m blend=1", "a"]["metrics"]["l1_outside"] is None
     assert "source_image gone.png is missing" in by_key["m blend=0", "c"]["error"]
     with Image.open(bench.results.picture_file(setting.out, "m blend=1", "a")) as picture:
         assert picture.getpixel((0, 0)) == pytest.approx((55, 225, 235), abs=1)  # the host rounds down
@@ -85,14 +86,14 @@ def test_server_dies_in_the_middle(
 ) -> None:
     """Protects: an edit during which the server died is done again on the one started next."""
 
-    class Dying(bench.engine.Client):
+    class Dying(bench.worker.Client):
         def run(self, *args: Any, **kwargs: Any) -> Any:
-            raise bench.engine.ServerError("the server went away")
+            raise bench.worker.ServerError("the server went away")
 
     started: list[type] = []
 
     def start() -> Any:
-        kind = bench.engine.Client if started else Dying
+        kind = bench.worker.Client if started else Dying
         started.append(kind)
         return kind(live_server.address)
 
@@ -107,27 +108,28 @@ def test_no_server(bench: SimpleNamespace, setting: SimpleNamespace) -> None:
     """Protects: a server that is not there ends the run, and nothing is written for what was not tried."""
     address = f"http://127.0.0.1:{server.free_port()}"
     results = bench.results.Results(setting.out)
-    engine = bench.engine.Engine(address, lambda: bench.engine.Client(address), setting.methods)
-    bench.runner.run(results.missing(setting.methods, setting.cases), [engine], bench.meter.Meter(), results)
-    assert results.lines == []
-    with pytest.raises(bench.engine.EngineGone):
-        engine.connect()
+    worker = bench.worker.ComfyWorker(address, lambda: bench.worker.Client(address), setting.methods)
+    tasks = results.missing(setting.methods, setting.cases)
+    bench.run_local.run(tasks, [worker], bench.scorer.Scorer(), results)
+    assert results.all == []
+    with pytest.raises(bench.worker.WorkerGone):
+        worker.connect()
 
 
 def test_unknown_node(live_server: Any, bench: SimpleNamespace, setting: SimpleNamespace) -> None:
     """Protects: a server without a method's nodes is given up at once, and they are named."""
     setting.methods[0].prompt["2"]["class_type"] = "NodeOfAnotherPack"
-    engine = bench.engine.Engine("s", lambda: bench.engine.Client(live_server.address), setting.methods)
-    with pytest.raises(bench.engine.EngineGone, match="s has no NodeOfAnotherPack, which m blend=0 needs"):
-        engine.connect()
+    worker = bench.worker.ComfyWorker("s", lambda: bench.worker.Client(live_server.address), setting.methods)
+    with pytest.raises(bench.worker.WorkerGone, match="s has no NodeOfAnotherPack, which m blend=0 needs"):
+        worker.connect()
 
 
 def test_missing_networks_have_reasons(bench: SimpleNamespace, setting: SimpleNamespace) -> None:
     """Protects: each network that is not there is named with the reason, and its figures are left out."""
-    meter = bench.meter.Meter()
-    assert {"dino_i", "structure_distance", "clip_i", "clip_t"} <= set(meter.missing)
-    assert all(meter.missing.values())
+    scorer = bench.scorer.Scorer()
+    assert {"dino_i", "structure_distance", "clip_i", "clip_t"} <= set(scorer.missing)
+    assert all(scorer.missing.values())
     case = setting.cases[0]
-    found = meter.measure(case, case.read("source_image"))
-    assert not set(meter.missing) & set(found)
+    found = scorer.measure(case, case.read("source_image"))
+    assert not set(scorer.missing) & set(found)
     assert json.loads(json.dumps(found))["psnr"] == 100

@@ -33,8 +33,9 @@ SHIPPED = ROOT / "lab" / "benchmark" / "tiny"
 @pytest.fixture
 def bench(host: Host) -> SimpleNamespace:
     """The modules."""
-    names = ("adapters", "command", "engine", "meter", "methods", "results", "runner")
-    return SimpleNamespace(**{name: host.pack_module(f"lab.benchmark.{name}") for name in names})
+    names = ("layouts", "command", "methods", "results", "run_local", "scorer")
+    found = {name: host.pack_module(f"lab.benchmark.{name}") for name in names}
+    return SimpleNamespace(worker=host.pack_module("lab.benchmark.comfy_worker"), **found)
 
 
 def kill_at_work(client: Any, killed: list[psutil.Process]) -> None:
@@ -58,33 +59,33 @@ def test_one_of_two_servers_is_killed(live_server: Any, bench: SimpleNamespace, 
     for number, name in enumerate(names):
         paint(tmp_path / "set" / f"{name}.png", (200, 30, 10 * number))
     methods = bench.methods.read_methods([tmp_path / "method.json"])
-    tasks = [(methods[0], case) for case in bench.adapters.read_cases("folder", tmp_path / "set", "test")]
+    tasks = [(methods[0], case) for case in bench.layouts.read_cases("folder", tmp_path / "set", "test")]
     done: dict[str, list[str]] = {}
     clients: list[Any] = []
 
-    class Engine(bench.engine.Engine):
-        def attempt(self, method: Any, case: Any) -> Any:
-            outcome = super().attempt(method, case)
+    class Worker(bench.worker.ComfyWorker):
+        def edit(self, method: Any, case: Any) -> Any:
+            outcome = super().edit(method, case)
             done.setdefault(self.name, []).append(case.id)
             return outcome
 
-    (own,) = bench.engine.own_engines(comfyui_path(), 1, methods)
+    (own,) = bench.worker.own_workers(comfyui_path(), 1, methods)
     start = own._start
-    own = Engine("own", lambda: clients.append(start()) or clients[-1], methods)
-    other = Engine("other", lambda: bench.engine.Client(live_server.address), methods)
+    own = Worker("own", lambda: clients.append(start()) or clients[-1], methods)
+    other = Worker("other", lambda: bench.worker.Client(live_server.address), methods)
     own.connect()
     killed: list[psutil.Process] = []
     killer = threading.Thread(target=kill_at_work, args=(clients[0], killed), daemon=True)
     killer.start()
     results = bench.results.Results(tmp_path / "run")
-    bench.runner.run(tasks, [own, other], bench.meter.Meter(), results)
+    bench.run_local.run(tasks, [own, other], bench.scorer.Scorer(), results)
     assert len(killed) == 1
     assert len(clients) == 2
     assert set(done) == {"own", "other"}
     assert sorted(done["own"] + done["other"]) == names
     lines = bench.results.read_results(tmp_path / "run")
     assert sorted(line["case"] for line in lines) == names
-    assert [line["figures"]["psnr"] > 40 for line in lines] == [True] * 8
+    assert [line["metrics"]["psnr"] > 40 for line in lines] == [True] * 8
     assert not any(client.base.exists() for client in clients)
     assert all(client._process.poll() is not None for client in clients)
 
@@ -113,12 +114,11 @@ def test_the_command(live_server: Any, bench: SimpleNamespace, tmp_path: Path, c
     assert len({line["type"] for line in lines}) == 6
     means = json.loads(figures.read_text())
     for label in labels:
-        values = [line["figures"]["target_psnr"] for line in lines if line["method"] == label]
+        values = [line["metrics"]["target_psnr"] for line in lines if line["method"] == label]
         assert means[f"{label}.target_psnr"] == pytest.approx(sum(values) / 6)
         assert sum(values) / 6 > 10
     page = (out / "report.html").read_text()
-    pictures = sum(4 if line["figures"].get("psnr_outside") is not None else 3 for line in lines)
-    assert page.count("data:image/jpeg;base64") == pictures
+    assert page.count("data:image/jpeg;base64") == 2 * 3
     before = (out / "results.jsonl").read_bytes()
     capsys.readouterr()
     assert bench.command.main(words) == 0

@@ -85,12 +85,15 @@ def test_edits_of_two_objects_are_measured(host: Any, scenes: ModuleType, classi
     """Protects the studies and the benchmark on two objects: the true edit is a success, the source is none,
     nor is the edit of the other object; and pictures of both kinds can be read together.
     """
-    bench = host.pack_module("lab.studies.tiny_benchmark")
-    tiny = bench.Studio.load()
-    cases = bench.draw_cases(tiny, held_out=True, a_type=10, types=("colour", scenes.TWO))
-    assert [pair.edit_type for pair in cases.pairs] == ["colour"] * 10 + [scenes.TWO] * 10
-    assert bench.successes(cases, cases.target).all()
-    assert not bench.successes(cases, cases.source).any()
+    shows = host.pack_module("lab.tiny_studio.attribute_classifier").shows
+    pairs = [
+        scenes.sample_edit(edit_type, number, held=True)
+        for edit_type in ("colour", scenes.TWO)
+        for number in range(10)
+    ]
+    targets = [pair.target for pair in pairs]
+    assert all(shows(drawings(scenes, targets), targets))
+    assert not any(shows(drawings(scenes, [pair.source for pair in pairs]), targets))
     values = {
         "left_shape": "circle",
         "left_colour": "red",

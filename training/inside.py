@@ -21,15 +21,20 @@ def register_package() -> None:
     sys.modules[PACKAGE] = package
 
 
-def run_inside(module: str, arguments: Sequence[str]) -> None:
-    """Run one module of the pack as the main program, with the ComfyUI of COMFYUI_PATH importable."""
-    del sys.path[0]  # the pack's folder, whose `nodes` would hide the host's
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+def enter(comfyui: str) -> None:
+    """Make ComfyUI and the rooms importable in this process, which runs the Python of that ComfyUI."""
+    sys.path.insert(0, comfyui)
     torch = importlib.import_module("torch")
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     sys.argv = ["main.py", *(["--cpu"] if cpu else [])]
     importlib.import_module("comfy.options").enable_args_parsing()
     importlib.import_module("comfy.cli_args")
     register_package()
+
+
+def run_inside(module: str, arguments: Sequence[str]) -> None:
+    """Run one module of the pack as the main program, with the ComfyUI of COMFYUI_PATH importable."""
+    del sys.path[0]  # the pack's folder, whose `nodes` would hide the host's
+    enter(os.environ["COMFYUI_PATH"])
     sys.argv = [module, *arguments]
     runpy.run_module(f"{PACKAGE}.{module}", run_name="__main__", alter_sys=True)

@@ -6,7 +6,8 @@ A folder has `cases.jsonl`, a case a line:
      "edit_description": "a wolf on snow", "instruction": "make it a wolf", "mask": "fox_mask.png",
      "target_image": "wolf.png"}
 
-Pictures are files below the folder. `mask` is white where the edit happens. The last three may be left out.
+Pictures are files below the folder. `mask` is white where the edit happens. `instruction`, `mask` and
+`target_image` are optional.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image, ImageOps
+
+from ...models.tiny_studio.scenes import EditPair
 
 TEXTS = ("source_description", "edit_description", "instruction")
 PICTURES = ("source_image", "mask", "target_image")
@@ -33,40 +37,49 @@ class CaseError(ValueError):
 
 
 class Picture(NamedTuple):
-    """A picture that nobody has read yet."""
+    """A picture that is not read yet."""
 
     name: str
     open: Callable[[], Image.Image]
 
 
+class Drawn(NamedTuple):
+    """What a case of the Tiny Studio has beside its pictures.
+
+    pair: the scenes. noise: [4, 16, 16], where methods that sample in this process start.
+    """
+
+    pair: EditPair
+    noise: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One edit. place: where it is written, for messages. Texts that a benchmark does not have are empty.
+    """One edit. Texts that a benchmark does not have are empty.
 
-    expected: what the Tiny Studio's judge must read in the edited picture, attribute by attribute; None for
-    any other benchmark.
+    origin: where the case is written, for messages. drawn: None for all benchmarks but the Tiny Studio's.
     """
 
     id: str
     edit_type: str
-    place: str
+    origin: str
     source_image: Picture
     source_description: str = ""
     edit_description: str = ""
     instruction: str = ""
     mask: Picture | None = None
     target_image: Picture | None = None
-    expected: Mapping[str, str] | None = None
+    drawn: Drawn | None = None
 
     @property
     def seed(self) -> int:
-        """The same for every method, so that methods are compared on the same noise."""
+        """The same for every method, so that all methods are compared on the same noise."""
         return zlib.crc32(self.id.encode())
 
     def read(self, role: str) -> Image.Image | None:
-        """The picture of one of PICTURES, upright, RGB or for the mask L; None if the case has none.
+        """The picture of one of PICTURES, upright, in RGB, or L for the mask; None if the case has none.
 
-        Raises CaseError for one that is not there or is no picture.
+        Raises CaseError if the file is missing or is not a picture.
         """
         picture: Picture | None = getattr(self, role)
         if picture is None:
@@ -78,16 +91,16 @@ class Case:
             problem = "is missing"
         except Exception as error:  # Pillow raises nearly anything for broken bytes
             problem = f"cannot be read ({error})"
-        raise CaseError(f"case {self.id} ({self.place}): its {role} {picture.name} {problem}")
+        raise CaseError(f"case {self.id} ({self.origin}): its {role} {picture.name} {problem}")
 
 
 def distinct(cases: Iterable[Case]) -> list[Case]:
-    """The cases as a list. Raises ValueError if there is none, or if two have one id, naming both."""
+    """The cases as a list. Raises ValueError if there are none, or if two have the same id, naming both."""
     found: dict[str, Case] = {}
     for case in cases:
         other = found.setdefault(case.id, case)
         if other is not case:
-            raise ValueError(f"two cases have the id {case.id!r}: {other.place} and {case.place}")
+            raise ValueError(f"two cases have the id {case.id!r}: {other.origin} and {case.origin}")
     if not found:
         raise ValueError("the benchmark has no cases")
     return list(found.values())
@@ -113,7 +126,7 @@ def file_picture(folder: Path, name: str) -> Picture:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError, naming the file, if it is not there or is no JSON."""
+    """A JSON file. Raises ValueError, naming the file, if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -134,27 +147,27 @@ def read_folder(folder: Path) -> list[Case]:
     ]
 
 
-def _from_line(folder: Path, place: str, line: str) -> Case:
+def _from_line(folder: Path, origin: str, line: str) -> Case:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    return from_values(place, values, partial(file_picture, folder))
+        raise ValueError(f"{origin}: {error}") from None
+    return from_values(origin, values, partial(file_picture, folder))
 
 
-def from_values(place: str, values: Any, picture: Callable[[str], Picture]) -> Case:
-    """A case of named values, in which `picture` makes a picture of what stands for one."""
+def from_values(origin: str, values: Any, picture: Callable[[str], Picture]) -> Case:
+    """A case of named values. picture: makes a Picture of the value of one of PICTURES."""
     if not isinstance(values, dict):
-        raise ValueError(f"{place}: a case is an object of named values")
+        raise ValueError(f"{origin}: a case is an object of named values")
     values = {name: value for name, value in values.items() if value not in (None, "")}
     missing = [name for name in _NEEDED if name not in values]
     unknown = sorted(set(values) - _KNOWN)
     if missing or unknown:
         found = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
-        raise ValueError(f"{place}: the case {found}; the names are {', '.join(sorted(_KNOWN))}")
+        raise ValueError(f"{origin}: the case {found}; the names are {', '.join(sorted(_KNOWN))}")
     wrong = [name for name in ("type", *TEXTS) if not isinstance(values.get(name, ""), str)]
     if wrong:
-        raise ValueError(f"{place}: {wrong[0]} is not a text")
+        raise ValueError(f"{origin}: {wrong[0]} is not a text")
     pictures = {name: picture(values[name]) for name in PICTURES if name in values}
     texts = {name: values[name] for name in TEXTS if name in values}
-    return Case(str(values["id"]), values["type"], place, **pictures, **texts)
+    return Case(str(values["id"]), values["type"], origin, **pictures, **texts)

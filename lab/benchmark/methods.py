@@ -1,4 +1,4 @@
-"""Methods: workflows in ComfyUI's API format, and a file beside each that says where a case goes in.
+"""Methods of a benchmark. A workflow becomes one by a method file, which says where a case goes in.
 
 A method file names the inputs of nodes, `NODE.INPUT`, by slot:
 
@@ -10,10 +10,10 @@ A method file names the inputs of nodes, `NODE.INPUT`, by slot:
      "values": {"steps": 20},
      "sweep": {"image_guidance": [1.0, 1.5, 2.0]}}
 
-Pictures go where the name of an uploaded file goes: `image` of LoadImage, and for the mask of LoadImageMask
-with the channel red. A case without a mask is given a white one. `output` is the node, such as SaveImage,
-whose picture is the edit. Slots that no case fills are settings and get their value from `values`, or from
-`sweep`, which makes a method of every value. Any ComfyUI workflow, of whatever node packs, can be a method.
+The workflow is in ComfyUI's API format and may use any node pack. Pictures go where the name of an uploaded
+file goes: `image` of LoadImage, and for the mask of LoadImageMask with the channel red. A case without a mask
+gets a white one. `output` is the node, such as SaveImage, whose picture is the edit. Slots that no case fills
+are settings: they get their value from `values`, or from `sweep`, which makes a method of every value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..server import Prompt
 from .cases import TEXTS, Case, CaseError, read_json
@@ -33,31 +33,48 @@ PICTURE_SLOTS = ("source_image", "mask")
 CASE_SLOTS = (*PICTURE_SLOTS, *TEXTS, "seed")
 OUTPUT = "output"
 _ENTRIES = {"name", "workflow", "slots", "values", "sweep"}
-Place = tuple[str, str]
+Input = tuple[str, str]  # node and its input
+
+
+class Method(Protocol):
+    """What makes an edit of a case: a workflow on a ComfyUI, or a function in this process (lab/studies).
+
+    name: methods of one sweep share it. label: the name of its results, unlike any other method's.
+    swept: the setting and its value in a sweep. digest: equal for methods that make the same pictures.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def swept(self) -> tuple[str, float] | None: ...
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
-    """A workflow with named slots. label: its name and its value in a sweep. swept: slot and value."""
+class Workflow:
+    """A workflow with named slots, as a Method."""
 
     name: str
     label: str
     prompt: Prompt
-    slots: Mapping[str, Sequence[Place]]
+    slots: Mapping[str, Sequence[Input]]
     output: str
     swept: tuple[str, float] | None
 
     @property
     def digest(self) -> str:
-        """Equal for methods that make the same pictures."""
-        places = {slot: list(map(list, places)) for slot, places in self.slots.items() if slot in CASE_SLOTS}
-        text = json.dumps([self.prompt, places, self.output], sort_keys=True)
+        """Of all that decides its pictures."""
+        inputs = {slot: list(map(list, found)) for slot, found in self.slots.items() if slot in CASE_SLOTS}
+        text = json.dumps([self.prompt, inputs, self.output], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def fill(self, case: Case, pictures: Mapping[str, str]) -> Prompt:
-        """The prompt for a case; pictures: the uploaded files' names by slot.
+        """The prompt for a case. pictures: the names of the uploaded files by slot.
 
-        Raises CaseError if the workflow wants a text that the case does not have.
+        Raises CaseError if the workflow needs a text that the case does not have.
         """
         prompt = copy.deepcopy(self.prompt)
         for slot in self.slots:
@@ -65,27 +82,27 @@ class Method:
                 continue
             value = pictures[slot] if slot in PICTURE_SLOTS else getattr(case, slot)
             if value == "":
-                raise CaseError(f"case {case.id} ({case.place}) has no {slot}, which {self.name} asks for")
+                raise CaseError(f"case {case.id} ({case.origin}) has no {slot}, which {self.name} needs")
             _put(prompt, self.slots[slot], value)
         return prompt
 
 
-def _put(prompt: Prompt, places: Sequence[Place], value: Any) -> None:
-    for node, name in places:
+def _put(prompt: Prompt, inputs: Sequence[Input], value: Any) -> None:
+    for node, name in inputs:
         prompt[node]["inputs"][name] = value
 
 
-def read_methods(files: Sequence[Path]) -> list[Method]:
+def read_methods(files: Sequence[Path]) -> list[Workflow]:
     """The methods of method files. Raises ValueError for a file, workflow or slot that cannot be used."""
     methods = [method for file in files for method in read_method(file)]
     labels = [method.label for method in methods]
     doubled = sorted({label for label in labels if labels.count(label) > 1})
     if doubled:
-        raise ValueError(f"two methods are named {doubled[0]!r}: give each a name of its own")
+        raise ValueError(f"two methods are named {doubled[0]!r}: give each its own name")
     return methods
 
 
-def read_method(file: Path) -> list[Method]:
+def read_method(file: Path) -> list[Workflow]:
     """The method of a file, or one for each value of its sweep."""
     entries = read_json(file)
     if not isinstance(entries, dict) or not {"name", "workflow", "slots"} <= set(entries) <= _ENTRIES:
@@ -100,8 +117,8 @@ def read_method(file: Path) -> list[Method]:
         raise ValueError(f"{entries['workflow']} is no workflow in API format: save it with Export (API)")
     values, sweep = entries.get("values", {}), entries.get("sweep", {})
     slots = {
-        slot: [_place(file, prompt, slot, at) for at in ([places] if isinstance(places, str) else places)]
-        for slot, places in entries["slots"].items()
+        slot: [_input(file, prompt, slot, at) for at in ([found] if isinstance(found, str) else found)]
+        for slot, found in entries["slots"].items()
         if slot != OUTPUT
     }
     output = str(entries["slots"].get(OUTPUT, ""))
@@ -111,18 +128,18 @@ def read_method(file: Path) -> list[Method]:
     for slot, value in values.items():
         _put(prompt, slots[slot], value)
     if not sweep:
-        return [Method(entries["name"], entries["name"], prompt, slots, output, None)]
+        return [Workflow(entries["name"], entries["name"], prompt, slots, output, None)]
     ((slot, steps),) = sweep.items()
     methods = []
     for step in steps:
         changed = copy.deepcopy(prompt)
         _put(changed, slots[slot], step)
         label = f"{entries['name']} {slot}={step:g}"
-        methods.append(Method(entries["name"], label, changed, slots, output, (slot, float(step))))
+        methods.append(Workflow(entries["name"], label, changed, slots, output, (slot, float(step))))
     return methods
 
 
-def _place(file: Path, prompt: Prompt, slot: str, at: Any) -> Place:
+def _input(file: Path, prompt: Prompt, slot: str, at: Any) -> Input:
     node, _, name = at.partition(".") if isinstance(at, str) else (str(at), "", "")
     if node not in prompt:
         raise ValueError(f"{file}: slot {slot}: no node {node!r}; there are {_nodes(prompt)}")

@@ -1,7 +1,7 @@
-"""A run's folder: what was asked in `run.json`, a line for each edit in `results.jsonl`, and its pictures.
+"""A run's folder: its settings in `run.json`, a line for each edit in `results.jsonl`, and the pictures.
 
 A line is written once, when its edit is done: {"method", "name", "swept", "case", "type", "seconds",
-"figures"}, and "error" for an edit that failed. A run that was killed goes on where it stopped.
+"metrics"}, and "error" for an edit that failed. A run that was killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -19,75 +19,93 @@ from ...models.files import replacing, write_bytes
 from .cases import Case
 from .methods import Method
 
-Line = dict[str, Any]
+Result = dict[str, Any]
+AnyMethod = TypeVar("AnyMethod", bound=Method)
+Metrics = dict[str, float | None]  # None: the region is empty
 
 
 class Results:
-    """The results of a run's folder, appended as they come. Failed edits are taken out, to be done again."""
+    """The results in a run's folder. Failed edits are removed when it is opened, to be done again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file = folder / "results.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         text = self._file.read_bytes() if self._file.exists() else b""
-        self.lines = [line for line in parse(text, self._file) if "error" not in line]
-        self.done = {(line["method"], line["case"]) for line in self.lines}
-        kept = "".join(_text(line) for line in self.lines).encode()
+        self.all = [result for result in parse(text, self._file) if "error" not in result]
+        self.done = {(result["method"], result["case"]) for result in self.all}
+        kept = "".join(_text(result) for result in self.all).encode()
         if kept != text:
             write_bytes(self._file, kept)
 
-    def append(self, line: Line) -> None:
-        """Write a line, unless its edit has one."""
-        key = line["method"], line["case"]
+    def append(self, result: Result, say: Callable[[str], None] = print) -> None:
+        """Write a result, unless its edit has one. say: gets the error of a failed edit."""
+        key = result["method"], result["case"]
+        if "error" in result:
+            say(f"{key[0]}, {key[1]}: {result['error']}")
         if key in self.done:
             return
         with self._file.open("ab") as file:
-            file.write(_text(line).encode())
+            file.write(_text(result).encode())
         self.done.add(key)
-        self.lines.append(line)
+        self.all.append(result)
 
-    def missing(self, methods: Sequence[Method], cases: Sequence[Case]) -> list[tuple[Method, Case]]:
-        """What is still to do, all methods of a case side by side."""
+    def missing(self, methods: Sequence[AnyMethod], cases: Sequence[Case]) -> list[tuple[AnyMethod, Case]]:
+        """The edits that are not done, all methods of a case side by side."""
         wanted = [(method, case) for case in cases for method in methods]
         return [(method, case) for method, case in wanted if (method.label, case.id) not in self.done]
 
 
-def _text(line: Line) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+def new_result(method: Method, case: Case, seconds: float, metrics: Metrics, error: str = "") -> Result:
+    """A result as `results.jsonl` holds it."""
+    result = {
+        "method": method.label,
+        "name": method.name,
+        "swept": method.swept,
+        "case": case.id,
+        "type": case.edit_type,
+        "seconds": round(seconds, 3),
+        "metrics": metrics,
+    }
+    return {**result, "error": error} if error else result
 
 
-def parse(text: bytes, file: Path) -> list[Line]:
-    """The lines; a last one that a killed run left unfinished is dropped.
+def _text(result: Result) -> str:
+    return json.dumps(result, ensure_ascii=False) + "\n"
 
-    Raises ValueError for any other that is no result, or for an edit with two.
+
+def parse(text: bytes, file: Path) -> list[Result]:
+    """The results in a file; an unfinished last line of a killed run is ignored.
+
+    Raises ValueError for any other line that is no result, and for an edit with two results.
     """
     *whole, _ = text.split(b"\n")
-    lines, seen = [], set()
-    for number, part in enumerate(whole, start=1):
+    results, seen = [], set()
+    for number, line in enumerate(whole, start=1):
         try:
-            line = json.loads(part)
-            key = line["method"], line["case"]
+            result = json.loads(line)
+            key = result["method"], result["case"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} line {number} is no result ({error}): remove that line") from None
         if key in seen:
             raise ValueError(f"{file} line {number} is a second result of {key[0]} for {key[1]}: remove one")
         seen.add(key)
-        lines.append(line)
-    return lines
+        results.append(result)
+    return results
 
 
-def read_results(folder: Path) -> list[Line]:
-    """All lines of a run's folder, failed edits among them. Raises ValueError if it has none."""
+def read_results(folder: Path) -> list[Result]:
+    """All results in a run's folder, failed edits included. Raises ValueError if there are none."""
     file = folder / "results.jsonl"
     if not file.is_file():
         raise ValueError(f"{folder} holds no results.jsonl")
     return parse(file.read_bytes(), file)
 
 
-def check_run(folder: Path, benchmark: Mapping[str, Any], methods: Sequence[Method]) -> Line:
-    """What `run.json` says, with these methods added to it.
+def check_run(folder: Path, benchmark: Mapping[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
+    """The content of `run.json` with these methods added.
 
-    Raises ValueError if the folder is of another benchmark, or of another method of the same name.
+    Raises ValueError if the folder has results of another benchmark, or of another method of the same name.
     """
     file = folder / "run.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -109,7 +127,7 @@ def write_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def picture_file(folder: Path, method: str, case: str) -> Path:
-    """Where the picture of an edit is kept."""
+    """The file of an edit's picture."""
     return folder / "pictures" / _slug(method) / f"{_slug(case)}.png"
 
 
@@ -119,6 +137,6 @@ def save_picture(folder: Path, method: str, case: str, picture: Image.Image) -> 
 
 
 def _slug(name: str) -> str:
-    """A file name that no other name has."""
+    """A file name, different for different names."""
     plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name)[:80].strip(".")
     return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from .results import Line
+from .results import Result
 
 LEVEL, RESAMPLES, SEED = 0.95, 2_000, 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `cases` cases with its interval; nan where there are too few cases for one."""
+    """A mean over `cases` cases with its 95% interval; nan where there are too few cases."""
 
     mean: float
     low: float
@@ -24,7 +24,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean and its 95% interval by the percentile bootstrap (Efron 1979): the cases are resampled."""
+    """The mean and its 95% interval by the percentile bootstrap over the cases (Efron 1979)."""
     if not values:
         return Estimate(np.nan, np.nan, np.nan, 0)
     mean = float(np.mean(values))
@@ -42,16 +42,22 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, float(interval.low), float(interval.high), len(values))
 
 
-def values(lines: Iterable[Line], figure: str) -> dict[str, float]:
-    """A figure by case, of the lines that have it."""
-    found = {line["case"]: seconds_or_figure(line, figure) for line in lines}
+def values(results: Iterable[Result], metric: str) -> dict[str, float]:
+    """A metric, or `seconds`, by case, of the results that have it."""
+    found = {result["case"]: value_of(result, metric) for result in results}
     return {case: value for case, value in found.items() if value is not None}
 
 
-def seconds_or_figure(line: Line, figure: str) -> float | None:
-    return line["seconds"] if figure == "seconds" else line["figures"].get(figure)
+def value_of(result: Result, metric: str) -> float | None:
+    return result["seconds"] if metric == "seconds" else result["metrics"].get(metric)
+
+
+def mean(results: Iterable[Result], metric: str) -> float:
+    """The mean of a metric over the results that have it; nan if none has."""
+    found = values(results, metric)
+    return sum(found.values()) / len(found) if found else np.nan
 
 
 def difference(first: Mapping[str, float], second: Mapping[str, float]) -> Estimate:
-    """Second less first, over the cases that both have: each case is compared with itself."""
+    """Second minus first, case by case, over the cases that both have."""
     return estimate([second[case] - first[case] for case in first if case in second])

@@ -1,161 +1,198 @@
-"""What studies share: methods run on the benchmark's cases, pictures kept, tables and a contact sheet."""
+"""What both studies share: running methods on cases, tables, the page and the command line."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.utils
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from ...metrics.lpips import Lpips
+from ...metrics.image import measure_edit
 from ...models.files import replacing
-from ...models.tiny_studio import scenes, studio
+from ...models.tiny_studio import scenes
+from ...pictures.contact_sheet import draw_sheet, to_image
+from ..benchmark.cases import Case, first_of_each_type
+from ..benchmark.layouts import read_cases
+from ..benchmark.results import Result, Results, check_run, new_result, picture_file, save_picture, write_run
+from ..benchmark.scorer import Scorer, as_rows, to_tensor
+from ..benchmark.statistics import mean
+from ..output import DOCS, markdown, write_json, write_page
+from ..tiny_studio.attribute_classifier import shows
 from ..tiny_studio.stage import say
-from .tiny_benchmark import Cases, Method, Scores, Studio, draw_cases, run, score
+from .studio import BATCH, Batch, Studio, StudioMethod, structure_distance
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "studies"
 COLUMNS = {
     "success": ("success", "{:.1%}"),
-    "psnr_db": ("PSNR (dB)", "{:.2f}"),
-    "ssim": ("SSIM", "{:.3f}"),
-    "lpips": ("LPIPS", "{:.3f}"),
-    "kept_db": ("PSNR outside mask (dB)", "{:.2f}"),
-    "kept_ssim": ("SSIM outside mask", "{:.3f}"),
+    "target_psnr": ("PSNR (dB)", "{:.2f}"),
+    "target_ssim": ("SSIM", "{:.3f}"),
+    "target_lpips": ("LPIPS", "{:.3f}"),
+    "psnr_outside": ("PSNR outside mask (dB)", "{:.2f}"),
+    "ssim_outside": ("SSIM outside mask", "{:.3f}"),
     "structure": ("structure distance", "{:.2f}"),
 }
-AGAINST_TRUE = ("success", "psnr_db", "ssim", "lpips", "kept_db")
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A line of a table: a method and everything that decides its pictures, as text and files."""
-
-    label: str
-    method: Method
-    settings: str
-    files: tuple[Path, ...] = ()
+AGAINST_TRUE = ("success", "target_psnr", "target_ssim", "target_lpips", "psnr_outside")
+Rows = Mapping[str, StudioMethod]  # of a table, by label
 
 
 class Study:
-    """Runs rows on cases. A row's pictures are kept under a digest of its settings, its files and the
-    studio's weights, so that a study goes on where it was stopped and equal rows run once.
+    """Methods on cases of the Tiny Studio, whose results are kept like those of a benchmark.
+
+    Results lie in a folder for each split and version of the cases, so a stopped study continues and equal
+    methods run once. `dev.py benchmark --report-only --out FOLDER` writes their report.
     """
 
-    def __init__(self, tiny: Studio, cases: Cases, work: Path = WORK) -> None:
-        self.tiny, self.cases, self.work = tiny, cases, work
-        self._scores: dict[str, Scores] = {}
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lpips = Lpips()
-        except ValueError as problem:
-            say(f"the LPIPS column is empty: {problem}")
-            self._lpips = None
+    def __init__(self, tiny: Studio, cases: Sequence[Case], split: str, work: Path = WORK) -> None:
+        self.tiny, self.cases, self._split = tiny, cases, split
+        digest = hashlib.sha256(repr([case.drawn and case.drawn.pair for case in cases]).encode()).hexdigest()
+        self.results = Results(work / f"{split}-{digest[:12]}")
+        scorer = Scorer()
+        self._networks = {name: net for name, net in scorer.networks.items() if name == "lpips"}
+        self._missing = scorer.missing
 
-    def pictures(self, row: Row) -> torch.Tensor:
-        """[cases, 128, 128, 3], 0 to 1, as an 8-bit file would hold them."""
-        path = self.work / f"{self._digest(row)}.npy"
-        if not path.exists():
-            made = run(
-                self.tiny,
-                self.cases,
-                row.method,
-                lambda done: say(f"{row.label}: {done}/{len(self.cases)} edits"),
-            )
-            with replacing(path) as part, part.open("wb") as file:
-                np.save(file, (made * 255).round().byte().numpy())
-        return torch.from_numpy(np.load(path)).float() / 255
+    def run(self, methods: Iterable[StudioMethod]) -> None:
+        """Make and measure the edits that are not there."""
+        distinct = list({method.label: method for method in methods}.values())
+        where = {"layout": "tiny-studio", "folder": "", "split": self._split}
+        settings = check_run(self.results.folder, where, distinct)
+        write_run(self.results.folder, {**settings, "missing": self._missing})
+        for start in range(0, len(self.cases), BATCH):
+            cases = self.cases[start : start + BATCH]
+            todo = [method for method in distinct if self.results.missing([method], cases)]
+            batch = Batch.of(self.tiny, cases) if todo else None
+            for method in todo:
+                missing = {case.id for _, case in self.results.missing([method], cases)}
+                numbers = [number for number, case in enumerate(cases) if case.id in missing]
+                self._edit(method, [cases[number] for number in numbers], batch.chosen(numbers))
+                say(f"{method.name}: {start + len(cases)}/{len(self.cases)} edits")
 
-    def scores(self, row: Row) -> Scores:
-        key = self._digest(row)
-        if key not in self._scores:
-            self._scores[key] = score(self.cases, self.pictures(row), self._lpips)
-        return self._scores[key]
+    def _edit(self, method: StudioMethod, cases: Sequence[Case], batch: Batch) -> None:
+        begin = time.process_time()
+        made = method.pictures(self.tiny, batch)
+        seconds = (time.process_time() - begin) / len(cases)
+        made = (made * 255).round().byte().float() / 255  # as a file holds it
+        found = measure_edit(made, batch.source, batch.target, batch.mask, self._networks)
+        found["success"] = torch.tensor(shows(made, [pair.target for pair in batch.pairs])).float()
+        found["structure"] = structure_distance(self.tiny, batch, made)
+        for case, picture, metrics in zip(cases, made, as_rows(found), strict=True):
+            save_picture(self.results.folder, method.label, case.id, to_image(picture))
+            self.results.append(new_result(method, case, seconds, metrics))
 
-    def _digest(self, row: Row) -> str:
-        digest = hashlib.sha256(repr([self.cases.pairs, row.settings]).encode())
-        for file in (studio.FILE, *row.files):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:24]
+    def of(self, method: StudioMethod) -> list[Result]:
+        """The results of a method on the study's cases."""
+        return [result for result in self.results.all if result["method"] == method.label]
+
+    def mean(self, method: StudioMethod, metric: str = "success") -> float:
+        return mean(self.of(method), metric)
+
+    def worst_type(self, method: StudioMethod) -> float:
+        """The success of the edit type with the least."""
+        kinds = {case.edit_type for case in self.cases}
+        return min(value for kind, value in by_type(self.of(method)).items() if kind in kinds)
+
+    def picture(self, method: StudioMethod, case: Case) -> torch.Tensor:
+        """[height, width, 3], 0 to 1."""
+        with Image.open(picture_file(self.results.folder, method.label, case.id)) as picture:
+            return to_tensor(picture)[0]
+
+    def table(self, rows: Rows, columns: Sequence[str] = AGAINST_TRUE) -> str:
+        """A Markdown table: means of `columns`, and the success of each edit type."""
+        return table({label: self.of(method) for label, method in rows.items()}, columns)
+
+    def draw(self, rows: Rows, file: Path) -> None:
+        """A contact sheet of two cases of each type: source, the methods' pictures and the true edit.
+
+        A red frame marks an edit without success.
+        """
+        cases = first_of_each_type(self.cases, 2)
+        drawn = Batch.of(self.tiny, cases)
+        columns = [("source", drawn.source)]
+        columns += [(label, [self.picture(method, c) for c in cases]) for label, method in rows.items()]
+        columns.append(("true edit", drawn.target))
+        failed = [
+            {result["case"] for result in self.of(method) if not result["metrics"]["success"]}
+            for method in rows.values()
+        ]
+        blank = [""] * len(rows)
+        captions = [[case.source_description, *blank, case.edit_description] for case in cases]
+        framed = [[False, *(case.id in missed for missed in failed), False] for case in cases]
+        with replacing(file) as part:
+            to_image(draw_sheet(columns, 128, captions, framed)[0]).save(part, "JPEG", quality=88)
 
 
-def table(rows: Mapping[str, Scores], by_type: bool = False, columns: Sequence[str] = AGAINST_TRUE) -> str:
-    """A Markdown table, a line for each row; `by_type` adds the success of each edit type."""
-    types = scenes.EDIT_TYPES if by_type else ()
-    head = ["", *(COLUMNS[name][0] for name in columns), *types]
-    lines = [head, ["---"] * len(head)]
-    for label, scores in rows.items():
-        means = {name: scores.mean(name) for name in columns}
-        cells = ["" if math.isnan(mean) else COLUMNS[name][1].format(mean) for name, mean in means.items()]
-        cells += [f"{scores.mean('success', edit_type):.0%}" for edit_type in types]
-        lines.append([label, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def contact_sheet(
-    cases: Cases, columns: Mapping[str, tuple[torch.Tensor, torch.Tensor]], a_type: int, path: Path
-) -> None:
-    """The first `a_type` cases of each type with their texts: source, each column's pictures and true edit.
-
-    columns: by label, pictures and their success; a red frame where the judge does not see the edit.
-    """
-    numbers = [
-        number
+def by_type(results: Sequence[Result]) -> dict[str, float]:
+    """Success by edit type."""
+    return {
+        kind: mean([result for result in results if result["type"] == kind], "success")
         for kind in scenes.EDIT_TYPES
-        for number in [i for i, pair in enumerate(cases.pairs) if pair.edit_type == kind][:a_type]
-    ]
-    fine = torch.ones(len(cases), dtype=torch.bool)
-    shown = {"source": (cases.source, fine), **columns, "true edit": (cases.target, fine)}
-    cell, line, head = 128, 30, 16
-    width, height = len(shown) * (cell + 4), len(numbers) * (cell + line) + head
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, (label, (pictures, success)) in enumerate(shown.items()):
-        x = column * (cell + 4)
-        pen.text((x + 2, 2), label, fill="black")
-        for place, number in enumerate(numbers):
-            y = head + place * (cell + line)
-            sheet.paste(Image.fromarray((pictures[number] * 255).round().byte().numpy()), (x, y))
-            if not success[number]:
-                pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline="red", width=3)
-    for place, number in enumerate(numbers):
-        pair, y = cases.pairs[number], head + place * (cell + line) + cell
-        pen.text((2, y + 1), pair.source_text, fill="black", font_size=10)
-        pen.text((2, y + 13), f"-> {pair.edit_text}", fill="black", font_size=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, quality=88)
+    }
 
 
-def command(
-    prog: str,
-    description: str,
-    page: Path,
-    measure: Callable[[Study], tuple[dict[str, float], str]],
-    tune: Callable[[Study], None],
-    tuning_a_type: int | None = None,
-) -> None:
-    """A study's command line: write its `page` and print its figures, or search on the tuning cases."""
+def table(rows: Mapping[str, Sequence[Result]], columns: Sequence[str] = AGAINST_TRUE) -> str:
+    """A Markdown table of results by label: means of `columns`, and the success of each edit type."""
+    lines = []
+    for label, results in rows.items():
+        means = {name: mean(results, name) for name in columns}
+        cells = ["" if math.isnan(value) else COLUMNS[name][1].format(value) for name, value in means.items()]
+        lines.append([label, *cells, *(f"{value:.0%}" for value in by_type(results).values())])
+    return markdown(["", *(COLUMNS[name][0] for name in columns), *scenes.EDIT_TYPES], lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A study.
+
+    name: of its page. columns: of the page's tables.
+    tables: the methods of each table by label, by the name that the page gives it; `methods` is the main one.
+    metrics: the numbers for machines. texts: what the page holds beside the tables, by name.
+    tune: prints the search for settings on the tuning cases. shown: how many methods the picture shows.
+    """
+
+    name: str
+    columns: Sequence[str]
+    tables: Callable[[], dict[str, Rows]]
+    metrics: Callable[[Study, Mapping[str, Rows]], dict[str, float]]
+    texts: Callable[[Study, Mapping[str, Rows], Mapping[str, float]], dict[str, Any]]
+    tune: Callable[[Study], None]
+    shown: int
+
+
+def publish(study: Study, plan: Plan, docs: Path = DOCS) -> tuple[dict[str, float], str]:
+    """Run a study and write its page and picture; returns its metrics and the page."""
+    rows = plan.tables()
+    study.run(method for some in rows.values() for method in some.values())
+    metrics = plan.metrics(study, rows)
+    study.draw(dict(list(rows["methods"].items())[: plan.shown]), docs / "pictures" / f"{plan.name}.jpg")
+    values = {name: study.table(some, plan.columns) for name, some in rows.items()}
+    values |= plan.texts(study, rows, metrics)
+    template = Path(__file__).with_name(f"{plan.name}_page.md")
+    text = write_page(template, docs / f"{plan.name}.md", {"cases": len(study.cases), **values})
+    return metrics, text
+
+
+def command(prog: str, description: str | None, plan: Plan, tuning_per_type: int = 10) -> None:
+    """The command line of a study: write its page and print its metrics, or search for settings."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--tune", action="store_true", help="the search for settings, on the tuning cases")
-    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
+    parser.add_argument("--json", type=Path, help="write the metrics as one flat JSON object")
     args = parser.parse_args()
     comfy.utils.set_progress_bar_enabled(False)
+    split = "tuning" if args.tune else "test"
+    cases = read_cases("tiny-studio", None, split)
     tiny = Studio.load()
     if args.tune:
-        tune(Study(tiny, draw_cases(tiny, held_out=False, a_type=tuning_a_type)))
+        plan.tune(Study(tiny, first_of_each_type(cases, tuning_per_type), split))
         return
-    figures, text = measure(Study(tiny, draw_cases(tiny, held_out=True)))
-    page.write_text(text, encoding="utf-8")
+    metrics, text = publish(Study(tiny, cases, split), plan)
     print(text)
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name:<40}{value:.3f}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(args.json, metrics)

@@ -7,6 +7,7 @@ for their neighbours, and the model would be blamed for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,15 @@ def load(path: Path = FILE) -> AttributeClassifier:
     classifier = AttributeClassifier()
     classifier.load_state_dict(safetensors.torch.load_file(path))
     return classifier.eval()
+
+
+def shows(pictures: np.ndarray | torch.Tensor, wanted: Sequence[scenes.Scene]) -> list[bool]:
+    """The success rule: whether each picture reads as its scene in kind and in every attribute.
+
+    pictures: [B, 128, 128, 3], 0 to 1.
+    """
+    found = load().read_as([scene.kind for scene in wanted], pictures)
+    return [read == {"kind": scene.kind, **scene.values} for read, scene in zip(found, wanted, strict=True)]
 
 
 def alone(pictures: torch.Tensor, side: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Benchmarks in the layouts they are published in, read where they lie; nothing is downloaded."""
+"""Readers of benchmarks in their published layouts. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ...models.tiny_studio import scenes
-from .cases import PICTURES, Case, Picture, distinct, file_picture, from_values, read_folder, read_json
+from .cases import PICTURES, Case, Drawn, Picture, distinct, file_picture, from_values, read_folder, read_json
 
-TINY_A_TYPE = 50
+TUNING_SEED = 1_000_000  # far from the seeds of the training pairs
 PIE_SIDE = 512
 PIE_TYPES = (
     *("random", "change object", "add object", "delete object", "change content", "change pose"),
@@ -24,13 +25,14 @@ PIE_TYPES = (
 
 
 def _rows(folder: Path, split: str) -> Any:
-    """A Hugging Face data set on this disk, pictures still encoded: what `save_to_disk` wrote, or parquet
-    files named after their split.
+    """A Hugging Face data set on this disk, with encoded pictures.
+
+    folder: of `save_to_disk`, or of parquet files named after their split.
     """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise ImportError("this layout needs the library datasets: pip install datasets") from None
+        raise ImportError("this layout needs datasets: pip install -r lab/requirements.txt") from None
     files = sorted(str(path) for path in folder.rglob(f"{split}-*.parquet"))
     try:
         if files:
@@ -57,7 +59,7 @@ def _column(rows: Any, number: int, name: str) -> Picture:
 
 
 def _light(rows: Any, needed: tuple[str, ...]) -> Any:
-    """The columns without pictures. Raises ValueError if one is not there."""
+    """The columns without pictures. Raises ValueError if a needed column is missing."""
     missing = sorted(set(needed) - set(rows.column_names))
     if missing:
         raise ValueError(
@@ -80,7 +82,7 @@ def read_dataset(folder: Path, split: str) -> Iterator[Case]:
 def read_emu_edit(folder: Path, split: str) -> Iterator[Case]:
     """The Emu Edit test set, huggingface.co/datasets/facebook/emu_edit_test_set, with its two captions.
 
-    It has neither masks nor true edits: edits are compared with their source.
+    It has neither masks nor true edits, so edits are compared with their source.
     """
     rows = _rows(folder, split)
     needed = ("instruction", "image", "task", "input_caption", "output_caption")
@@ -100,15 +102,16 @@ def read_magicbrush(folder: Path, split: str) -> Iterator[Case]:
     """MagicBrush's test or dev folder (arXiv 2306.10012): `edit_sessions.json`, `global_descriptions.json`
     and `images/ID/...`.
 
-    Each turn is a case on its own, from the true picture before it: the paper's single-turn setting. The edit
-    type is the turn. A mask's transparent part is where the edit happens, or its white part if none is.
+    Each turn is a case of its own that starts from the true picture before it: the paper's single-turn
+    setting. The edit type is the turn. The edit happens in the transparent part of a mask, or in the white
+    part if nothing is transparent.
     """
     folder = folder / split if (folder / split).is_dir() else folder
     sessions = read_json(folder / "edit_sessions.json")
     texts = read_json(folder / "global_descriptions.json")
     for image, turns in sessions.items():
         for number, turn in enumerate(turns, start=1):
-            place = f"edit_sessions.json {image} turn {number}"
+            origin = f"edit_sessions.json {image} turn {number}"
             try:
                 source, mask, target = (
                     file_picture(folder / "images" / image, turn[name])
@@ -118,7 +121,7 @@ def read_magicbrush(folder: Path, split: str) -> Iterator[Case]:
                 yield Case(
                     f"{image}-{number}",
                     f"turn {number}",
-                    place,
+                    origin,
                     source,
                     *described,
                     turn["instruction"],
@@ -126,7 +129,7 @@ def read_magicbrush(folder: Path, split: str) -> Iterator[Case]:
                     target,
                 )
             except (KeyError, TypeError) as error:
-                raise ValueError(f"{place}: there is no {error}") from None
+                raise ValueError(f"{origin}: there is no {error}") from None
 
 
 def _transparent(load: Callable[[], Image.Image]) -> Image.Image:
@@ -140,11 +143,12 @@ def _transparent(load: Callable[[], Image.Image]) -> Image.Image:
 def read_pie_bench(folder: Path, split: str) -> Iterator[Case]:
     """PIE-Bench (arXiv 2310.01506): `mapping_file.json` and `annotation_images/...`; it has no splits.
 
-    Its masks are runs, start and length, over 512x512 pixels row by row; the outermost pixels count as
-    edited, as in its authors' evaluation. Brackets in its descriptions mark the words that differ.
+    Its masks are runs, start and length, over 512x512 pixels row by row. The outermost pixels count as
+    edited, as in its authors' evaluation. Brackets in its descriptions mark the words that differ; they are
+    removed.
     """
     for key, entry in read_json(folder / "mapping_file.json").items():
-        place = f"mapping_file.json {key}"
+        origin = f"mapping_file.json {key}"
         try:
             kind = int(entry["editing_type_id"])
             source, edit = (
@@ -154,7 +158,7 @@ def read_pie_bench(folder: Path, split: str) -> Iterator[Case]:
             yield Case(
                 key,
                 f"{kind} {PIE_TYPES[kind]}",
-                place,
+                origin,
                 file_picture(folder / "annotation_images", entry["image_path"]),
                 source,
                 edit,
@@ -162,7 +166,7 @@ def read_pie_bench(folder: Path, split: str) -> Iterator[Case]:
                 Picture(f"mask of {key}", partial(pie_mask, entry["mask"])),
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{place}: not an entry of PIE-Bench ({error!r})") from None
+            raise ValueError(f"{origin}: not an entry of PIE-Bench ({error!r})") from None
 
 
 def pie_mask(runs: list[int]) -> Image.Image:
@@ -179,7 +183,7 @@ def read_unify_bench(folder: Path, split: str) -> Iterator[Case]:
     """Unify-Bench (arXiv 2504.05594, Table I): folders color_sim, color_cmp, texture_sim, texture_cmp,
     obj_sim, obj_cmp, background, style, human; for each picture two prompts and a mask, "None" for a style.
 
-    How it is laid out beyond that is not published. This reads `prompts.json` in each of the folders,
+    Its files are not published beyond that. This reads `prompts.json` in each of the folders:
     {"fox.png": {"source_prompt": ..., "target_prompt": ..., "mask": "fox_mask.png"}}. It has no splits.
     """
     files = sorted(folder.glob("*/prompts.json"))
@@ -187,39 +191,47 @@ def read_unify_bench(folder: Path, split: str) -> Iterator[Case]:
         raise ValueError(f"{folder} has no folder with a prompts.json")
     for file in files:
         for name, entry in read_json(file).items():
-            group, place = file.parent, f"{file.parent.name}/prompts.json {name}"
+            group, origin = file.parent, f"{file.parent.name}/prompts.json {name}"
             try:
                 mask = entry["mask"]
                 yield Case(
                     f"{group.name}/{Path(name).stem}",
                     group.name,
-                    place,
+                    origin,
                     file_picture(group, name),
                     entry["source_prompt"],
                     entry["target_prompt"],
                     mask=None if mask in (None, "None") else file_picture(group, mask),
                 )
             except (KeyError, TypeError) as error:
-                raise ValueError(f"{place}: there is no {error}") from None
+                raise ValueError(f"{origin}: there is no {error}") from None
 
 
 def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
-    """The Tiny Studio's held-out edits, half of them with short descriptions; they are drawn, not read."""
-    for edit_type in scenes.EDIT_TYPES:
-        for number in range(TINY_A_TYPE):
-            pair = scenes.sample_edit(edit_type, number, scenes.WORDINGS[number % 2], held=True)
-            yield Case(
-                f"{edit_type}-{number:03}",
-                edit_type,
-                f"drawn {edit_type} {number}",
-                Picture("source", partial(_drawn, pair.source.draw)),
-                pair.source_text,
-                pair.edit_text,
-                scenes.instruction(pair),
-                None if edit_type == "style" else Picture("mask", partial(_drawn, pair.mask)),
-                Picture("target", partial(_drawn, pair.target.draw)),
-                {"kind": pair.target.kind, **pair.target.values},
-            )
+    """Edits of the Tiny Studio's scenes, half of them with short descriptions; they are drawn, not read.
+
+    The split `test` has 50 cases of each edit type, whose combinations of attributes no training saw. The
+    split `tuning` has 10 of each, whose combinations were trained on, though not these scenes.
+    """
+    if split not in ("test", "tuning"):
+        raise ValueError(f"tiny-studio has the splits test and tuning, not {split!r}")
+    held, per_type, first = (True, 50, 0) if split == "test" else (False, 10, TUNING_SEED)
+    numbers = [(edit_type, number) for edit_type in scenes.EDIT_TYPES for number in range(per_type)]
+    noise = torch.randn(len(numbers), 4, 16, 16, generator=torch.Generator().manual_seed(20 + held))
+    for (edit_type, number), start in zip(numbers, noise, strict=True):
+        pair = scenes.sample_edit(edit_type, first + number, scenes.WORDINGS[number % 2], held)
+        yield Case(
+            f"{edit_type}-{number:03}",
+            edit_type,
+            f"drawn {edit_type} {number}",
+            Picture("source", partial(_drawn, pair.source.draw)),
+            pair.source_text,
+            pair.edit_text,
+            scenes.instruction(pair),
+            None if edit_type == "style" else Picture("mask", partial(_drawn, pair.mask)),
+            Picture("target", partial(_drawn, pair.target.draw)),
+            Drawn(pair, start),
+        )
 
 
 def _drawn(draw: Callable[[], np.ndarray]) -> Image.Image:
@@ -238,11 +250,11 @@ LAYOUTS: Mapping[str, Callable[[Any, str], Any]] = {
 
 
 def read_cases(layout: str, folder: Path | None, split: str) -> list[Case]:
-    """A benchmark's cases. Raises ValueError for one that is not of the layout, or with an id twice."""
+    """The cases of a benchmark. Raises ValueError if it has another layout, or two cases with one id."""
     if layout not in LAYOUTS:
         raise ValueError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     if folder is None and layout != "tiny-studio":
-        raise ValueError(f"the layout {layout} needs the folder that the benchmark lies in")
+        raise ValueError(f"the layout {layout} needs --data, the folder of the benchmark")
     if folder is not None and not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     return distinct(LAYOUTS[layout](folder, split))

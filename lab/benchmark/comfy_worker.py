@@ -1,7 +1,7 @@
-"""A ComfyUI that makes a method's edits, one at a time, through its own HTTP API.
+"""A ComfyUI that runs workflows on cases, one at a time, through its HTTP API.
 
-The runner never executes a graph itself: even on one machine it starts a ComfyUI, a process of its own with
-this pack and no other, and asks that. So what is judged is what a user's ComfyUI makes.
+Even on one machine it is a process of its own, with this pack and no other, so the results are those of a
+user's ComfyUI.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,62 +19,62 @@ from PIL import Image
 
 from ..server import Client, NodeError, Server, ServerError, device_arguments
 from .cases import Case, CaseError
-from .methods import OUTPUT, PICTURE_SLOTS, Method
+from .methods import OUTPUT, PICTURE_SLOTS, Workflow
 
 FOLDER = "descriptive-edit-benchmark"
 ATTEMPTS = 2
 
 
-class EngineGone(ServerError):
-    """The engine's ComfyUI is not there and cannot be started."""
+class WorkerGone(ServerError):
+    """The ComfyUI of a worker does not run and cannot be started."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An edit's picture, or why there is none. seconds: of the prompt, with loading what it needs."""
+    """The picture of an edit, or the error. seconds: of the prompt, with the time to load models."""
 
     picture: Image.Image | None
     seconds: float
     error: str = ""
 
 
-class Engine:
-    """One ComfyUI. start: gives a client of it; called again when the ComfyUI has died."""
+class ComfyWorker:
+    """One ComfyUI. start: returns a client of it; it is called again when the ComfyUI has died."""
 
-    def __init__(self, name: str, start: Callable[[], Client], methods: Sequence[Method]) -> None:
+    def __init__(self, name: str, start: Callable[[], Client], methods: Sequence[Workflow]) -> None:
         self.name = name
         self._start, self._methods = start, methods
         self._client: Client | None = None
         self._retired = False
 
     def connect(self) -> Client:
-        """The running ComfyUI. Raises EngineGone if there is none, or none with the methods' nodes."""
+        """The running ComfyUI. Raises WorkerGone if there is none, or if it lacks nodes of the methods."""
         if self._client is not None:
             return self._client
         if self._retired:
-            raise EngineGone(f"{self.name} was stopped")
+            raise WorkerGone(f"{self.name} was stopped")
         try:
             client = self._start()
             there = client.object_info()
         except (ServerError, OSError) as error:
-            raise EngineGone(f"{self.name} does not answer: {error}") from error
+            raise WorkerGone(f"{self.name} does not answer: {error}") from error
         self._client = client
         for method in self._methods:
             lacking = sorted({node["class_type"] for node in method.prompt.values()} - set(there))
             if lacking:
                 self.close()
-                raise EngineGone(f"{self.name} has no {', '.join(lacking)}, which {method.label} needs")
+                raise WorkerGone(f"{self.name} has no {', '.join(lacking)}, which {method.label} needs")
         return client
 
     def close(self, retire: bool = False) -> None:
-        """Stop the ComfyUI if it is ours. retire: never start it again."""
+        """Stop the ComfyUI if this process started it. retire: never start it again."""
         self._retired |= retire
         client, self._client = self._client, None
         if isinstance(client, Server):
             client.stop()
 
-    def attempt(self, method: Method, case: Case) -> Outcome:
-        """The method's edit of a case, tried again if the ComfyUI dies. Raises EngineGone."""
+    def edit(self, method: Workflow, case: Case) -> Outcome:
+        """Run the method on a case, and again if the ComfyUI dies. Raises WorkerGone."""
         for number in range(1, ATTEMPTS + 1):
             client = self.connect()
             start = time.monotonic()
@@ -88,7 +89,7 @@ class Engine:
         return Outcome(None, time.monotonic() - start, failure)
 
 
-def _edit(client: Client, method: Method, case: Case) -> Image.Image:
+def _edit(client: Client, method: Workflow, case: Case) -> Image.Image:
     source = case.read("source_image")
     pictures = {"source_image": source}
     if "mask" in method.slots:
@@ -111,22 +112,18 @@ def _upload(client: Client, picture: Image.Image) -> str:
     return client.upload(buffer.getvalue(), f"{name}.png", FOLDER)
 
 
-def own_engines(comfyui: Path, count: int, methods: Sequence[Method]) -> list[Engine]:
-    """Engines that start a ComfyUI each, with its own models and this pack, on the GPUs in turn."""
+def own_workers(comfyui: Path, count: int, methods: Sequence[Workflow]) -> list[ComfyWorker]:
+    """Workers that start a ComfyUI each, with its own models and this pack, on the GPUs in turn."""
     gpus = torch.cuda.device_count()
     common = ["--models-directory", str(comfyui / "models"), *device_arguments()]
-
-    def engine(number: int) -> Engine:
+    workers = []
+    for number in range(count):
         device = ["--cuda-device", str(number % gpus)] if gpus > 1 else []
-        return Engine(f"ComfyUI {number + 1}", lambda: Server(comfyui, [*common, *device]), methods)
+        start = partial(Server, comfyui, [*common, *device])
+        workers.append(ComfyWorker(f"ComfyUI {number + 1}", start, methods))
+    return workers
 
-    return [engine(number) for number in range(count)]
 
-
-def running_engines(addresses: Sequence[str], methods: Sequence[Method]) -> list[Engine]:
-    """Engines that are running ComfyUIs, with whatever node packs they have."""
-
-    def engine(address: str) -> Engine:
-        return Engine(address, lambda: Client(address), methods)
-
-    return [engine(address) for address in addresses]
+def running_workers(addresses: Sequence[str], methods: Sequence[Workflow]) -> list[ComfyWorker]:
+    """Workers that use running ComfyUIs, with whatever node packs these have."""
+    return [ComfyWorker(address, partial(Client, address), methods) for address in addresses]
