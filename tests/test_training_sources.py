@@ -112,7 +112,9 @@ def check(pairs: list[Any], samples: list[Drawn]) -> None:
             np.testing.assert_array_equal(picture.numpy(), array.astype(np.float32) / 255)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "prepared", "folder of parquet", "columns of bytes"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, "prepared", "folder of parquet", "columns of bytes", "folder of images"]
+)
 def test_the_same_pairs(sources: Any, tmp_path: Path, kind: str) -> None:
     """Protects: the same pictures and texts come out of a folder, shards and data sets, streamed or prepared,
     in their order, and `limit` takes the first.
@@ -123,6 +125,18 @@ def test_the_same_pairs(sources: Any, tmp_path: Path, kind: str) -> None:
         where["streaming"] = False
     elif kind == "folder of parquet":
         where["path"] = str(tmp_path / "data")
+    elif kind == "folder of images":
+        where["path"] = str(tmp_path / "images")
+        (tmp_path / "images" / "train").mkdir(parents=True)
+        rows = []
+        for sample in samples:
+            row = dict(zip(ROLES[2:], sample.texts, strict=True))
+            for role, content in zip(ROLES[:2], sample.files, strict=True):
+                name = f"{sample.name}.{role}.png"
+                (tmp_path / "images" / "train" / name).write_bytes(content)
+                row[role.replace("image", "image_file_name")] = name
+            rows.append(json.dumps(row) + "\n")
+        (tmp_path / "images" / "train" / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
     elif kind == "columns of bytes":
         columns = zip(*((*sample.files, *sample.texts) for sample in samples), strict=True)
         table = pyarrow.table({name: list(column) for name, column in zip(ROLES, columns, strict=True)})
