@@ -103,7 +103,7 @@ def _inside_input(folder: str) -> Path:
 
 
 class DescEditTrainBridge(io.ComfyNode):
-    """Node: `training.trainer.Trainer`."""
+    """Node: `training.session.train_bridge`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

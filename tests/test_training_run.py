@@ -453,8 +453,9 @@ def test_base_from_a_checkpoint(host: Host, tmp_path: Path, monkeypatch: pytest.
     for name, weight in unet.named_parameters():
         assert torch.equal(weight.cpu(), weights[name].bfloat16()), name
         assert not weight.requires_grad
-    with pytest.raises(ValueError, match=r"base\.safetensors has no (VAE|text encoder)"):
-        base.encoders()
+    for load, part in ((base.encoders, "text encoder"), (base.vae, "VAE")):
+        with pytest.raises(ValueError, match=rf"base\.safetensors has no {part}: take a whole checkpoint"):
+            load()
     assert base.fingerprint().startswith("base.safetensors ")
 
 

@@ -73,7 +73,7 @@ def _checkpoint_part(file: Path, part: str, **options: Any) -> Any:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file.name} cannot be loaded as a checkpoint: {reason}") from error
     found = {"model": model, "clip": clip, "vae": vae}[part]
-    if found is None:
+    if found is None or getattr(found, "first_stage_model", found) is None:  # the host's VAE without weights
         raise ValueError(f"{file.name} has no {_PARTS[part]}: take a whole checkpoint")
     return found
 
