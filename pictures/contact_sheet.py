@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..models.files import replacing
 from .lettering import Lettering
 
 _GAP, _LABEL, _CAPTION = 6, 14, 11
@@ -65,6 +67,12 @@ def draw_sheet(
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """An image [height, width, 3 or more], 0 to 1, in 8 bits."""
     return Image.fromarray((pixels[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def save_image(image: Image.Image, file: Path) -> None:
+    """In the format of the file's ending, under a temporary name first."""
+    with replacing(file) as part:
+        image.save(part, Image.registered_extensions()[file.suffix], quality=88)
 
 
 def _write(

@@ -29,6 +29,7 @@ from ..models.bridge import AttentionBridge, BridgeSettings
 from ..models.bridge_file import save_bridge
 from ..patches.attention.networks import network_of
 from ..patches.host.out_of_memory import OutOfMemory
+from ..pictures.contact_sheet import save_image
 from .base_model import BaseModelLoader, free
 from .cache import EncodedPairs, encode_shard, indexed_pairs
 from .checkpoints import Checkpoints
@@ -36,7 +37,7 @@ from .config import Config, documented, read_config
 from .libraries import library
 from .settings import PRECISIONS, DataConfig
 from .trainer import ProcessGroup, Trainer
-from .validation import Validation, save_picture, validation_data
+from .validation import Validation, validation_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -204,7 +205,7 @@ class Run:
     def _validate(self, validation: Validation) -> None:
         picture = validation.picture(self.trainer, self.model, self.base)
         path = self.output / "validation" / f"step-{self.trainer.step:06}.png"
-        save_picture(picture, path)
+        save_image(picture, path)
         self.say(f"validation: {path}")
         if self.config.logging.tensorboard:
             tracker = self.accelerator.get_tracker("tensorboard")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import comfy.model_management
 import comfy.samplers
-import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..models.bridge import manage
-from ..models.files import replacing
 from ..patches.bridge.apply import apply_bridge
 from ..patches.bridge.guidance import DualGuidance, DualGuider
 from ..patches.bridge.run import BridgeSetup
+from ..pictures.contact_sheet import draw_sheet, to_image
 from .base_model import BaseModelLoader, to_device
 from .cache import EncodedPairs
 from .config import ValidationConfig
@@ -27,8 +24,6 @@ from .pairs import EditPair
 from .settings import DataConfig
 from .sources import read_pairs
 from .trainer import Trainer
-
-GAP, TEXT_SIZE, LINES = 8, 13, 5
 
 
 def validation_data(data: DataConfig, settings: ValidationConfig) -> DataConfig:
@@ -69,7 +64,14 @@ class Validation:
                 del vae
         finally:
             to_device(model)
-        return sheet(self.edits, sampled, f"after step {trainer.step}")
+        columns = [
+            ("source", [edit.source for edit in self.edits]),
+            ("target", [edit.edit for edit in self.edits]),
+            (f"after step {trainer.step}", sampled),
+        ]
+        captions = [[edit.source_text, edit.edit_text, ""] for edit in self.edits]
+        side = max(max(edit.source.shape[:2]) for edit in self.edits)
+        return to_image(draw_sheet(columns, side, captions)[0])
 
     def _sample(self, number: int, model: ModelPatcher, bridge: ModelPatcher) -> torch.Tensor:
         """A latent in the VAE's scale, from noise that is the same every time."""
@@ -85,33 +87,3 @@ class Validation:
         sampler = comfy.samplers.sampler_object("euler")
         start = torch.zeros_like(pair.source)
         return guider.sample(noise, start, sampler, sigmas, disable_pbar=True, seed=number)
-
-
-def sheet(edits: Sequence[EditPair], sampled: Sequence[torch.Tensor], title: str) -> Image.Image:
-    """A row for each edit: source, target, sampled, each [height, width, 3], 0 to 1, with the texts below."""
-    font = ImageFont.load_default(TEXT_SIZE)
-    width = max(edit.source.shape[1] for edit in edits)
-    below = LINES * (TEXT_SIZE + 4)
-    heights = [edit.source.shape[0] + below + GAP for edit in edits]
-    page = Image.new("RGB", (3 * (width + GAP) + GAP, sum(heights) + GAP), "white")
-    draw = ImageDraw.Draw(page)
-    top = GAP
-    for edit, picture, height in zip(edits, sampled, heights, strict=True):
-        columns = (
-            (edit.source, edit.source_text),
-            (edit.edit, edit.edit_text),
-            (picture, title),
-        )
-        for column, (pixels, text) in enumerate(columns):
-            left = GAP + column * (width + GAP)
-            page.paste(Image.fromarray((pixels.cpu().numpy() * 255).round().astype(np.uint8)), (left, top))
-            lines = textwrap.wrap(text, max(8, int(width / (0.55 * TEXT_SIZE))), max_lines=LINES)
-            draw.multiline_text((left, top + edit.source.shape[0] + 2), "\n".join(lines), "black", font)
-        top += height
-    return page
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Save as PNG, under a temporary name first."""
-    with replacing(path) as part:
-        picture.save(part, "PNG")

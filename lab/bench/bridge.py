@@ -22,7 +22,7 @@ from ...patches.attention.networks import network_of
 from ...patches.bridge.apply import apply_bridge
 from ...patches.bridge.guidance import DualGuidance, DualGuider
 from ...patches.bridge.run import BridgeSetup
-from .measuring import choose_attention, dtype, now, peak_memory
+from .measuring import alternating, choose_attention, dtype, now, peak_memory
 from .random_sd15 import random_sd15
 
 STEPS = 20
@@ -117,21 +117,17 @@ def single(model: Any) -> Guider_Basic:
 
 
 def timed(guiders: dict[str, Any], side: int, rounds: int) -> dict[str, Clock]:
-    """Every guider's clock after `rounds` samplings of one step each, in alternating order, after one that is
-    not counted.
-    """
+    """Every guider's clock after `rounds` samplings of one step each, in alternating order."""
     clocks = {name: Clock() for name in guiders}
-    order = list(guiders)
-    for turn in range(rounds + 1):
-        for name in order if turn % 2 else reversed(order):
-            clock = Clock() if turn == 0 else clocks[name]
-            guider = guiders[name]
-            wrappers = guider.model_patcher.wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})
-            others = {key: value for key, value in wrappers.items() if key != "bench"}
-            wrappers.clear()
-            # First, outside of the bridge's own, so that reading the reference is in `before`.
-            wrappers.update({"bench": [clock.started], **others})
-            sample(guider, side, clock.sampler(1))
+    for name, counted in alternating(guiders, rounds):
+        clock = clocks[name] if counted else Clock()
+        guider = guiders[name]
+        wrappers = guider.model_patcher.wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})
+        others = {key: value for key, value in wrappers.items() if key != "bench"}
+        wrappers.clear()
+        # Outside the bridge's own wrapper, so that reading the reference is in `before`.
+        wrappers.update({"bench": [clock.started], **others})
+        sample(guider, side, clock.sampler(1))
     return clocks
 
 
@@ -152,7 +148,7 @@ def count_rows(model: Any, guider: Any, side: int) -> int:
 
 
 def measure(rounds: int) -> dict[str, float]:
-    figures: dict[str, float] = {}
+    found: dict[str, float] = {}
     euler = comfy.samplers.sampler_object("euler")
     heads = ("stock step", "dual step", "one row", "reading", "read each step")
     print(f"{'latent':<8}" + "".join(f"{head:>16}" for head in heads))
@@ -166,20 +162,20 @@ def measure(rounds: int) -> dict[str, float]:
             stock, step, row = (statistics.median(clocks[name].step) for name in ("stock", "dual", "row"))
             reading = statistics.median(clocks["dual"].before)
             passes.append(reading / row)
-            figures[f"dual_step_ratio_{side}"] = step / stock
+            found[f"dual_step_ratio_{side}"] = step / stock
             seconds = "".join(f"{value:>15.2f}s" for value in (stock, step, row, reading))
             print(f"{side}x{side:<5}{seconds}{(step + reading) / stock:>15.2f}x", flush=True)
-        figures["reference_pass_forwards"] = max(passes)
+        found["reference_pass_forwards"] = max(passes)
         peaks = [
             peak_memory(partial(sample, guiders[name], 64, Clock().sampler(1))) for name in ("stock", "dual")
         ]
-        figures["peak_memory_ratio_64"] = peaks[1] / peaks[0]
+        found["peak_memory_ratio_64"] = peaks[1] / peaks[0]
         small = dual(bridged(model, 8))
         few, many = (peak_memory(partial(sample, small, 8, euler, steps)) for steps in (5, 50))
-        figures["peak_memory_ratio_50_to_5_steps"] = many / few
-        figures["unet_rows_per_run"] = count_rows(model, small, 8)
+        found["peak_memory_ratio_50_to_5_steps"] = many / few
+        found["unet_rows_per_run"] = count_rows(model, small, 8)
         pair = {"stock": plain_cfg(model), "off": plain_cfg(bridged(model, 32, strength=0.0))}
         clocks = timed(pair, 32, 2 * rounds + 1)
         stock, off = (statistics.median(clocks[name].step) for name in pair)
-        figures["strength0_ratio"] = off / stock
-    return figures
+        found["strength0_ratio"] = off / stock
+    return found

@@ -7,10 +7,10 @@ name in the results. `training` computes the memory of training a bridge; it has
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from ..output import write_json
 from . import bridge as bench_bridge
 from . import training as bench_training
 from . import unify as bench_unify
@@ -38,14 +38,12 @@ def main() -> None:
     bench = WHAT[args.what]
     extra = {"compare": True} if args.attend_and_excite else {}
     where = on_card()
-    figures = bench.measure(args.rounds, **extra)
-    print(f"\n{'figure':<36}{'measured':>10}{'aim':>10}")
-    for name, value in figures.items():
+    found = bench.measure(args.rounds, **extra)
+    print(f"\n{'metric':<36}{'measured':>10}{'aim':>10}")
+    for name, value in found.items():
         aim = bench.AIMS.get(name)
         print(f"{name:<36}{value:>10.3f}{'' if aim is None else f'{aim:.2f}':>10}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures | where, indent=1) + "\n")
+    write_json(args.json, found | where)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import comfy.model_management
@@ -25,7 +25,7 @@ def dtype() -> torch.dtype:
 
 
 def on_card() -> dict[str, str]:
-    """What figures of a card carry with them: its name as `card`, which is printed; nothing elsewhere."""
+    """The name of the GPU as `card`, for the results; it is printed. Nothing on a CPU."""
     if device().type != "cuda":
         return {}
     name = torch.cuda.get_device_name(device())
@@ -38,6 +38,14 @@ def now() -> float:
     if device().type == "cuda":
         torch.cuda.synchronize(device())
     return time.perf_counter()
+
+
+def alternating(names: Iterable[str], rounds: int) -> Iterator[tuple[str, bool]]:
+    """The names `rounds` times in alternating order, after a first round; whether it is counted."""
+    order = list(names)
+    for turn in range(rounds + 1):
+        for name in order if turn % 2 else reversed(order):
+            yield name, turn > 0
 
 
 def peak_memory(run: Callable[[], Any]) -> int:

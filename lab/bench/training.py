@@ -8,7 +8,6 @@ flash kernel, which keeps no probabilities. Not included: the own use of CUDA an
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from contextlib import nullcontext
 from functools import cache
@@ -28,6 +27,7 @@ from ...patches.attention.networks import network_of
 from ...patches.bridge.core import ReferenceCache
 from ...training.objective import Batch, NoiseSample, losses
 from ...training.settings import PRECISIONS, Objective
+from ..output import write_json
 from .measuring import device, now, on_card
 from .random_sd15 import UNET
 
@@ -112,9 +112,9 @@ def kept(rows: int, resolution: int, precision: str, checkpointing: bool) -> tup
 def memory(precision: str) -> dict[str, float]:
     """Memory in GB: what is always there, what each row adds, and the sum by batch."""
     *_, always = kept(1, RESOLUTIONS[0], precision, False)
-    figures: dict[str, float] = {"parameters": always["parameters"]}
+    found: dict[str, float] = {"parameters": always["parameters"]}
     names = ("unet", "bridge", "gradient", "adamw", "average")
-    figures |= {f"{name}_gb": always[name] / GB for name in names}
+    found |= {f"{name}_gb": always[name] / GB for name in names}
     # Independent of the rows: the bridge's weights as autocast casts them.
     one, two = (kept(rows, RESOLUTIONS[0], precision, True)[0] for rows in (1, 2))
     rest = 2 * one - two
@@ -123,11 +123,11 @@ def memory(precision: str) -> dict[str, float]:
         less, *_ = kept(1, resolution, precision, True)
         # With checkpointing, one layer's activations are recomputed for its gradient.
         for label, each, again in ((f"{resolution}", row, 0), (f"{resolution}_checkpointed", less, layer)):
-            figures[f"row_gb_{label}"] = (each - rest) / GB
+            found[f"row_gb_{label}"] = (each - rest) / GB
             for batch in BATCHES:
                 total = sum(always[name] for name in names) + rest + batch * (each - rest + again)
-                figures[f"total_gb_{label}_batch_{batch}"] = total / GB
-    return figures
+                found[f"total_gb_{label}_batch_{batch}"] = total / GB
+    return found
 
 
 def step_seconds(batch: int, resolution: int, precision: str, checkpointing: bool, steps: int = 3) -> float:
@@ -146,23 +146,23 @@ def step_seconds(batch: int, resolution: int, precision: str, checkpointing: boo
     return sorted(times)[len(times) // 2]
 
 
-def table(figures: dict[str, float], precision: str) -> str:
+def table(found: dict[str, float], precision: str) -> str:
     """The values as a table."""
     fixed = ", ".join(
-        f"{name} {figures[f'{name}_gb']:.2f}" for name in ("unet", "bridge", "gradient", "adamw", "average")
+        f"{name} {found[f'{name}_gb']:.2f}" for name in ("unet", "bridge", "gradient", "adamw", "average")
     )
     lines = [
-        f"{figures['parameters']:,.0f} learned parameters; {precision}; GB: {fixed}",
+        f"{found['parameters']:,.0f} learned parameters; {precision}; GB: {fixed}",
         f"{'pixels':>8}{'checkpointing':>15}{'a row':>9}" + "".join(f"{f'batch {b}':>10}" for b in BATCHES),
     ]
     for resolution in RESOLUTIONS:
         for name, suffix in (("no", ""), ("yes", "_checkpointed")):
             label = f"{resolution}{suffix}"
-            totals = "".join(f"{figures[f'total_gb_{label}_batch_{b}']:>10.1f}" for b in BATCHES)
-            lines.append(f"{resolution:>8}{name:>15}{figures[f'row_gb_{label}']:>9.2f}{totals}")
-    if "step_seconds" in figures:
+            totals = "".join(f"{found[f'total_gb_{label}_batch_{b}']:>10.1f}" for b in BATCHES)
+            lines.append(f"{resolution:>8}{name:>15}{found[f'row_gb_{label}']:>9.2f}{totals}")
+    if "step_seconds" in found:
         lines.append(
-            f"{STEPS:,} steps of {figures['step_seconds']:.2f} s: {figures['hours_100k_steps']:,.1f} hours"
+            f"{STEPS:,} steps of {found['step_seconds']:.2f} s: {found['hours_100k_steps']:,.1f} hours"
         )
     return "\n".join(lines)
 
@@ -178,18 +178,16 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="in the measured step")
     parser.add_argument("--json", type=Path, help="write the results as one flat JSON object")
     args = parser.parse_args()
-    figures: dict[str, Any] = memory(args.precision)
+    found: dict[str, Any] = memory(args.precision)
     seconds = args.step_seconds
     if args.measure:
         seconds = step_seconds(args.batch, args.resolution, args.precision, args.checkpointing)
     if seconds:
-        figures |= {"step_seconds": seconds, "hours_100k_steps": seconds * STEPS / 3600}
+        found |= {"step_seconds": seconds, "hours_100k_steps": seconds * STEPS / 3600}
     if args.measure:
-        figures |= on_card()
-    print(table(figures, args.precision))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        found |= on_card()
+    print(table(found, args.precision))
+    write_json(args.json, found)
 
 
 if __name__ == "__main__":

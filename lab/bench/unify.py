@@ -1,9 +1,9 @@
-"""What a step that UnifyEdit optimises costs, on SD1.5's full-width UNet with random weights.
+"""Cost of a step that UnifyEdit optimises, on SD1.5's full-width UNet with random weights.
 
-A step is everything between two previews of a real sampling: for UnifyEdit the source branch, one gradient
-step on both losses at the sites up to 16x16, and the guided prediction; for the stock run that prediction
-alone. Attention and memory: measuring.py. Memory is measured first, the least first, because a process does
-not give back all it once took. SDXL's memory at 1024x1024 is the estimate that the host is asked for.
+A step is everything between two previews of a real sampling. For UnifyEdit: the source branch, one gradient
+step on both losses at the layers up to 16x16, and the guided prediction. For the stock run: that prediction
+alone. For attention and memory see measuring.py. Memory is measured first, the smallest first, because a
+process does not return all memory. SDXL's memory at 1024x1024 is the estimate that the host is asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ...patches.unify.source import active_entry, record
 from ...patches.unify.tokens import EditTokens, EditWord
 from .attend_and_excite import attend_and_excite
 from .bridge import conditioning, plain_cfg, sample
-from .measuring import choose_attention, dtype, now, peak_memory
+from .measuring import alternating, choose_attention, dtype, now, peak_memory
 from .random_sd15 import random_sd15
 from .sdxl_memory import gradient_gib
 
@@ -56,7 +56,7 @@ class Run:
     sampler: Callable[[int], Any]
 
     def seconds(self, side: int) -> list[float]:
-        """The time of each step but the first."""
+        """The time between callbacks: of each step but the first."""
         marks: list[float] = []
         sampling = self.guider.model_patcher.get_model_object("model_sampling")
         noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
@@ -101,17 +101,18 @@ def stock(model: Any) -> Run:
     return Run(plain_cfg(model), lambda steps: comfy.samplers.sampler_object("euler"))
 
 
-def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
-    """The target branch's forward and backward alone, its UNet ended after the last site or not."""
+def gradient_only(model: Any, stop: bool) -> Run:
+    """Forward and backward of the target branch alone. stop: end the UNet after the last layer."""
 
     def step(
-        model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
+        model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any, callback: Callable, **_: Any
     ) -> torch.Tensor:
+        mark = {"i": 0, "denoised": x, "x": x}
         guider, (height, width) = model.inner_model, x.shape[-2:]
         network = network_of(guider.inner_model.diffusion_model)
         layers = network.layers.values()
         entry = active_entry(guider.conds["positive"], float(sigmas[0]))
-        begin = now()
+        callback(mark)
         with gradients():
             leaf = x.clone().requires_grad_()
             recorder = AttentionRecorder(
@@ -126,22 +127,18 @@ def gradient_only(model: Any, stop: bool, seconds: list[float]) -> Run:
                 found.q for found in (*recorder.self_attention.values(), *recorder.cross_attention.values())
             ]
             LossGradient(leaf.new_zeros(1), [(q, torch.ones_like(q)) for q in ends]).by_latent(leaf)
-        seconds.append(now() - begin)
+        callback(mark)
         return x
 
     return Run(plain_cfg(model), lambda steps: comfy.samplers.KSAMPLER(step))
 
 
 def timed(runs: dict[str, Run], side: int, rounds: int) -> dict[str, float]:
-    """Each run's median step over `rounds` samplings in alternating order, and one before them that does not
-    count.
-    """
+    """The median step of each run over `rounds` samplings in alternating order."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for turn in range(rounds + 1):
-        for name in order if turn % 2 else reversed(order):
-            steps = runs[name].seconds(side)
-            times[name] += steps if turn else []
+    for name, counted in alternating(runs, rounds):
+        steps = runs[name].seconds(side)
+        times[name] += steps if counted else []
     return {name: statistics.median(steps) for name, steps in times.items()}
 
 
@@ -151,7 +148,7 @@ def peak(run: Run, side: int, steps: int) -> int:
 
 
 def measure(rounds: int, compare: bool = False) -> dict[str, float]:
-    figures = {
+    found = {
         "sdxl_1024_gradient_gib": gradient_gib(checkpoint=False),
         "sdxl_1024_gradient_gib_checkpointed": gradient_gib(checkpoint=True),
     }
@@ -159,42 +156,32 @@ def measure(rounds: int, compare: bool = False) -> dict[str, float]:
         model = random_sd15(dtype=dtype())
         choose_attention(model)
         few, many = (peak(unify(model, 8), 8, steps) for steps in (FEW, MANY))
-        figures["memory_growth_mb_25_to_5_steps"] = (many - few) / 1e6
-        figures["trajectory_mb_50_steps_64"] = inversion(model, 64, 50).trajectory.nbytes / 1e6
+        found["memory_growth_mb_25_to_5_steps"] = (many - few) / 1e6
+        found["trajectory_mb_50_steps_64"] = inversion(model, 64, 50).trajectory.nbytes / 1e6
         least, checkpointed, most = (
             peak(run, 64, 2) for run in (stock(model), unify(model, 64, checkpoint=True), unify(model, 64))
         )
         for name, size in (("stock", least), ("checkpointed", checkpointed), ("optimised", most)):
             print(f"peak memory at 64x64, {name}: {size / 1e9:.2f} GB", flush=True)
-        figures["peak_memory_ratio_64"] = most / least
-        figures["peak_memory_ratio_64_checkpointed"] = checkpointed / least
+        found["peak_memory_ratio_64"] = most / least
+        found["peak_memory_ratio_64_checkpointed"] = checkpointed / least
         heads = ("stock step", "optimised step", "checkpointed", "gradient", "without stop")
         print(f"{'latent':<8}" + "".join(f"{head:>16}" for head in heads))
         for side in (32, 64):
-            median = timed(
-                {
-                    "stock": stock(model),
-                    "unify": unify(model, side),
-                    "checkpointed": unify(model, side, checkpoint=True),
-                },
-                side,
-                rounds,
-            )
-            stopped: list[float] = []
-            whole: list[float] = []
-            pair = [gradient_only(model, True, stopped), gradient_only(model, False, whole)]
-            for turn in range(rounds + 1):
-                for run in pair if turn % 2 else reversed(pair):
-                    run.seconds(side)
-            for name, seconds in (("stopped", stopped), ("whole", whole)):
-                median[name] = statistics.median(seconds[1:])
+            steps = {
+                "stock": stock(model),
+                "unify": unify(model, side),
+                "checkpointed": unify(model, side, checkpoint=True),
+            }
+            backward = {"stopped": gradient_only(model, stop=True), "whole": gradient_only(model, stop=False)}
+            median = timed(steps, side, rounds) | timed(backward, side, rounds)
             print(f"{side}x{side:<5}" + "".join(f"{value:>15.2f}s" for value in median.values()), flush=True)
-            figures[f"step_ratio_{side}"] = median["unify"] / median["stock"]
-            figures[f"step_ratio_{side}_checkpointed"] = median["checkpointed"] / median["stock"]
-            figures[f"early_stop_share_{side}"] = median["stopped"] / median["whole"]
+            found[f"step_ratio_{side}"] = median["unify"] / median["stock"]
+            found[f"step_ratio_{side}_checkpointed"] = median["checkpointed"] / median["stock"]
+            found[f"early_stop_share_{side}"] = median["stopped"] / median["whole"]
             if compare:
                 other = attend_and_excite(side, rounds)
-                figures[f"attend_and_excite_step_ratio_{side}"] = other["seconds"] / median["stock"]
+                found[f"attend_and_excite_step_ratio_{side}"] = other["seconds"] / median["stock"]
     if compare:
-        figures["attend_and_excite_peak_memory_ratio_64"] = other["peak"] / least
-    return figures
+        found["attend_and_excite_peak_memory_ratio_64"] = other["peak"] / least
+    return found

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from ...models.files import replacing, write_bytes
+from ...models.files import write_bytes
+from ...pictures.contact_sheet import save_image
 from .cases import Case
 from .methods import Method
 
@@ -132,8 +133,7 @@ def picture_file(folder: Path, method: str, case: str) -> Path:
 
 
 def save_picture(folder: Path, method: str, case: str, picture: Image.Image) -> None:
-    with replacing(picture_file(folder, method, case)) as part:
-        picture.save(part, "PNG")
+    save_image(picture, picture_file(folder, method, case))
 
 
 def _slug(name: str) -> str:

@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 
 from ...metrics.image import measure_edit
-from ...models.files import replacing
 from ...models.tiny_studio import scenes
-from ...pictures.contact_sheet import draw_sheet, to_image
+from ...pictures.contact_sheet import draw_sheet, save_image, to_image
 from ..benchmark.cases import Case, first_of_each_type
 from ..benchmark.layouts import read_cases
 from ..benchmark.results import Result, Results, check_run, new_result, picture_file, save_picture, write_run
@@ -124,8 +123,7 @@ class Study:
         blank = [""] * len(rows)
         captions = [[case.source_description, *blank, case.edit_description] for case in cases]
         framed = [[False, *(case.id in missed for missed in failed), False] for case in cases]
-        with replacing(file) as part:
-            to_image(draw_sheet(columns, 128, captions, framed)[0]).save(part, "JPEG", quality=88)
+        save_image(to_image(draw_sheet(columns, 128, captions, framed)[0]), file)
 
 
 def by_type(results: Sequence[Result]) -> dict[str, float]:

@@ -8,7 +8,6 @@ or implies is right.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import comfy.samplers
 import kornia.metrics
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from ...models.tiny_studio import scenes, studio
 from ...patches import inversion
+from ...pictures.contact_sheet import draw_sheet, save_image, to_image
+from ..output import write_json
 from . import attribute_classifier, train
 from .attribute_classifier import AttributeClassifier
 
@@ -98,32 +98,6 @@ def inversion_psnr(model: Any, clip: Any, vae: Any, chosen: list[scenes.Scene]) 
     return float(np.mean(values))
 
 
-def contact_sheet(pictures: torch.Tensor, texts: list[str], marks: list[bool], path: Path) -> None:
-    columns, cell, line = 8, 128, 44
-    rows = -(-len(texts) // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + line)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (picture, text, mark) in enumerate(zip(pictures, texts, marks, strict=True)):
-        x, y = index % columns * cell, index // columns * (cell + line)
-        sheet.paste(Image.fromarray((picture.numpy() * 255).round().astype(np.uint8)), (x, y))
-        words, lines = text.split(), [""]
-        for word in words:
-            lines = (
-                [*lines, word]
-                if len(lines[-1]) + len(word) > 22
-                else [*lines[:-1], f"{lines[-1]} {word}".strip()]
-            )
-        pen.text(
-            (x + 2, y + cell + 1),
-            "\n".join(lines[:4]),
-            fill="black" if mark else "red",
-            font_size=9,
-            spacing=1,
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py studio", description=__doc__, add_help=False)
     parser.add_argument(
@@ -164,16 +138,18 @@ def main() -> None:
             "inversion_psnr_db": inversion_psnr(model, clip, vae, fresh[:10]),
             "file_mb": studio.FILE.stat().st_size / 1e6,
         }
-    contact_sheet(made[:64], texts[:64], marks[:64], args.out / "contact_sheet.png")
+    rows = [slice(start, start + 8) for start in range(0, 64, 8)]
+    columns = [("", made[column:64:8]) for column in range(8)]
+    framed = [[not mark for mark in marks[row]] for row in rows]
+    sheet = args.out / "contact_sheet.png"
+    save_image(to_image(draw_sheet(columns, 128, [texts[row] for row in rows], framed)[0]), sheet)
     print(f"{'attribute':<20}{'on drawings':>20}{'model':>10}")
     for name in drawn:
         print(f"{name:<20}{drawn[name]:>20.3f}{attributes[name]:>10.3f}")
     for name, value in figures.items():
         print(f"{name:<24}{value:.3f}")
-    print(f"contact sheet: {args.out / 'contact_sheet.png'}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"contact sheet: {sheet}")
+    write_json(args.json, figures)
 
 
 if __name__ == "__main__":
