@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ...models.tiny_studio.scenes import EditPair
+from ...training.pairs import Picture
 
 TEXTS = ("source_description", "edit_description", "instruction")
 PICTURES = ("source_image", "mask", "target_image")
@@ -34,13 +35,6 @@ _KNOWN = {"id", "type", *TEXTS, *PICTURES}
 
 class CaseError(ValueError):
     """A case that cannot be used."""
-
-
-class Picture(NamedTuple):
-    """A picture that is not read yet."""
-
-    name: str
-    open: Callable[[], Image.Image]
 
 
 class Drawn(NamedTuple):

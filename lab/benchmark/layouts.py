@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from ...models.tiny_studio import scenes
-from .cases import PICTURES, Case, Drawn, Picture, distinct, file_picture, from_values, read_folder, read_json
+from ...training.pairs import Picture
+from .cases import PICTURES, Case, Drawn, distinct, file_picture, from_values, read_folder, read_json
 
 TUNING_SEED = 1_000_000  # far from the seeds of the training pairs
 PIE_SIDE = 512
