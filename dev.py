@@ -352,7 +352,7 @@ MODULES = {
     "serve": ("lab.server", "ComfyUI's web page with the pack in it, on http://127.0.0.1:8188"),
     "bench": ("lab.bench.command", "speed and memory: bench bridge, unify or training"),
     "train": ("training.command", "train a bridge: --config FILE, or --print-config for all settings"),
-    "benchmark": ("lab.benchmark.command", "judge workflows on an edit benchmark; benchmark --help"),
+    "benchmark": ("lab.benchmark.command", "compare workflows on an edit benchmark; benchmark --help"),
     "bridge-study": ("lab.studies.bridge_study", "300 held-out edits with the bridges and without"),
     "unify-study": ("lab.studies.unify_study", "300 held-out edits with UnifyEdit, its parts and without"),
     "report": ("lab.studies.results_page", "run the studies and write their pages and docs/results.md"),

@@ -1,4 +1,4 @@
-"""`python dev.py edit`: run the shipped workflow on a real server, save the pictures, measure them."""
+"""`python dev.py edit`: run the shipped workflow on a real server, save the images and measure them."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def set_inputs(prompt: Prompt, class_type: str, **inputs: Any) -> None:
 
 
 def replace_node(prompt: Prompt, node_id: str, outputs: dict[int, Any]) -> None:
-    """Take a node out of a prompt: what read its output i gets `outputs[i]`, or loses that input if None.
+    """Remove a node from a prompt: an input that read its output i gets `outputs[i]`, or is removed if that
+    is None.
 
-    A node that loses its only input goes, too.
+    A node that loses its only input is removed too.
     """
     del prompt[node_id]
     for key, node in list(prompt.items()):
@@ -73,7 +74,7 @@ def read_picture(file: Path, mode: str, option: str) -> Image.Image:
 
 
 def read_pictures(options: EditOptions) -> dict[str, Image.Image]:
-    """The user's image and mask, checked, cut to a square and scaled to the Tiny Studio's size."""
+    """The user's image and mask, checked, cropped to a square and scaled to the Tiny Studio's size."""
     pictures = {}
     if options.image is not None:
         pictures["source"] = read_picture(options.image, "RGB", "--image")
@@ -95,7 +96,7 @@ def refuse(message: str) -> NoReturn:
 
 
 class ProgressLine:
-    """Shows which node runs and how far it is: one line that moves on a terminal, a few lines elsewhere."""
+    """Shows which node runs and its progress: one updating line on a terminal, a few lines elsewhere."""
 
     def __init__(self) -> None:
         self._moves = sys.stdout.isatty()
@@ -113,7 +114,7 @@ class ProgressLine:
 
 
 def result(server: Server, prompt: Prompt, outputs: dict[str, Any]) -> np.ndarray:
-    """The picture that the workflow's SaveImage wrote."""
+    """The image that the workflow's SaveImage wrote."""
     for node_id, output in outputs.items():
         if prompt[node_id]["class_type"] == "SaveImage":
             with Image.open(io.BytesIO(server.image(output["images"][0]))) as picture:
@@ -140,7 +141,7 @@ def run_samples(server: Server, workflow: Prompt) -> list[Edited]:
 def run_image(
     server: Server, workflow: Prompt, options: EditOptions, pictures: dict[str, Image.Image]
 ) -> Edited:
-    """Edit the user's picture."""
+    """Edit the user's image."""
     prompt = copy.deepcopy(workflow)
     for name, picture in pictures.items():
         picture.save(server.base / "input" / f"{name}.png")
@@ -175,7 +176,7 @@ def run_one(server: Server, prompt: Prompt) -> np.ndarray:
 
 
 def psnr_outside(edit: Edited) -> float | None:
-    """PSNR in dB of the edited picture against the source where the mask is black, at most 100."""
+    """PSNR in dB of the edited image against the source where the mask is black, at most 100."""
     keep = np.ones(edit.source.shape[:2], bool) if edit.mask is None else edit.mask <= 0
     if not keep.any():
         return None
@@ -184,7 +185,7 @@ def psnr_outside(edit: Edited) -> float | None:
 
 
 def succeeded(edits: Sequence[Edited]) -> list[bool]:
-    """Whether the judge reads what should have changed as changed, and everything else as it was."""
+    """Whether the classifier reads what should have changed as changed, and everything else as it was."""
     read = judge.load().read(np.stack([edit.edited for edit in edits]))
     wanted = [edit.pair.target.values for edit in edits if edit.pair is not None]
     return [
@@ -194,7 +195,7 @@ def succeeded(edits: Sequence[Edited]) -> list[bool]:
 
 
 def save_pictures(edits: Sequence[Edited], out: Path) -> dict[str, str]:
-    """Write source and edited picture of each edit and an overview; returns the paths by name."""
+    """Write source and edited image of each edit and an overview; returns the paths by name."""
     out.mkdir(parents=True, exist_ok=True)
     paths, rows = {}, []
     for edit in edits:
@@ -223,7 +224,7 @@ def report(edits: Sequence[Edited]) -> dict[str, float | None]:
     """Print a line for each edit; returns the figures over all, None where there is nothing to measure."""
     known = [edit for edit in edits if edit.pair is not None]
     success = dict(zip((edit.name for edit in known), succeeded(known), strict=True)) if known else {}
-    # A change of style has no mask: nothing in it has to stay.
+    # A change of style has no mask: nothing must stay the same.
     kept = {edit.name: psnr_outside(edit) for edit in edits if edit.mask is not None or edit.pair is None}
     print(f"{'edit':<14}{'kept outside mask':>20}{'edit made':>14}")
     for edit in edits:

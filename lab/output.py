@@ -1,4 +1,4 @@
-"""What the commands of the lab write: Markdown tables, pages in docs/, and JSON for machines."""
+"""Output of the lab's commands: Markdown tables, pages in docs/, and JSON."""
 
 from __future__ import annotations
 

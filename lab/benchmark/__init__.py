@@ -1,1 +1,1 @@
-"""The edit benchmark: methods, which are ComfyUI workflows, on cases with texts, masks and true edits."""
+"""The edit benchmark: methods (ComfyUI workflows) on cases with texts, masks and true edits."""

@@ -1,13 +1,13 @@
-"""A benchmark's cases, and the folder that holds one.
+"""A benchmark's cases, and the folder that holds a benchmark.
 
-A folder has `cases.jsonl`, a case a line:
+A folder has `cases.jsonl`, one case per line:
 
     {"id": "fox-1", "type": "object", "source_image": "fox.png", "source_description": "a fox on snow",
      "edit_description": "a wolf on snow", "instruction": "make it a wolf", "mask": "fox_mask.png",
      "target_image": "wolf.png"}
 
-Pictures are files below the folder. `mask` is white where the edit happens. `instruction`, `mask` and
-`target_image` are optional.
+Images are files in the folder. `mask` is white in the edit region. `instruction`, `mask` and `target_image`
+are optional.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class CaseError(ValueError):
 
 
 class Drawn(NamedTuple):
-    """What a case of the Tiny Studio has beside its pictures.
+    """What a case of the Tiny Studio has beside its images.
 
-    pair: the scenes. noise: [4, 16, 16], where methods that sample in this process start.
+    pair: the scenes.
+    noise: [4, 16, 16], the start of methods that sample in this process.
     """
 
     pair: EditPair
@@ -51,7 +52,8 @@ class Drawn(NamedTuple):
 class Case:
     """One edit. Texts that a benchmark does not have are empty.
 
-    origin: where the case is written, for messages. drawn: None for all benchmarks but the Tiny Studio's.
+    origin: where the case is written, for messages.
+    drawn: None for all benchmarks but the Tiny Studio's.
     """
 
     id: str
@@ -67,13 +69,13 @@ class Case:
 
     @property
     def seed(self) -> int:
-        """The same for every method, so that all methods are compared on the same noise."""
+        """The seed, equal for all methods, so that they are compared on the same noise."""
         return zlib.crc32(self.id.encode())
 
     def read(self, role: str) -> Image.Image | None:
-        """The picture of one of PICTURES, upright, in RGB, or L for the mask; None if the case has none.
+        """The image of one of PICTURES, upright, in RGB, or L for the mask; None if the case has none.
 
-        Raises CaseError if the file is missing or is not a picture.
+        Raises CaseError if the file is missing or is not an image.
         """
         picture: Picture | None = getattr(self, role)
         if picture is None:
@@ -83,7 +85,7 @@ class Case:
                 return ImageOps.exif_transpose(file).convert("L" if role == "mask" else "RGB")
         except FileNotFoundError:
             problem = "is missing"
-        except Exception as error:  # Pillow raises nearly anything for broken bytes
+        except Exception as error:  # Pillow raises almost any exception for broken bytes
             problem = f"cannot be read ({error})"
         raise CaseError(f"case {self.id} ({self.origin}): its {role} {picture.name} {problem}")
 
@@ -112,7 +114,7 @@ def first_of_each_type(cases: Iterable[Case], count: int) -> list[Case]:
 
 
 def file_picture(folder: Path, name: str) -> Picture:
-    """A file below the folder. Raises ValueError for a name that leads out of it."""
+    """A file in the folder. Raises ValueError for a name that leaves the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"{name} leads out of {folder}")

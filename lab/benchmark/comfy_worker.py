@@ -1,6 +1,6 @@
 """A ComfyUI that runs workflows on cases, one at a time, through its HTTP API.
 
-Even on one machine it is a process of its own, with this pack and no other, so the results are those of a
+Even on one machine it is a separate process, with this pack and no other, so the results are those of a
 user's ComfyUI.
 """
 
@@ -31,7 +31,10 @@ class WorkerGone(ServerError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The picture of an edit, or the error. seconds: of the prompt, with the time to load models."""
+    """The image of an edit, or the error.
+
+    seconds: of the prompt, including the time to load models.
+    """
 
     picture: Image.Image | None
     seconds: float
@@ -39,7 +42,10 @@ class Outcome:
 
 
 class ComfyWorker:
-    """One ComfyUI. start: returns a client of it; it is called again when the ComfyUI has died."""
+    """One ComfyUI.
+
+    start: returns a client of it; called again after the ComfyUI has died.
+    """
 
     def __init__(self, name: str, start: Callable[[], Client], methods: Sequence[Workflow]) -> None:
         self.name = name
@@ -113,7 +119,7 @@ def _upload(client: Client, picture: Image.Image) -> str:
 
 
 def own_workers(comfyui: Path, count: int, methods: Sequence[Workflow]) -> list[ComfyWorker]:
-    """Workers that start a ComfyUI each, with its own models and this pack, on the GPUs in turn."""
+    """Workers that each start a ComfyUI, with its own models and this pack, assigned to the GPUs in turn."""
     gpus = torch.cuda.device_count()
     common = ["--models-directory", str(comfyui / "models"), *device_arguments()]
     workers = []

@@ -1,4 +1,4 @@
-"""The report of a run: CSV tables, and one HTML page that needs no other file."""
+"""The report of a run: CSV tables, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ td.up { background: #dff3e3 } td.down { background: #fbe3e0 } svg, img { max-wid
 def write_report(folder: Path, rank: str | None = None) -> Tables:
     """Write `tables/*.csv` and `report.html` into a run's folder; returns the tables.
 
-    rank: the metric that orders the contact sheet. Raises ValueError if there are no results or no such
-    metric, or if the benchmark is not where it was.
+    rank: the metric that orders the contact sheet.
+
+    Raises ValueError if there are no results or no such metric, or if the benchmark has moved.
     """
     tables = Tables(read_results(folder))
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -141,7 +142,7 @@ def _mark(found: Estimate, metric: str) -> str:
 
 
 def chosen(results: Sequence[Result], metric: str) -> dict[str, list[Result]]:
-    """The best, median and worst results by a metric, no result twice."""
+    """The best, median and worst results by a metric, without repetition."""
     scored = [result for result in results if value_of(result, metric) is not None]
     scored.sort(key=lambda result: value_of(result, metric) * (better(metric) or 1), reverse=True)
     each = min(EACH, max(1, len(scored) // 3))
@@ -164,7 +165,7 @@ def _contact(folder: Path, tables: Tables, cases: Mapping[str, Case], metric: st
 
 
 def _sheet(folder: Path, rows: Sequence[tuple[Result, Case | None]], metrics: Sequence[str]) -> str:
-    """A contact sheet as an <img>: for each result what the benchmark gives, and the edit."""
+    """A contact sheet as an <img>: for each result the images of the benchmark, and the edit."""
     pictures, captions = [], []
     for result, case in rows:
         given = _given(case)
@@ -188,7 +189,7 @@ def _sheet(folder: Path, rows: Sequence[tuple[Result, Case | None]], metrics: Se
 
 
 def _given(case: Case | None) -> dict[str, torch.Tensor]:
-    """The pictures of the benchmark by column; none of a case that cannot be read any longer."""
+    """The images of the benchmark by column; none for a case that can no longer be read."""
     if case is None:
         return {}
     try:

@@ -26,7 +26,7 @@ PIE_TYPES = (
 
 
 def _rows(folder: Path, split: str) -> Any:
-    """A Hugging Face data set on this disk, with encoded pictures.
+    """A Hugging Face data set on this disk, with encoded images.
 
     folder: of `save_to_disk`, or of parquet files named after their split.
     """
@@ -60,7 +60,7 @@ def _column(rows: Any, number: int, name: str) -> Picture:
 
 
 def _light(rows: Any, needed: tuple[str, ...]) -> Any:
-    """The columns without pictures. Raises ValueError if a needed column is missing."""
+    """The columns without images. Raises ValueError if a required column is missing."""
     missing = sorted(set(needed) - set(rows.column_names))
     if missing:
         raise ValueError(
@@ -71,7 +71,7 @@ def _light(rows: Any, needed: tuple[str, ...]) -> Any:
 
 
 def read_dataset(folder: Path, split: str) -> Iterator[Case]:
-    """A Hugging Face data set whose columns are named as the values of a benchmark folder's `cases.jsonl`."""
+    """A Hugging Face data set with the names of a benchmark folder's `cases.jsonl` as columns."""
     rows = _rows(folder, split)
     light = _light(rows, ("id", "type", "source_image", "source_description", "edit_description"))
     given = {name: rows.data[name].is_valid().to_pylist() for name in PICTURES if name in rows.column_names}
@@ -83,7 +83,7 @@ def read_dataset(folder: Path, split: str) -> Iterator[Case]:
 def read_emu_edit(folder: Path, split: str) -> Iterator[Case]:
     """The Emu Edit test set, huggingface.co/datasets/facebook/emu_edit_test_set, with its two captions.
 
-    It has neither masks nor true edits, so edits are compared with their source.
+    It has no masks and no true edits, so edits are compared with their source.
     """
     rows = _rows(folder, split)
     needed = ("instruction", "image", "task", "input_caption", "output_caption")
@@ -100,12 +100,11 @@ def read_emu_edit(folder: Path, split: str) -> Iterator[Case]:
 
 
 def read_magicbrush(folder: Path, split: str) -> Iterator[Case]:
-    """MagicBrush's test or dev folder (arXiv 2306.10012): `edit_sessions.json`, `global_descriptions.json`
-    and `images/ID/...`.
+    """MagicBrush's test or dev folder (arXiv 2306.10012).
 
-    Each turn is a case of its own that starts from the true picture before it: the paper's single-turn
-    setting. The edit type is the turn. The edit happens in the transparent part of a mask, or in the white
-    part if nothing is transparent.
+    It holds `edit_sessions.json`, `global_descriptions.json` and `images/ID/...`. Each turn is a separate
+    case that starts from the true image before it: the paper's single-turn setting. The edit type is the
+    turn. The edit region is the transparent part of a mask, or the white part if nothing is transparent.
     """
     folder = folder / split if (folder / split).is_dir() else folder
     sessions = read_json(folder / "edit_sessions.json")
@@ -171,7 +170,7 @@ def read_pie_bench(folder: Path, split: str) -> Iterator[Case]:
 
 
 def pie_mask(runs: list[int]) -> Image.Image:
-    """A mask of PIE-Bench as a picture, white where the edit happens."""
+    """A mask of PIE-Bench as an image, white in the edit region."""
     mask = np.zeros(PIE_SIDE * PIE_SIDE, np.uint8)
     for start, length in zip(runs[::2], runs[1::2], strict=False):
         mask[start : start + length] = 255
@@ -181,11 +180,12 @@ def pie_mask(runs: list[int]) -> Image.Image:
 
 
 def read_unify_bench(folder: Path, split: str) -> Iterator[Case]:
-    """Unify-Bench (arXiv 2504.05594, Table I): folders color_sim, color_cmp, texture_sim, texture_cmp,
-    obj_sim, obj_cmp, background, style, human; for each picture two prompts and a mask, "None" for a style.
+    """Unify-Bench (arXiv 2504.05594, Table I); it has no splits.
 
-    Its files are not published beyond that. This reads `prompts.json` in each of the folders:
-    {"fox.png": {"source_prompt": ..., "target_prompt": ..., "mask": "fox_mask.png"}}. It has no splits.
+    It has folders color_sim, color_cmp, texture_sim, texture_cmp, obj_sim, obj_cmp, background, style, human;
+    for each image two prompts and a mask, "None" for a style. Its files are not published beyond that. This
+    reads `prompts.json` in each of the folders: {"fox.png": {"source_prompt": ..., "target_prompt": ...,
+    "mask": "fox_mask.png"}}.
     """
     files = sorted(folder.glob("*/prompts.json"))
     if not files:
@@ -209,10 +209,10 @@ def read_unify_bench(folder: Path, split: str) -> Iterator[Case]:
 
 
 def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
-    """Edits of the Tiny Studio's scenes, half of them with short descriptions; they are drawn, not read.
+    """Drawn edits of the Tiny Studio's scenes, half of them with short descriptions.
 
-    The split `test` has 50 cases of each edit type, whose combinations of attributes no training saw. The
-    split `tuning` has 10 of each, whose combinations were trained on, though not these scenes.
+    The split `test` has 50 cases of each edit type, with combinations of attributes that no training saw. The
+    split `tuning` has 10 of each, with combinations from training, but other scenes.
     """
     if split not in ("test", "tuning"):
         raise ValueError(f"tiny-studio has the splits test and tuning, not {split!r}")

@@ -39,8 +39,10 @@ Input = tuple[str, str]  # node and its input
 class Method(Protocol):
     """What makes an edit of a case: a workflow on a ComfyUI, or a function in this process (lab/studies).
 
-    name: methods of one sweep share it. label: the name of its results, unlike any other method's.
-    swept: the setting and its value in a sweep. digest: equal for methods that make the same pictures.
+    name: shared by the methods of one sweep.
+    label: the name of its results, unique.
+    swept: the setting and its value in a sweep.
+    digest: equal for methods that make the same images.
     """
 
     @property
@@ -66,13 +68,15 @@ class Workflow:
 
     @property
     def digest(self) -> str:
-        """Of all that decides its pictures."""
+        """Digest of everything that determines its images."""
         inputs = {slot: list(map(list, found)) for slot, found in self.slots.items() if slot in CASE_SLOTS}
         text = json.dumps([self.prompt, inputs, self.output], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def fill(self, case: Case, pictures: Mapping[str, str]) -> Prompt:
-        """The prompt for a case. pictures: the names of the uploaded files by slot.
+        """The prompt for a case.
+
+        pictures: the names of the uploaded files by slot.
 
         Raises CaseError if the workflow needs a text that the case does not have.
         """
@@ -93,7 +97,7 @@ def _put(prompt: Prompt, inputs: Sequence[Input], value: Any) -> None:
 
 
 def read_methods(files: Sequence[Path]) -> list[Workflow]:
-    """The methods of method files. Raises ValueError for a file, workflow or slot that cannot be used."""
+    """The methods of method files. Raises ValueError for an invalid file, workflow or slot."""
     methods = [method for file in files for method in read_method(file)]
     labels = [method.label for method in methods]
     doubled = sorted({label for label in labels if labels.count(label) > 1})

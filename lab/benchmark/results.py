@@ -1,4 +1,4 @@
-"""A run's folder: its settings in `run.json`, a line for each edit in `results.jsonl`, and the pictures.
+"""A run's folder: its settings in `run.json`, one line per edit in `results.jsonl`, and the images.
 
 A line is written once, when its edit is done: {"method", "name", "swept", "case", "type", "seconds",
 "metrics"}, and "error" for an edit that failed. A run that was killed continues where it stopped.
@@ -26,7 +26,9 @@ Metrics = dict[str, float | None]  # None: the region is empty
 
 
 class Results:
-    """The results in a run's folder. Failed edits are removed when it is opened, to be done again."""
+    """The results in a run's folder. When it is opened, failed edits are removed, so that they are
+    repeated.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +42,10 @@ class Results:
             write_bytes(self._file, kept)
 
     def append(self, result: Result, say: Callable[[str], None] = print) -> None:
-        """Write a result, unless its edit has one. say: gets the error of a failed edit."""
+        """Write a result, unless its edit has one.
+
+        say: called with the error of a failed edit.
+        """
         key = result["method"], result["case"]
         if "error" in result:
             say(f"{key[0]}, {key[1]}: {result['error']}")
@@ -52,7 +57,7 @@ class Results:
         self.all.append(result)
 
     def missing(self, methods: Sequence[AnyMethod], cases: Sequence[Case]) -> list[tuple[AnyMethod, Case]]:
-        """The edits that are not done, all methods of a case side by side."""
+        """The edits that are not done, all methods of a case together."""
         wanted = [(method, case) for case in cases for method in methods]
         return [(method, case) for method, case in wanted if (method.label, case.id) not in self.done]
 
@@ -76,9 +81,9 @@ def _text(result: Result) -> str:
 
 
 def parse(text: bytes, file: Path) -> list[Result]:
-    """The results in a file; an unfinished last line of a killed run is ignored.
+    """The results in a file. An unfinished last line of a killed run is ignored.
 
-    Raises ValueError for any other line that is no result, and for an edit with two results.
+    Raises ValueError for any other invalid line, and for an edit with two results.
     """
     *whole, _ = text.split(b"\n")
     results, seen = [], set()
@@ -137,6 +142,6 @@ def save_picture(folder: Path, method: str, case: str, picture: Image.Image) -> 
 
 
 def _slug(name: str) -> str:
-    """A file name, different for different names."""
+    """A file name, unique for each name."""
     plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name)[:80].strip(".")
     return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"

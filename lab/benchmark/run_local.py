@@ -18,7 +18,7 @@ Task = tuple[Workflow, Case]
 
 
 def run(tasks: Sequence[Task], workers: Sequence[ComfyWorker], scorer: Scorer, results: Results) -> None:
-    """Do the tasks. Some are left undone only if all workers were given up.
+    """Do the tasks. Some are left undone only if all workers have failed.
 
     Each worker has a thread; this thread measures. All workers are stopped at the end.
     """

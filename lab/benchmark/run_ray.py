@@ -75,11 +75,13 @@ def _worker(comfyui: str, options: argparse.Namespace) -> type:
 
 
 def run(tasks: Sequence[Task], options: argparse.Namespace, results: Results) -> None:
-    """Do the tasks on Ray and write their results. options: of `dev.py benchmark`, with absolute paths.
+    """Do the tasks on Ray and write their results.
 
-    Left undone are the batches of workers whose ComfyUI died and did not start again, and all that is left if
-    no ComfyUI starts. Raises ImportError if Ray is not installed, and ValueError if there is no cluster at
-    the address.
+    options: of `dev.py benchmark`, with absolute paths.
+
+    Left undone are the batches of workers whose ComfyUI died and did not restart, and everything that is left
+    if no ComfyUI starts.
+    Raises ImportError if Ray is not installed, and ValueError if there is no cluster at the address.
     """
     try:
         ray = importlib.import_module("ray")

@@ -26,9 +26,10 @@ NETWORKS = ("lpips", "dino_i", "structure_distance", "clip_i", "clip_t")
 
 
 class Scorer:
-    """Measures edits with the networks whose files are there.
+    """Measures edits with the networks whose files are available.
 
-    clip_vision, clip: files of the two halves of one CLIP. missing: the reason for each network that lacks.
+    clip_vision, clip: files of the two halves of one CLIP.
+    missing: the reason for each missing network.
     """
 
     def __init__(self, clip_vision: Path | None = None, clip: Path | None = None) -> None:
@@ -77,7 +78,7 @@ class Scorer:
         return metrics
 
     def result(self, folder: Path, method: Method, case: Case, outcome: Outcome) -> Result:
-        """The result of an edit, whose picture is saved in the run's folder."""
+        """The result of an edit, whose image is saved in the run's folder."""
         metrics, error = {}, outcome.error
         if outcome.picture is not None:
             save_picture(folder, method.label, case.id, outcome.picture)
@@ -89,7 +90,7 @@ class Scorer:
 
 
 def as_rows(found: dict[str, torch.Tensor]) -> list[Metrics]:
-    """Metrics by image in place of images by metric; nan, an empty region, becomes None."""
+    """Metrics by image instead of images by metric; nan, an empty region, becomes None."""
     return [
         {name: None if math.isnan(value) else value for name, value in zip(found, values, strict=True)}
         for values in zip(*(values.tolist() for values in found.values()), strict=True)

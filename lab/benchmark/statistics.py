@@ -15,7 +15,7 @@ LEVEL, RESAMPLES, SEED = 0.95, 2_000, 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `cases` cases with its 95% interval; nan where there are too few cases."""
+    """A mean over `cases` cases with its 95% interval; nan if there are too few cases."""
 
     mean: float
     low: float

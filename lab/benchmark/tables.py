@@ -39,8 +39,8 @@ class Tables:
     overall: by method and metric.
     by_type: by method, edit type and metric.
     differences: each method minus the first, by method and metric.
-    editability, fidelity: the metrics of the trade-off, None if no metric measures it.
-    shown: the metrics for readers, in order: those that are there, and those of networks.
+    editability, fidelity: the metrics of the trade-off, None if there is none.
+    shown: the metrics to show, in order: available ones and those of networks.
     """
 
     def __init__(self, results: Sequence[Result]) -> None:
@@ -78,7 +78,7 @@ class Tables:
         return next((name for name in names if name in self.metrics), None)
 
     def ranked_by(self, wanted: str | None) -> str:
-        """The metric that orders the contact sheet. Raises ValueError for one that is not there."""
+        """The metric that orders the contact sheet. Raises ValueError for an unknown one."""
         if wanted is not None and wanted not in self.metrics:
             raise ValueError(f"--rank: no metric {wanted}; there are {', '.join(self.metrics)}")
         return wanted or self._first(RANKED) or "seconds"
@@ -132,7 +132,7 @@ class Tables:
 
 
 def number(value: float) -> str:
-    """For readers: three or four digits, a dash for nan."""
+    """For display: three or four digits, a dash for nan."""
     if math.isnan(value):
         return "-"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2g}"

@@ -26,7 +26,7 @@ SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 
 
 def baselines() -> dict[str, StudioMethod]:
-    """Without a bridge and without UnifyEdit."""
+    """The methods without a bridge and without UnifyEdit."""
     return {
         f"text only, CFG {TEXT_CFG:g}": text_only(),
         f"image to image, denoise {DENOISE:g}": image_to_image(DENOISE),
@@ -35,7 +35,7 @@ def baselines() -> dict[str, StudioMethod]:
 
 
 def variant(name: str) -> StudioMethod:
-    """A bridge of the comparison; the one that learned from instructions gets them."""
+    """A bridge of the comparison; the one trained on instructions gets instructions."""
     return bridged(COMPARED / f"{name}.safetensors", COMPARED_GUIDANCE, name == "instruction")
 
 
@@ -72,7 +72,7 @@ def metrics(study: Study, rows: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def texts(study: Study, rows: Mapping[str, Rows], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What the page holds beside the tables."""
+    """The page's values beside the tables."""
     return {
         "margin": 100 * (metrics["success"] - metrics["success_best_baseline"]),
         "short": "reaches 90%" if metrics["success"] >= 0.9 else "stays below 90%",

@@ -59,7 +59,10 @@ def inverted(cfg: float) -> StudioMethod:
 
 
 def bridged(file: Path, guidance: DualGuidance, instruction: bool = False) -> StudioMethod:
-    """Dual guidance with a bridge, from each case's own noise. instruction: in place of the description."""
+    """Dual guidance with a bridge, from each case's own noise.
+
+    instruction: use the instruction instead of the description.
+    """
 
     def edit(tiny: Studio, batch: Batch) -> torch.Tensor:
         setup = BridgeSetup(load_bridge(file), batch.latent, conditioning(batch.source_text))
@@ -75,8 +78,12 @@ def bridged(file: Path, guidance: DualGuidance, instruction: bool = False) -> St
 class Edit:
     """Settings of UnifyEdit.
 
-    cfg: of the stock guider. denoise: the part of the noise levels that is inverted and sampled, 0 to 1.
-    masked: whether the case's mask is given. mode: of the inversion. Everything else as in UnifySettings.
+    cfg: of the stock guider.
+    denoise: the part of the noise levels that is inverted and sampled, 0 to 1.
+    masked: whether the case's mask is used.
+    mode: of the inversion.
+
+    All others as in UnifySettings.
     """
 
     balance: Balance = field(default_factory=Balance)

@@ -1,6 +1,6 @@
-"""`python dev.py report`: the pages of both studies, and docs/results.md with all their methods side by side.
+"""`python dev.py report`: the pages of both studies, and docs/results.md with all their methods together.
 
-Results are kept, so what a study has made is not made again.
+Results are kept, so finished edits are not repeated.
 """
 
 from __future__ import annotations

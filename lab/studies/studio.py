@@ -35,7 +35,7 @@ class Studio:
 
     @classmethod
     def load(cls) -> Studio:
-        """With torch's own attention: the host's choice for a CPU takes twice as long."""
+        """Load with torch's attention: the host's choice for a CPU takes twice as long."""
         model = studio.load_model()
         model.model_options["transformer_options"]["optimized_attention_override"] = torch_attention
         return cls(model, studio.load_clip(), studio.load_vae())
@@ -48,11 +48,12 @@ class Studio:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Cases of the Tiny Studio side by side.
+    """Several cases of the Tiny Studio.
 
-    source, target: [cases, 128, 128, 3], 0 to 1, as drawn, before they are rounded to 8 bits.
-    mask: [cases, 128, 128], 1 where the edit happens: everywhere for a style.
-    latent: of the sources, [cases, 4, 16, 16]. noise: like it.
+    source, target: [cases, 128, 128, 3], 0 to 1, as drawn, before rounding to 8 bits.
+    mask: [cases, 128, 128], 1 in the edit region; everywhere for a style.
+    latent: of the sources, [cases, 4, 16, 16].
+    noise: like latent.
     source_text, edit_text, instruction, no_text: [cases, 77, 128].
     """
 
@@ -107,7 +108,9 @@ class Batch:
 class StudioMethod:
     """A function of this process as a Method of the benchmark.
 
-    edit: the edited latents of a batch. settings: all that decides its pictures, as text. files: of weights.
+    edit: returns the edited latents of a batch.
+    settings: everything that determines its images, as text.
+    files: of weights.
     """
 
     name: str
@@ -118,7 +121,7 @@ class StudioMethod:
 
     @cached_property
     def digest(self) -> str:
-        """Of the settings, the files and the studio's weights."""
+        """Digest of the settings, the files and the studio's weights."""
         digest = hashlib.sha256(self.settings.encode())
         for file in (studio.FILE, *self.files):
             digest.update(file.read_bytes())
@@ -160,7 +163,9 @@ def schedule(tiny: Studio, denoise: float = 1.0, steps: int = STEPS) -> torch.Te
 def sample(
     guider: Any, noise: torch.Tensor, latent: torch.Tensor, sigmas: torch.Tensor, sampler: Any = None
 ) -> torch.Tensor:
-    """Latents on the device where nodes leave theirs. sampler: the host's Euler sampler by default."""
+    """Sampled latents, on the device where nodes leave theirs. sampler: the host's Euler sampler by
+    default.
+    """
     sampler = sampler or comfy.samplers.sampler_object("euler")
     made = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0)
     return made.to(comfy.model_management.intermediate_device())
@@ -169,7 +174,7 @@ def sample(
 def quick_products(tiny: Studio) -> torch.autocast:
     """Matrix products in bfloat16 on CPUs with AVX-512, which takes two thirds of the time.
 
-    On other CPUs it takes several times as long, and on a card the model's own dtype is fast.
+    On other CPUs bfloat16 takes several times as long; on a GPU the model's own dtype is fast.
     """
     device = tiny.model.load_device.type
     quick = device == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
@@ -178,8 +183,10 @@ def quick_products(tiny: Studio) -> torch.autocast:
 
 @torch.inference_mode()
 def structure_distance(tiny: Studio, batch: Batch, pictures: torch.Tensor) -> torch.Tensor:
-    """How far layout and shapes have moved, [cases]: the mean squared difference of all self-attention
-    probabilities of source and picture, times 1000, each read at timestep 0 without text.
+    """How much layout and shapes have changed, [cases].
+
+    The mean squared difference of all self-attention probabilities of source and image, times 1000, each read
+    at timestep 0 without text.
     """
     model = tiny.model.model
     network = network_of(model.diffusion_model)

@@ -1,4 +1,4 @@
-"""What both studies share: running methods on cases, tables, the page and the command line."""
+"""Shared by both studies: running methods on cases, tables, the page and the command line."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ Rows = Mapping[str, StudioMethod]  # of a table, by label
 
 
 class Study:
-    """Methods on cases of the Tiny Studio, whose results are kept like those of a benchmark.
+    """Methods on cases of the Tiny Studio, with results kept like those of a benchmark.
 
-    Results lie in a folder for each split and version of the cases, so a stopped study continues and equal
+    Results are in a folder for each split and version of the cases, so a stopped study continues and equal
     methods run once. `dev.py benchmark --report-only --out FOLDER` writes their report.
     """
 
@@ -58,7 +58,7 @@ class Study:
         self._missing = scorer.missing
 
     def run(self, methods: Iterable[StudioMethod]) -> None:
-        """Make and measure the edits that are not there."""
+        """Make and measure the missing edits."""
         distinct = list({method.label: method for method in methods}.values())
         where = {"layout": "tiny-studio", "folder": "", "split": self._split}
         settings = check_run(self.results.folder, where, distinct)
@@ -93,7 +93,7 @@ class Study:
         return mean(self.of(method), metric)
 
     def worst_type(self, method: StudioMethod) -> float:
-        """The success of the edit type with the least."""
+        """The success of the edit type with the lowest success."""
         kinds = {case.edit_type for case in self.cases}
         return min(value for kind, value in by_type(self.of(method)).items() if kind in kinds)
 
@@ -148,10 +148,13 @@ def table(rows: Mapping[str, Sequence[Result]], columns: Sequence[str] = AGAINST
 class Plan:
     """A study.
 
-    name: of its page. columns: of the page's tables.
+    name: of its page.
+    columns: of the page's tables.
     tables: the methods of each table by label, by the name that the page gives it; `methods` is the main one.
-    metrics: the numbers for machines. texts: what the page holds beside the tables, by name.
-    tune: prints the search for settings on the tuning cases. shown: how many methods the picture shows.
+    metrics: the numbers for machines.
+    texts: the page's values beside the tables, by name.
+    tune: prints the search for settings on the tuning cases.
+    shown: how many methods the contact sheet shows.
     """
 
     name: str

@@ -151,7 +151,7 @@ def metrics(study: Study, rows: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def texts(study: Study, rows: Mapping[str, Rows], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What the page holds beside the tables."""
+    """The page's values beside the tables."""
     times = seconds(study.tiny, rows["methods"])
     return {
         "tuning": TUNING_PER_TYPE,

@@ -1,8 +1,8 @@
-"""A small classifier that reads a scene's attributes from a picture. Trained on drawings only; used by tests
-and benchmarks, never by the product.
+"""A small classifier that reads a scene's attributes from an image. Tests and benchmarks use it, nodes never
+do.
 
-It learns every combination of attributes, also those that the model never sees: otherwise it would take them
-for their neighbours, and the model would be blamed for it.
+It is trained on drawings only, with every combination of attributes, also those that the model never sees.
+Otherwise it would read them as similar ones, and the model would be blamed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADS = [("kind", "kind", KINDS)] + [
 
 
 class AttributeClassifier(torch.nn.Module):
-    """Pictures [B, 3, 64, 64] in 0..1 -> logits of every head, joined along the last axis."""
+    """Images [B, 3, 64, 64], 0 to 1 -> logits of all heads, concatenated along the last axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,9 +54,7 @@ class AttributeClassifier(torch.nn.Module):
 
     @torch.no_grad()
     def read(self, pictures: np.ndarray | torch.Tensor) -> list[dict[str, str]]:
-        """Pictures [B, 128, 128, 3], values 0..1 -> for each its kind and the attributes of that kind, by
-        name.
-        """
+        """Images [B, 128, 128, 3], 0 to 1 -> for each its kind and the attributes of that kind, by name."""
         batch = _small(torch.as_tensor(np.asarray(pictures, np.float32)))
         found = []
         parts = self(batch).split([len(options) for *_, options in HEADS], dim=-1)
@@ -72,7 +70,7 @@ class AttributeClassifier(torch.nn.Module):
         return found
 
     def read_as(self, kinds: list[str], pictures: np.ndarray | torch.Tensor) -> list[dict[str, str]]:
-        """The same, with two objects sought in the pictures whose kind should be "two"."""
+        """The same, with two objects read in the images whose kind should be "two"."""
         batch = torch.as_tensor(np.asarray(pictures, np.float32))
         found = self.read(batch)
         two = [row for row, kind in enumerate(kinds) if kind == "two"]
@@ -81,8 +79,10 @@ class AttributeClassifier(torch.nn.Module):
         return found
 
     def read_two(self, pictures: np.ndarray | torch.Tensor) -> list[dict[str, str]]:
-        """The same for pictures of two objects, each read alone. An object that is not seen as a small one
-        on its side has no attributes; background and style are what both halves agree on.
+        """The same for images of two objects, each read alone.
+
+        An object that is not recognised as a small one on its side has no attributes. Background and style
+        are what both halves agree on.
         """
         batch = torch.as_tensor(np.asarray(pictures, np.float32))
         found = []
@@ -113,8 +113,9 @@ def shows(pictures: np.ndarray | torch.Tensor, wanted: Sequence[scenes.Scene]) -
 
 
 def alone(pictures: torch.Tensor, side: str) -> torch.Tensor:
-    """[B, 128, 128, 3] of two objects -> the one on `side` alone. Over the other, between the rows that no
-    object reaches, the background is drawn on from above to below.
+    """[B, 128, 128, 3] with two objects -> the object on `side` alone.
+
+    The other is covered with background, continued from above to below, in the rows that no object reaches.
     """
     top, bottom = ROWS
     other = slice(drawing.SIZE // 2, None) if side == "left" else slice(None, drawing.SIZE // 2)
@@ -126,7 +127,7 @@ def alone(pictures: torch.Tensor, side: str) -> torch.Tensor:
 
 
 def _targets(pool: list[scenes.Scene]) -> torch.Tensor:
-    """[scenes, heads] option indices; -100 (ignored) where the attribute belongs to the other kind."""
+    """[scenes, heads] option indices; -100 (ignored) if the attribute belongs to the other kind."""
     rows = []
     for scene in pool:
         row = [KINDS.index(scene.kind)]
@@ -141,7 +142,7 @@ def _small(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _worn(pictures: torch.Tensor) -> torch.Tensor:
-    """Drawings as a decoder might give them back: blurred, noisy, slightly off in brightness and colour."""
+    """Drawings as a decoder might return them: blurred, noisy, slightly off in brightness and colour."""
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     pictures = torch.lerp(pictures, blurred, 0.4 * torch.rand(len(pictures), 1, 1, 1))
     shift = 0.04 * torch.randn(len(pictures), 3, 1, 1)
