@@ -78,8 +78,13 @@ class Case:
         Raises CaseError if the file is missing or is not an image.
         """
         picture: Picture | None = getattr(self, role)
-        if picture is None:
-            return None
+        return None if picture is None else self._open(role, picture)
+
+    def source(self) -> Image.Image:
+        """The source picture, which every case has, as `read` gives it."""
+        return self._open("source_image", self.source_image)
+
+    def _open(self, role: str, picture: Picture) -> Image.Image:
         try:
             with picture.open() as file:
                 return ImageOps.exif_transpose(file).convert("L" if role == "mask" else "RGB")
@@ -164,6 +169,6 @@ def from_values(origin: str, values: Any, picture: Callable[[str], Picture]) -> 
     wrong = [name for name in ("type", *TEXTS) if not isinstance(values.get(name, ""), str)]
     if wrong:
         raise ValueError(f"{origin}: {wrong[0]} is not a text")
-    pictures = {name: picture(values[name]) for name in PICTURES if name in values}
+    pictures: dict[str, Any] = {name: picture(values[name]) for name in PICTURES if name in values}
     texts = {name: values[name] for name in TEXTS if name in values}
     return Case(str(values["id"]), values["type"], origin, **pictures, **texts)

@@ -96,7 +96,7 @@ class ComfyWorker:
 
 
 def _edit(client: Client, method: Workflow, case: Case) -> Image.Image:
-    source = case.read("source_image")
+    source = case.source()
     pictures = {"source_image": source}
     if "mask" in method.slots:
         pictures["mask"] = case.read("mask") or Image.new("L", source.size, 255)

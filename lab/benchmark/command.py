@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..output import write_json
 from . import run_local, run_ray
@@ -37,7 +38,8 @@ def _count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="dev.py benchmark", description=__doc__)
-    add, several = found.add_argument, {"action": "append", "default": []}
+    add = found.add_argument
+    several: dict[str, Any] = {"action": "append", "default": []}
     add("--out", type=_path, required=True, help="the run's folder; an unfinished run in it is continued")
     add("--layout", default="tiny-studio", choices=LAYOUTS, help="the layout of the benchmark")
     add("--data", type=_path, help="the benchmark's folder; tiny-studio is drawn and has none")

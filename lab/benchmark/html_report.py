@@ -143,8 +143,9 @@ def _mark(found: Estimate, metric: str) -> str:
 
 def chosen(results: Sequence[Result], metric: str) -> dict[str, list[Result]]:
     """The best, median and worst results by a metric, without repetition."""
-    scored = [result for result in results if value_of(result, metric) is not None]
-    scored.sort(key=lambda result: value_of(result, metric) * (better(metric) or 1), reverse=True)
+    known = [(value, r) for r in results if (value := value_of(r, metric)) is not None]
+    known.sort(key=lambda pair: pair[0] * (better(metric) or 1), reverse=True)
+    scored = [result for _, result in known]
     each = min(EACH, max(1, len(scored) // 3))
     if len(scored) < 3:
         return {"all": scored}
@@ -153,7 +154,7 @@ def chosen(results: Sequence[Result], metric: str) -> dict[str, list[Result]]:
 
 
 def _contact(folder: Path, tables: Tables, cases: Mapping[str, Case], metric: str) -> str:
-    shown = [metric, *(name for name in (tables.editability, tables.fidelity) if name not in (None, metric))]
+    shown = [metric, *(name for name in (tables.editability, tables.fidelity) if name not in ("", metric))]
     parts = [f"<p>Ordered by <code>{metric}</code>.</p>"]
     for method in filter(tables.of, tables.methods):
         parts.append(f"<h3>{html.escape(method)}</h3>")
@@ -193,7 +194,7 @@ def _given(case: Case | None) -> dict[str, torch.Tensor]:
     if case is None:
         return {}
     try:
-        source, mask, target = (case.read(role) for role in ("source_image", "mask", "target_image"))
+        source, mask, target = case.source(), case.read("mask"), case.read("target_image")
     except CaseError:
         return {}
     found = {"source": to_tensor(source)[0]}

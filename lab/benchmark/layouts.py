@@ -31,7 +31,7 @@ def _rows(folder: Path, split: str) -> Any:
     folder: of `save_to_disk`, or of parquet files named after their split.
     """
     try:
-        datasets = importlib.import_module("datasets")
+        datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise ImportError("this layout needs datasets: pip install -r lab/requirements.txt") from None
     files = sorted(str(path) for path in folder.rglob(f"{split}-*.parquet"))
@@ -117,13 +117,14 @@ def read_magicbrush(folder: Path, split: str) -> Iterator[Case]:
                     file_picture(folder / "images" / image, turn[name])
                     for name in ("input", "mask", "output")
                 )
-                described = [texts[image][turn[name]] for name in ("input", "output")]
+                before, after = (texts[image][turn[name]] for name in ("input", "output"))
                 yield Case(
                     f"{image}-{number}",
                     f"turn {number}",
                     origin,
                     source,
-                    *described,
+                    before,
+                    after,
                     turn["instruction"],
                     Picture(mask.name, partial(_transparent, mask.open)),
                     target,
@@ -235,7 +236,7 @@ def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
         )
 
 
-def _drawn(draw: Callable[[], np.ndarray]) -> Image.Image:
+def _drawn(draw: Callable[[], Any]) -> Image.Image:
     return Image.fromarray((draw() * 255).round().astype(np.uint8))
 
 

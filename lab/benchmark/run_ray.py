@@ -84,15 +84,15 @@ def run(tasks: Sequence[Task], options: argparse.Namespace, results: Results) ->
     Raises ImportError if Ray is not installed, and ValueError if there is no cluster at the address.
     """
     try:
-        ray = importlib.import_module("ray")
-        data = importlib.import_module("ray.data")
+        ray: Any = importlib.import_module("ray")
+        data: Any = importlib.import_module("ray.data")
     except ImportError:
         raise ImportError("--ray needs Ray: pip install -r lab/requirements.txt") from None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # A worker mostly waits for its ComfyUI: one machine may have more of them than cores.
-    local = {} if options.ray else {"num_cpus": options.workers + 1, "include_dashboard": False}
+    own: dict[str, Any] = {"num_cpus": options.workers + 1, "include_dashboard": False}
     try:
-        ray.init(options.ray or "local", logging_level="warning", **local)
+        ray.init(options.ray or "local", logging_level="warning", **({} if options.ray else own))
     except ConnectionError as error:
         raise ValueError(f"--ray {options.ray}: {error}") from None
     context = data.DataContext.get_current()

@@ -63,9 +63,10 @@ class Scorer:
 
         Raises CaseError, or ValueError for sizes that do not fit together.
         """
-        pictures = (edited, *map(case.read, ("source_image", "target_image", "mask")))
-        image, source, target, mask = (
-            None if picture is None else to_tensor(picture) for picture in pictures
+        image, source = to_tensor(edited), to_tensor(case.source())
+        target, mask = (
+            None if picture is None else to_tensor(picture)
+            for picture in (case.read("target_image"), case.read("mask"))
         )
         region = None if mask is None else mask[..., 0]
         text = {}

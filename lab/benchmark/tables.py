@@ -39,7 +39,7 @@ class Tables:
     overall: by method and metric.
     by_type: by method, edit type and metric.
     differences: each method minus the first, by method and metric.
-    editability, fidelity: the metrics of the trade-off, None if there is none.
+    editability, fidelity: the metrics of the trade-off, empty if there is none.
     shown: the metrics to show, in order: available ones and those of networks.
     """
 
@@ -74,8 +74,8 @@ class Tables:
         """The results of a method, of one edit type or all."""
         return [r for r in self.results if r["method"] == method and kind in (None, r["type"])]
 
-    def _first(self, names: Iterable[str]) -> str | None:
-        return next((name for name in names if name in self.metrics), None)
+    def _first(self, names: Iterable[str]) -> str:
+        return next((name for name in names if name in self.metrics), "")
 
     def ranked_by(self, wanted: str | None) -> str:
         """The metric that orders the contact sheet. Raises ValueError for an unknown one."""

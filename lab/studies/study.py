@@ -66,7 +66,9 @@ class Study:
         for start in range(0, len(self.cases), BATCH):
             cases = self.cases[start : start + BATCH]
             todo = [method for method in distinct if self.results.missing([method], cases)]
-            batch = Batch.of(self.tiny, cases) if todo else None
+            if not todo:
+                continue
+            batch = Batch.of(self.tiny, cases)
             for method in todo:
                 missing = {case.id for _, case in self.results.missing([method], cases)}
                 numbers = [number for number, case in enumerate(cases) if case.id in missing]
@@ -113,7 +115,7 @@ class Study:
         """
         cases = first_of_each_type(self.cases, 2)
         drawn = Batch.of(self.tiny, cases)
-        columns = [("source", drawn.source)]
+        columns: list[tuple[str, Any]] = [("source", drawn.source)]
         columns += [(label, [self.picture(method, c) for c in cases]) for label, method in rows.items()]
         columns.append(("true edit", drawn.target))
         failed = [
