@@ -387,25 +387,38 @@ def test_what_torch_cannot_do(training: Any, device: str, dtype: torch.dtype, sa
         training.command.check_device(torch.device(device), dtype)
 
 
-def test_no_memory_left(training: Any, tmp_path: Path, data: Path) -> None:
-    """Protects: where memory runs out the run says in which step and what to do, the steps before are saved,
-    and what it says helps: with checkpointing the same command goes on.
-    """
-    run = make_run(training, tmp_path, data, steps=3, checkpoint__every=100)
+def without_memory(run: Any, forward: int) -> Any:
+    """The run, in whose forward of this index memory runs out."""
     losses = run.trainer.loss
 
-    def loss(place: int) -> torch.Tensor:
-        if place == 2:
+    def loss(index: int) -> torch.Tensor:
+        if index == forward:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return losses(place)
+        return losses(index)
 
     run.trainer.loss = loss
-    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left in step 3, the steps .* checkpointing"):
+    return run
+
+
+def test_no_memory_left(training: Any, tmp_path: Path, data: Path) -> None:
+    """Protects: where memory runs out the run says in which step and what to do, the steps before are saved,
+    and what it says helps: with checkpointing the same command continues.
+    """
+    run = without_memory(make_run(training, tmp_path, data, steps=3, checkpoint__every=100), 2)
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left in step 3, .* Set train.checkpointing"):
         run.train()
     assert state(tmp_path / "run")["step"] == 2
     again = make_run(training, tmp_path, data, steps=3, train__checkpointing=True)
     assert again.train()
     assert len(again.trainer.losses) == 3
+
+
+def test_no_memory_in_the_first_step(training: Any, tmp_path: Path, data: Path) -> None:
+    """Protects: a first step that fails leaves no checkpoint, so the run can start with other settings."""
+    run = without_memory(make_run(training, tmp_path, data, steps=1), 0)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left in step 1, with nothing learned yet"):
+        run.train()
+    assert make_run(training, tmp_path, data, steps=1, train__batch=1).train()
 
 
 def test_command_says_what_is_wrong(

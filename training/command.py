@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BRIDGE = "bridge.safetensors"
+ADVICE = (
+    "Set train.checkpointing to true, with which the same command continues, or start again in another "
+    "output folder with a smaller batch or resolution"
+)
 # A process may wait for another one's images or encoding.
 PATIENCE = timedelta(hours=24)
 
@@ -99,7 +103,9 @@ class Run:
             self.accelerator.init_trackers("tensorboard")
         start = trainer.step, time.monotonic()
         with _signals() as stopped:
-            done = trainer.run(self.config.steps, lambda: self._after_step(start, stopped()), self._keep)
+            done = trainer.run(
+                self.config.steps, lambda: self._after_step(start, stopped()), self._keep, ADVICE
+            )
         if not done:
             self.say(f"stopped: step {trainer.step} is saved, the same command continues")
             return False
@@ -128,9 +134,11 @@ class Run:
         """Save without communicating with the other processes, which may be waiting for this step's
         gradient.
         """
+        if not self.trainer.step:
+            return "with nothing learned yet"
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.trainer)
-        return "the steps before are saved and the same command continues"
+        return "the steps before are saved"
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:

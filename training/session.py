@@ -15,6 +15,10 @@ from .memory import training_bytes
 from .settings import TrainSettings
 from .trainer import Trainer
 
+ADVICE = (
+    "Lower batch and raise accumulate, switch checkpointing on, or encode the pairs at a lower resolution"
+)
+
 
 def train_bridge(
     model: ModelPatcher,
@@ -41,7 +45,7 @@ def train_bridge(
         learned = AttentionBridge(bridge.model.settings, torch.float32, model.load_device)
         learned.load_state_dict(bridge.model.state_dict())
         trainer = Trainer(model.model, learned, pairs, settings, model.load_device)
-        trainer.run(steps, lambda: on_step(trainer), lambda: keep(trainer))
+        trainer.run(steps, lambda: on_step(trainer), lambda: keep(trainer), ADVICE)
         learned.to(comfy.model_management.unet_offload_device())
     return trainer
 

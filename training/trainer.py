@@ -31,9 +31,6 @@ from .state import MovingAverage, read_state, write_state
 
 FORWARDS = "forwards a step"
 FORMAT = 3  # of checkpoints; those of another one are refused
-ADVICE = (
-    "Lower batch and raise accumulate, switch checkpointing on, or encode the pairs at a lower resolution"
-)
 
 
 @dataclass(frozen=True)
@@ -89,12 +86,15 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
-    def run(self, steps: int, on_step: Callable[[], bool | None], keep: Callable[[], str]) -> bool:
+    def run(
+        self, steps: int, on_step: Callable[[], bool | None], keep: Callable[[], str], advice: str
+    ) -> bool:
         """Train until `steps` steps are done in all. Returns whether they are.
 
         on_step: called after each step; if it returns True the run ends early.
         keep: called when an error or an interrupt stops the run. It saves what was learned so far and returns
         a text that says where. The error is then raised.
+        advice: what to do if memory runs out.
 
         Raises OutOfMemory if memory runs out, else the error that stopped the run.
         """
@@ -110,7 +110,7 @@ class Trainer:
                     raise
                 reason = str(error).partition("\n")[0]
                 raise OutOfMemory(
-                    f"no memory left in step {self.step + 1}, {kept}. {ADVICE} ({reason})"
+                    f"no memory left in step {self.step + 1}, {kept}. {advice} ({reason})"
                 ) from None
         return self.step >= steps
 

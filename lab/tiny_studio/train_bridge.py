@@ -144,7 +144,7 @@ def train(name: str, work: Path) -> None:
             keep()
             saved = time.monotonic()
 
-    trainer.run(variant.steps, on_step, keep)
+    trainer.run(variant.steps, on_step, keep, "Lower SETTINGS.batch")
     target = studio.BRIDGE if name in (SHIPPED, AGAIN) else COMPARED / f"{name}.safetensors"
     save_bridge(trainer.learned(torch.float16), target)
 
