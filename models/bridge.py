@@ -113,6 +113,12 @@ class LowRank(torch.nn.Module):
 class LayerBridge(torch.nn.Module):
     """One layer's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`."""
 
+    q: LowRank
+    k: LowRank
+    v: LowRank
+    out: LowRank
+    fuse: torch.nn.Module | None
+
     def __init__(self, width: int, settings: BridgeSettings, **placed: Any) -> None:
         super().__init__()
         for name in PROJECTIONS:
@@ -147,7 +153,9 @@ class AttentionBridge(torch.nn.Module):
 
     def layer(self, key: str) -> LayerBridge:
         """The parameters at a layer."""
-        return self.get_submodule(key)
+        found = self.get_submodule(key)
+        assert isinstance(found, LayerBridge)
+        return found
 
     @torch.no_grad()
     def reset(self, seed: int = 0) -> AttentionBridge:

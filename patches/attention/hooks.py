@@ -19,6 +19,19 @@ class ForwardEnded(Exception):
     """Ends a network's forward. Raised in a hook and caught by the code that installed it."""
 
 
+class Inputs(NamedTuple):
+    """What a self-attention's projections read, each [rows, tokens, width].
+
+    hidden: of q.
+    context: of k.
+    normed: `hidden` before other nodes' patches; the same object if there are none.
+    """
+
+    hidden: torch.Tensor
+    context: torch.Tensor
+    normed: torch.Tensor
+
+
 class Attention(NamedTuple):
     """An attention that is about to be computed.
 
@@ -27,8 +40,7 @@ class Attention(NamedTuple):
     q, k, v: [rows, tokens, width], projected; a row is an image of the call's batch.
     options: the call's `extra_options`.
     grid: rows and columns of the image in the network at this moment, None if the host does not say.
-    hidden, context: of a self-attention, [rows, tokens, width], before projection to q, and to k and v.
-    entered: `hidden` before other nodes' patches; the same object if there are none.
+    inputs: of a self-attention; None for a cross-attention.
     """
 
     layer: AttentionLayer
@@ -38,9 +50,7 @@ class Attention(NamedTuple):
     v: torch.Tensor
     options: dict[str, Any]
     grid: tuple[int, int] | None
-    hidden: torch.Tensor | None = None
-    context: torch.Tensor | None = None
-    entered: torch.Tensor | None = None
+    inputs: Inputs | None
 
 
 # Called before an attention is computed; what it returns is handed to `After`, unless it is None.

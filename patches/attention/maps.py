@@ -99,7 +99,7 @@ def capture_attention(
 
 def _noised(model: ModelPatcher, source: LatentSource) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Noise, clean latent and sigma."""
-    sampling = model.get_model_object("model_sampling")
+    sampling: Any = model.get_model_object("model_sampling")
     samples = read_samples("latent", source.samples, model)
     sigma = min(sampling.percent_to_sigma(source.percent), float(sampling.sigma_max))
     return comfy.sample.prepare_noise(samples, source.seed), samples, sigma
@@ -107,7 +107,7 @@ def _noised(model: ModelPatcher, source: LatentSource) -> tuple[torch.Tensor, to
 
 def _nearest(model: ModelPatcher, inversion: Inversion, percent: float) -> tuple[int, float]:
     """The path's step nearest to `percent`, and its sigma."""
-    inversion.check(model, inversion.trajectory.shape[1:], inversion.sigmas)
+    inversion.check(model, torch.Size(inversion.trajectory.shape[1:]), inversion.sigmas)
     along = progress(model.get_model_object("model_sampling"), inversion.sigmas[:-1])
     step = int((along - percent).abs().argmin())
     return step, float(inversion.sigmas[step])
@@ -143,7 +143,8 @@ def _record_once(
 
 def _mean(attention: Collection[Projections]) -> torch.Tensor:
     """Probabilities, [images, queries, keys], averaged over heads and layers of one grid."""
-    return sum(layer.mean() for layer in attention) / len(attention)
+    first, *others = (layer.mean() for layer in attention)
+    return sum(others, first) / len(attention)
 
 
 def _word_maps(
@@ -192,7 +193,9 @@ def overlay(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """
     low, high = (reduce(maps, "b h w -> b 1 1", kind) for kind in ("min", "max"))
     scaled = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
-    scaled = resize(rearrange(scaled, "b h w -> b 1 h w"), tuple(images.shape[1:3]), interpolation="bilinear")
+    scaled = resize(
+        rearrange(scaled, "b h w -> b 1 h w"), (images.shape[1], images.shape[2]), interpolation="bilinear"
+    )
     colours = ColorMap("plasma", 256, device=maps.device, dtype=maps.dtype).colors
     heat = colours.T[(rearrange(scaled, "b 1 h w -> b h w").clamp(0, 1) * 255).round().long()]
     return 0.4 * images[..., :3].to(heat) + 0.6 * heat

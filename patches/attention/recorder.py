@@ -246,10 +246,11 @@ class AttentionRecorder:
         key = at.layer.key
         if (at.kind, key) not in self._pending:  # a checkpointed layer is computed again
             return
-        if at.kind == "attn1":
-            for inputs in (at.hidden, at.context):
-                if inputs is not at.entered and inputs.shape == at.entered.shape:
-                    self.moved.append((key, moved(at.entered, inputs)))
+        if at.inputs is not None:
+            normed = at.inputs.normed
+            for now in (at.inputs.hidden, at.inputs.context):
+                if now is not normed and now.shape == normed.shape:
+                    self.moved.append((key, moved(normed, now)))
         if self._expected is not None:
             self._check(self._expected, at)
         seen = self.self_attention if at.kind == "attn1" else self.cross_attention
@@ -298,8 +299,8 @@ def record(
 
     Raises ValueError if the network or a layer did not run, or if another node changes the call or a layer.
     """
-    text = entry["model_conds"]["c_crossattn"].cond.shape[1]
-    expected = Expected(len(x), tuple(x.shape[-2:]), text, own_grid)
+    text, (height, width) = entry["model_conds"]["c_crossattn"].cond.shape[1], x.shape[-2:]
+    expected = Expected(len(x), (height, width), text, own_grid)
     with _uncompiled():
         denoised = comfy.samplers.calc_cond_batch(
             model, [[entry]], x, sigma, recorder.attach(options, expected)

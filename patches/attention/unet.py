@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
-from .hooks import After, Attention, Before, ForwardEnded, attend
+from .hooks import After, Attention, Before, ForwardEnded, Inputs, attend
 from .layers import AttentionLayer
 
 _BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)")
@@ -145,20 +145,21 @@ class _Hooks:
 
     def __init__(self, before: Before, after: After | None) -> None:
         self._before, self._after = before, after
-        self._entered: torch.Tensor | None = None
-        self._inputs: tuple[torch.Tensor | None, ...] = ()
+        self._normed: torch.Tensor | None = None
+        self._inputs: Inputs | None = None
         self._found: tuple[AttentionLayer, torch.Tensor] | None = None
 
     @torch.compiler.disable
     def enter(self, n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> tuple:
         """First in `attn1_patch`."""
-        self._entered = n
+        self._normed = n
         return n, context, value
 
     @torch.compiler.disable
     def leave(self, n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> tuple:
         """Last in `attn1_patch`."""
-        self._inputs, self._entered = (n, context, n if self._entered is None else self._entered), None
+        self._inputs = Inputs(n, context, n if self._normed is None else self._normed)
+        self._normed = None
         return n, context, value
 
     @torch.compiler.disable
@@ -173,10 +174,12 @@ class _Hooks:
         options: dict[str, Any],
     ) -> torch.Tensor:
         """In place of the attention."""
-        inputs, self._inputs = self._inputs if kind == "attn1" else (), ()
+        inputs, self._inputs = self._inputs, None
         shape = options.get("activations_shape")
-        at = Attention(layer, kind, q, k, v, options, shape and tuple(shape[-2:]), *inputs)
-        found = self._before(at)
+        grid = (shape[-2], shape[-1]) if shape else None
+        found = self._before(
+            Attention(layer, kind, q, k, v, options, grid, inputs if kind == "attn1" else None)
+        )
         if found is not None:
             self._found = layer, found
         if previous is not None:
@@ -187,4 +190,4 @@ class _Hooks:
     def output(self, out: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         """First in `attn1_output_patch`."""
         found, self._found = self._found, None
-        return out if found is None else self._after(*found, out)
+        return out if found is None or self._after is None else self._after(*found, out)

@@ -32,14 +32,12 @@ Merge = Callable[[AttentionLayer, torch.Tensor], Matrix | None]
 class ReferenceFeatures(NamedTuple):
     """Features of the reference at a layer.
 
-    query: [references, tokens, width], with `reference_queries`.
-    key, value: [references, or 1 if they are joined, tokens, width], with `edit_queries`.
+    kept: K and V, each [references, or 1 if they are joined, tokens, width]; with `reference_queries` Q,
+        [references, tokens, width].
     merged: the output projection and F as one matrix and bias, None if they are not merged.
     """
 
-    query: torch.Tensor | None
-    key: torch.Tensor | None
-    value: torch.Tensor | None
+    kept: tuple[torch.Tensor, ...]
     merged: Matrix | None
 
 
@@ -95,13 +93,9 @@ class ReferenceCache:
         if merged is not None:
             return torch.nn.functional.linear(attended, *merged)
         result = self.network.outputs[layer.key](attended) + learned.out(attended)
-        match self.settings.fusion:
-            case "linear":
-                return learned.fuse(result)
-            case "add":
-                return result
-            case _:
-                return result - own
+        if learned.fuse is not None:
+            return learned.fuse(result)
+        return result if self.settings.fusion == "add" else result - own
 
 
 class ReferencePass:
@@ -114,29 +108,27 @@ class ReferencePass:
 
     def before(self, at: Attention) -> torch.Tensor | None:
         """Keep the layer's features. Returns Z' of the reference with itself, or None."""
-        cache, learned, r = self._cache, self._cache.bridge.layer(at.layer.key), at.hidden
+        assert at.inputs is not None
+        cache, learned, r = self._cache, self._cache.bridge.layer(at.layer.key), at.inputs.hidden
         queries = cache.settings.direction == "reference_queries"
         self_bridge = cache.settings.reference_self_bridge
-        query = key = value = None
+        found: list[torch.Tensor] = []
         with torch.set_grad_enabled(self._learning):
             if queries or self_bridge:
-                query = at.q + learned.q(r)
+                found += [at.q + learned.q(r)]
             if not queries or self_bridge:
-                key, value = at.k + learned.k(r), at.v + learned.v(r)
+                found += [at.k + learned.k(r), at.v + learned.v(r)]
+        kept = found[:1] if queries else found[-2:]
+        if self._joined:
+            kept = [rearrange(tensor, "r n d -> 1 (r n) d") for tensor in kept]
         merged = self._merge(at.layer, at.q) if self._merge else None
-        cache.features[at.layer.key] = (
-            ReferenceFeatures(query, None, None, merged)
-            if queries
-            else ReferenceFeatures(None, self._join(key), self._join(value), merged)
-        )
+        cache.features[at.layer.key] = ReferenceFeatures(tuple(kept), merged)
         if self_bridge:
+            query, key, value = found
             return attend(query, key, value, at.options)
         if len(cache.features) == len(cache.network.layers):
             raise ForwardEnded
         return None
-
-    def _join(self, tensor: torch.Tensor) -> torch.Tensor:
-        return rearrange(tensor, "r n d -> 1 (r n) d") if self._joined else tensor
 
     def after(self, layer: AttentionLayer, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Z_out of the reference."""
@@ -168,6 +160,7 @@ class DenoisePatches:
     ) -> None:
         self.rows, self.fired = rows, set[str]()
         self._cache, self._expand_to_rows = cache, expand_to_rows
+        self._from_reference = cache.settings.direction == "reference_queries"
         self._total, self._size = len(x), tuple(x.shape[-2:])
         self._strength, self._masks, self._door = strength, masks, door or nullcontext()
 
@@ -180,26 +173,26 @@ class DenoisePatches:
         """Z' before its output projection, [the rows that see the reference, tokens, width]."""
         if self.rows is None:
             return None
+        assert at.inputs is not None
         try:
-            self._check(at)
+            self._check(at, at.inputs.hidden.shape[1])
         except ValueError:
             with self._door:
                 raise
         self.fired.add(at.layer.key)
-        features, learned = self._cache.features[at.layer.key], self._cache.bridge.layer(at.layer.key)
-        h = at.hidden[self.rows]
-        if features.query is None:
-            query = at.q[self.rows] + learned.q(h)
-            key, value = self._expand_to_rows(features.key), self._expand_to_rows(features.value)
-        else:
-            query = self._expand_to_rows(features.query)
+        h, learned = at.inputs.hidden[self.rows], self._cache.bridge.layer(at.layer.key)
+        kept = [self._expand_to_rows(tensor) for tensor in self._cache.features[at.layer.key].kept]
+        if self._from_reference:
+            (query,) = kept
             key, value = at.k[self.rows] + learned.k(h), at.v[self.rows] + learned.v(h)
+        else:
+            query, (key, value) = at.q[self.rows] + learned.q(h), kept
         return attend(query, key, value, at.options)
 
-    def _check(self, at: Attention) -> None:
-        name, grid, tokens = layer_name("attn1", at.layer.key), at.layer.grid(*self._size), at.hidden.shape[1]
+    def _check(self, at: Attention, tokens: int) -> None:
+        name, grid = layer_name("attn1", at.layer.key), at.layer.grid(*self._size)
         check_rows(name, len(at.q), self._total)
-        if self._cache.settings.direction == "reference_queries":
+        if self._from_reference:
             check_grid(name, tokens, grid, at.grid, "a bridge with the direction reference_queries")
             check_keys(name, at.k.shape[1], tokens)
         if self._masks is not None:
@@ -207,10 +200,12 @@ class DenoisePatches:
 
     def after(self, layer: AttentionLayer, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Z_out, in the rows that see the reference."""
-        fused = self._cache.fused(layer, attended, out[self.rows])
+        rows = self.rows
+        assert rows is not None
+        fused = self._cache.fused(layer, attended, out[rows])
         if self._masks is not None:
             fused = fused * self._masks[layer.key].to(fused)
-        if isinstance(self.rows, slice):
-            out[self.rows].add_(fused, alpha=self._strength)
+        if isinstance(rows, slice):
+            out[rows].add_(fused, alpha=self._strength)
             return out
-        return out.index_add_(0, self.rows, fused.to(out.dtype), alpha=self._strength)
+        return out.index_add_(0, rows, fused.to(out.dtype), alpha=self._strength)

@@ -1,7 +1,7 @@
 """Dual guidance (DescriptiveEdit, arXiv 2508.20505): one scale for keeping the image, one for the text.
 
-With I the reference and T the edit description, and every prediction in denoised space, where the sums are
-the same as for the noise:
+With I the reference, T the edit description and 0 for neither, and every prediction in denoised space, where
+the sums are the same as for the noise:
 
     paper    e(0,0) + image (e(I,0) - e(0,0)) + text (e(I,T) - e(I,0))
     release  e(I,0) + text (e(I,T) - e(I,0)) + image (e(I,T) - e(0,T))
@@ -19,10 +19,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.samplers
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.samplers import CFGGuider
 
 from ..host.progress import progress
 from .apply import has_bridge
@@ -38,9 +39,8 @@ _PAIRED = (
     "sampler_calc_cond_batch_function",
     "disable_cfg1_optimization",
 )
-
-
 Scale = float | torch.Tensor
+Door = AbstractContextManager[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,13 @@ class GuidanceSchedule:
 
     def at(self, along: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both scales at progress `along` (a scalar tensor), on its device and without a sync."""
-        place = along * _TABLE
-        low = place.floor().clamp(max=_TABLE - 1)
+        index = along * _TABLE
+        low = index.floor().clamp(max=_TABLE - 1)
         found = []
         for table in (self.image, self.text):
             values = torch.as_tensor(table, dtype=torch.float32, device=along.device)
             pair = values[low.long()], values[low.long() + 1]
-            found.append(torch.lerp(*pair, place - low))
+            found.append(torch.lerp(*pair, index - low))
         return found[0], found[1]
 
 
@@ -74,7 +74,7 @@ def scale_table(start: float, end: float, curve: Callable[[np.ndarray], np.ndarr
 class DualGuidance:
     """The settings of dual guidance.
 
-    image, text: the two scales.
+    image, text: the two scales, any finite numbers.
     formula: `paper` or `release`.
     schedule: replaces both scales.
 
@@ -106,13 +106,16 @@ class DualGuidance:
             found[row] = found.get(row, 0.0) + weight
         return found
 
-    def used(self, bridged: bool) -> list[Row]:
-        """The rows with a weight that is not zero throughout the sampling, the text pair first."""
+    def rows(self, bridged: bool) -> list[Row]:
+        """The rows with a weight that is not zero throughout the sampling, the text pair first.
+
+        bridged: whether the model has a bridge.
+        """
         scales = [(self.image, self.text)]
         if self.schedule is not None:
             scales = list(zip(self.schedule.image.tolist(), self.schedule.text.tolist(), strict=True))
-        rows = [_merged(self.weights(*pair), bridged) for pair in scales]
-        return [row for row in rows[0] if any(abs(weights[row]) > 1e-9 for weights in rows)]
+        weights = [_merged(self.weights(*pair), bridged) for pair in scales]
+        return [row for row in weights[0] if any(abs(each[row]) > 1e-9 for each in weights)]
 
 
 def _merged(weights: dict[Row, Scale], bridged: bool) -> dict[Row, Scale]:
@@ -125,12 +128,10 @@ def _merged(weights: dict[Row, Scale], bridged: bool) -> dict[Row, Scale]:
     return merged
 
 
-class DualGuider(comfy.samplers.CFGGuider):
-    """GUIDER with dual guidance; `set_conds(edit, unconditional)`."""
+class DualGuider(CFGGuider):
+    """GUIDER with dual guidance; `set_conds(edit, unconditional)`. door: entered in every step."""
 
-    def __init__(
-        self, model: Any, guidance: DualGuidance, door: AbstractContextManager[Any] | None = None
-    ) -> None:
+    def __init__(self, model: ModelPatcher, guidance: DualGuidance, door: Door | None = None) -> None:
         super().__init__(model)
         self.guidance, self._door = guidance, door or nullcontext()
 
@@ -146,10 +147,10 @@ class _Predict:
     """PREDICT_NOISE: dual guidance instead of the guider's own prediction, inside all other wrappers."""
 
     guidance: DualGuidance
-    door: AbstractContextManager[Any]
+    door: Door
 
-    def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        guider = executor.class_obj
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        guider: Any = executor.class_obj
         with self.door:
             self._check(guider, executor.original)
 
@@ -162,14 +163,14 @@ class _Predict:
         rest = WrapperExecutor.new_class_executor(innermost, guider, executor.wrappers, executor.idx + 1)
         return rest.execute(*args, **kwargs)
 
-    def _check(self, guider: Any, own: Callable) -> None:
+    def _check(self, guider: CFGGuider, own: Callable) -> None:
         if isinstance(guider, DualGuider) or set(guider.conds) != {"positive", "negative"}:
             raise ValueError(
                 f"needs a sampler with one positive and one negative conditioning (KSampler, "
                 f"CFGGuider), but the guider is {type(guider).__name__} with "
                 f"{', '.join(guider.conds) or 'none'}: take this node away, or use another guider"
             )
-        if getattr(own, "__func__", own) is not comfy.samplers.CFGGuider.predict_noise:
+        if getattr(own, "__func__", own) is not CFGGuider.predict_noise:
             raise ValueError(
                 f"the guider {type(guider).__name__} predicts in a way of its own (as "
                 "DualModelGuider and guiders with a schedule do), which dual guidance would put aside: take "
@@ -177,12 +178,10 @@ class _Predict:
             )
 
 
-def apply_guidance(
-    model: Any, guidance: DualGuidance, door: AbstractContextManager[Any] | None = None
-) -> Any:
+def apply_guidance(model: ModelPatcher, guidance: DualGuidance, door: Door | None = None) -> ModelPatcher:
     """A clone of `model` with dual guidance, for any sampler with one positive and one negative conditioning.
 
-    The sampler's own cfg is not used. door: context that is entered in every run.
+    The sampler's own cfg is not used. door: context that is entered in every step.
 
     Raises ValueError if the model already has dual guidance.
     """
@@ -194,21 +193,19 @@ def apply_guidance(
 
 
 def predict(
-    guider: Any, guidance: DualGuidance, x: torch.Tensor, sigma: torch.Tensor, options: dict[str, Any]
+    guider: CFGGuider, guidance: DualGuidance, x: torch.Tensor, sigma: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The guided denoised prediction.
+    """The guided denoised prediction, [images, ...].
 
+    guider: in a run, with `positive` (the edit description) and `negative` (the unconditional one).
     x: [images, ...].
     sigma: [images].
-    guider: one of the host's, in a run, with `positive` (the edit description) and `negative` (the
-    unconditional one).
+    options: the call's model options.
     """
     model = guider.inner_model
     bridged = has_bridge(guider.model_patcher)
     texts = {True: guider.conds["positive"], False: guider.conds["negative"]}
-    pre_cfg = options.get("sampler_pre_cfg_function", [])
-    own_cfg = options.get("sampler_cfg_function")
-    rows = guidance.used(bridged)
+    rows = guidance.rows(bridged)
     if any(options.get(name) for name in _PAIRED):
         rows = [EDIT, UNCONDITIONAL, *(row for row in rows if row not in (EDIT, UNCONDITIONAL))]
     found = predict_rows(model, rows, texts, x, sigma, options)
@@ -217,30 +214,24 @@ def predict(
     if guidance.schedule is not None:
         image, text = guidance.schedule.at(progress(model.model_sampling, sigma[:1])[0])
     call = {"sigma": sigma, "timestep": sigma, "input": x, "model": model, "model_options": options}
-    for function in pre_cfg:
+    for function in options.get("sampler_pre_cfg_function", []):
         pair = [found[EDIT], found[UNCONDITIONAL]]
         found[EDIT], found[UNCONDITIONAL] = function(
             {**call, "conds": [texts[True], texts[False]], "conds_out": pair, "cond_scale": text}
         )[:2]
 
-    unconditional = found.get(UNCONDITIONAL, found.get(Row(False, False)))
-    edit = found.get(EDIT)
-    call |= {
-        "cond_scale": text,
-        "cond_denoised": edit if edit is not None else torch.zeros_like(x),
-        "uncond_denoised": unconditional if unconditional is not None else torch.zeros_like(x),
-    }
-    result: torch.Tensor | float = 0.0
+    nothing = torch.zeros_like(x)
+    edit = found.get(EDIT, nothing)
+    unconditional = found.get(UNCONDITIONAL, found.get(Row(False, False), nothing))
+    call |= {"cond_scale": text, "cond_denoised": edit, "uncond_denoised": unconditional}
     if EDIT not in found or UNCONDITIONAL not in found:
-        weights = guidance.weights(image, text)
+        result, weights = nothing, guidance.weights(image, text)
     else:
-        weights = guidance.image_term(image)
-        if own_cfg:
+        result, weights = unconditional + (edit - unconditional) * text, guidance.image_term(image)
+        if own_cfg := options.get("sampler_cfg_function"):
             pair = {"cond": x - edit, "uncond": x - unconditional}
             entries = {"input_cond": texts[True], "input_uncond": texts[False]}
             result = x - own_cfg({**call, **pair, **entries})
-        else:
-            result = unconditional + (edit - unconditional) * text
     for row, weight in _merged(weights, bridged).items():
         if row in found and not (isinstance(weight, float) and weight == 0):
             result = result + weight * found[row]

@@ -16,6 +16,7 @@ from uuid import UUID, uuid5
 
 import comfy.samplers
 import torch
+from comfy.model_base import BaseModel
 
 from ..host.options import NAME, read_options
 from .run import BLIND
@@ -35,7 +36,7 @@ EDIT, UNCONDITIONAL = Row(True, True), Row(True, False)
 
 
 def predict_rows(
-    model: Any,
+    model: BaseModel,
     rows: list[Row],
     texts: dict[bool, Entries],
     x: torch.Tensor,
@@ -44,7 +45,6 @@ def predict_rows(
 ) -> dict[Row, torch.Tensor]:
     """The denoised prediction of each of `rows`, in one batch if memory allows.
 
-    model: the host's BaseModel.
     rows: at most one of them without the reference.
     texts: the run's processed conditioning, by `Row.text`.
     x: [images, ...].
@@ -54,11 +54,11 @@ def predict_rows(
     A `sampler_calc_cond_batch_function` of another node gets pairs of both descriptions, as in a stock run. A
     row without the reference is a second call, with that row in its partner's position.
     """
-    pair = [texts[row.text] if row in rows else None for row in (EDIT, UNCONDITIONAL)]
-    places = {EDIT: 0, UNCONDITIONAL: 1}
+    pair: list[Entries | None] = [texts[row.text] if row in rows else None for row in (EDIT, UNCONDITIONAL)]
+    order = {EDIT: 0, UNCONDITIONAL: 1}
     own = options.get("sampler_calc_cond_batch_function")
 
-    def run(conds: list[Entries | None], options: dict[str, Any]) -> list[torch.Tensor]:
+    def run(conds: list[Any], options: dict[str, Any]) -> list[torch.Tensor]:
         if own is None:
             return comfy.samplers.calc_cond_batch(model, conds, x, sigma, options)
         return own({"conds": conds, "input": x, "sigma": sigma, "model": model, "model_options": options})
@@ -67,24 +67,26 @@ def predict_rows(
     if blind is None:
         found = run(pair, options)
     else:
-        place = 0 if blind.text else 1
+        index = 0 if blind.text else 1
         entries = [{**entry, "uuid": uuid5(_NAMESPACE, str(entry["uuid"]))} for entry in texts[blind.text]]
-        marks = _Marks(frozenset(entry["uuid"] for entry in entries), place)
+        marks = _Marks(frozenset(entry["uuid"] for entry in entries), index)
         options = marks.attach(options)
         if own is not None:
-            partner = [texts[True], texts[False]]
-            partner[place] = entries
-            found = [*run(pair, options), run(marks.controlled(partner), options)[place]]
+            partner: list[Entries | None] = [texts[True], texts[False]]
+            partner[index] = entries
+            found = [*run(pair, options), run(marks.controlled(partner), options)[index]]
         else:
             found = run(marks.controlled([*pair, entries]), options)
-        places[blind] = 2
-    return {row: found[places[row]] for row in rows}
+        order[blind] = 2
+    return {row: found[order[row]] for row in rows}
 
 
 @dataclass(frozen=True, eq=False)
 class _Marks:
-    """The numbers of the rows without the reference: `index` instead of the host's number for entries with
-    these `uuids`.
+    """The rows without the reference.
+
+    uuids: of their conditioning entries.
+    index: their number, instead of the host's.
     """
 
     uuids: frozenset[UUID]
@@ -96,17 +98,15 @@ class _Marks:
 
         def call(apply_model: Callable, args: dict[str, Any]) -> torch.Tensor:
             conditions = args["c"]
-            self.restate(conditions[NAME])
+            self.correct(conditions[NAME])
             if previous is None:
                 return apply_model(args["input"], args["timestep"], **conditions)
             return previous(apply_model, {**args, "cond_or_uncond": conditions[NAME]["cond_or_uncond"][:]})
 
         return {**options, "model_function_wrapper": call, NAME: {**options.get(NAME, {}), BLIND: self.uuids}}
 
-    def restate(self, options: dict[str, Any]) -> None:
-        """Correct the numbers in one call's own `transformer_options`, right after the host has written
-        them.
-        """
+    def correct(self, options: dict[str, Any]) -> None:
+        """Correct the numbers that the host has just written into one call's `transformer_options`."""
         numbered = zip(options["cond_or_uncond"], options["uuids"], strict=True)
         options["cond_or_uncond"] = [self.index if uuid in self.uuids else own for own, uuid in numbered]
 
@@ -132,7 +132,7 @@ class _Control:
         vars(self).update(_control=control, _marks=marks)
 
     def get_control(self, *args: Any, **kwargs: Any) -> Any:
-        self._marks.restate(read_options(args, kwargs))
+        self._marks.correct(read_options(args, kwargs))
         return self._control.get_control(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

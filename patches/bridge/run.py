@@ -244,7 +244,7 @@ class BridgeRun:
             rows, expand_to_rows = self._rows(chunks, x), self._expand_to_rows(len(chunks))
         if self._mask is not None:
             areas = [areas[chunk] for chunk in chunks] if in_order else [None]
-            masks = self._layer_masks(areas, self._images if in_order else 1, x)
+            masks = self._layer_masks(self._mask, areas, self._images if in_order else 1, x)
         return DenoisePatches(self.cache, rows, x, expand_to_rows, self._setup.strength, masks, self._door)
 
     def _check_parts(self, x: torch.Tensor, areas: list[Area], seen: int, in_order: bool) -> None:
@@ -316,7 +316,9 @@ class BridgeRun:
         rows = chunks * self._images
         return lambda kept: kept.expand(rows, -1, -1) if len(kept) == 1 else kept.repeat(chunks, 1, 1)
 
-    def _layer_masks(self, areas: list[Area], images: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _layer_masks(
+        self, mask: torch.Tensor, areas: list[Area], images: int, x: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """The mask at every layer for `images` rows of each of these areas, [rows, tokens, 1]; computed once
         per run.
         """
@@ -325,11 +327,8 @@ class BridgeRun:
         if call not in self._masks:
             parts = []
             for area in areas:
-                mask = self._mask
-                if area is not None:
-                    *_, top, left = area
-                    mask = mask[:, top : top + height, left : left + width]
-                parts.append(mask.expand(images, -1, -1))
+                *_, top, left = area or (0, 0)
+                parts.append(mask[:, top : top + height, left : left + width].expand(images, -1, -1))
             layers = self.cache.network.layers.values()
             masks = layer_masks(torch.cat(parts), layers, height, width, x.device)
             self._masks[call] = {key: mask[..., None] for key, mask in masks.items()}
