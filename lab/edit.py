@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from ..models.tiny_studio import drawing, scenes
 from .edit_options import EditOptions, parse
 from .server import NodeError, Prompt, Server, ServerError, device_arguments
+from .studies.balances import CHOSEN
 from .tiny_studio import attribute_classifier as judge
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "UnifyEdit - start here.json"
@@ -130,9 +131,8 @@ def run_samples(server: Server, workflow: Prompt) -> list[Edited]:
         print(f"{edit_type}: {pair.source_text} -> {pair.edit_text}", flush=True)
         prompt = copy.deepcopy(workflow)
         set_inputs(prompt, "DescEditTinyScene", edit_type=edit_type, seed=SEED, wording=WORDING)
-        set_inputs(prompt, "DescEditAdaptiveScheduler", preset=f"{edit_type}, {WORDING}")
-        if pair.mask() is None:  # nothing lies outside
-            set_inputs(prompt, "DescEditUnifySampler", keep="everywhere")
+        balance = CHOSEN[edit_type]
+        set_inputs(prompt, "DescEditUnify", structure=balance.beta1, words=balance.beta2)
         edited = run_one(server, prompt)
         edits.append(Edited(edit_type, pair.source.draw(), edited, pair.mask(), pair))
     return edits
@@ -158,8 +158,6 @@ def run_image(
     }
     names = server.object_info()["DescEditTinyScene"]["output_name"]
     replace_node(prompt, scene, {index: links[name] for index, name in enumerate(names)})
-    if "mask" not in pictures:
-        set_inputs(prompt, "DescEditUnifySampler", keep="everywhere")
     print(f"{options.image}: {options.source} -> {options.edit}", flush=True)
     edited = run_one(server, prompt)
     arrays = {name: np.asarray(picture, np.float32) / 255 for name, picture in pictures.items()}

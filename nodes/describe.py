@@ -1,10 +1,39 @@
-"""From an instruction to a description: the prompt for a language model (DescriptiveEdit, 2508.20505)."""
+"""Descriptions: encoded, with the words of an edit found; and from an instruction to a description."""
 
 from __future__ import annotations
 
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
+from ..patches.unify.tokens import find_tokens
+from .inversion import ALIASES
+from .inversion import CATEGORY as UNIFY
+
 CATEGORY = "descriptive edit/text"
+EditTokensType = io.Custom("DESCEDIT_EDIT_TOKENS")
+_CLIP = io.Clip.Input("clip", tooltip="The model's text encoder.")
+_TEXTS = (
+    io.String.Input(
+        "source_description",
+        multiline=True,
+        tooltip="What the image shows now. Not empty, at most 75 tokens.",
+    ),
+    io.String.Input(
+        "edit_description",
+        multiline=True,
+        tooltip="What it should show. Not empty, at most 75 tokens, and other words than the source "
+        "description, unless some are named in words. Weights such as (red:1.3) and embedding:name are "
+        "allowed.",
+    ),
+    io.String.Input(
+        "words",
+        default="",
+        optional=True,
+        tooltip="Words or phrases of the edit description that carry the edit, separated by commas. Empty: "
+        "the words that differ from the source description, or, where words are only left out, the ones "
+        "beside them. Punctuation, case and weights make no difference.",
+    ),
+)
 # The begin and end marks are two of them; of CLIP's tokens, ordinary English needs about 1.3 a word.
 MARKS, WORDS_PER_TOKEN = 2, 0.75
 
@@ -96,4 +125,68 @@ class DescEditDescribePrompt(io.ComfyNode):
         return io.NodeOutput(describe_prompt(instruction, source_description, max_tokens))
 
 
-NODES = [DescEditDescribePrompt]
+class DescEditDescribe(io.ComfyNode):
+    """Node: both texts encoded as the host does, and `patches.unify.tokens.find_tokens`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditDescribe",
+            display_name="Describe Edit",
+            category=UNIFY,
+            description=(
+                "Takes what the image shows now and what it should show, encodes both, and finds the words "
+                "that carry the edit. For UnifyEdit and Find Edit Mask."
+            ),
+            search_aliases=[*ALIASES, "prompt", "CLIP Text Encode", "edit by description"],
+            inputs=[_CLIP, *_TEXTS],
+            outputs=[
+                io.Conditioning.Output("source", tooltip="The source description, encoded."),
+                io.Conditioning.Output("edit", tooltip="The edit description, encoded."),
+                EditTokensType.Output("edit_tokens"),
+                io.String.Output("text", tooltip="The words found and their token positions, for people."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: CLIP, source_description: str, edit_description: str, words: str = ""
+    ) -> io.NodeOutput:
+        tokens = find_tokens(clip, source_description, edit_description, words)
+        source, edit = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(text))
+            for text in (source_description, edit_description)
+        )
+        return io.NodeOutput(source, edit, tokens, tokens.describe())
+
+
+class DescEditFindTokens(io.ComfyNode):
+    """Node: `patches.unify.tokens.find_tokens`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditFindTokens",
+            display_name="Find Edit Tokens",
+            category=UNIFY,
+            description=(
+                "Finds the tokens of the edit description that carry the edit: by default the words that are "
+                "not in the source description."
+            ),
+            search_aliases=[*ALIASES, "token index", "word position"],
+            inputs=[_CLIP, *_TEXTS],
+            outputs=[
+                EditTokensType.Output("edit_tokens"),
+                io.String.Output("text", tooltip="The words found and their token positions, for people."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: CLIP, source_description: str, edit_description: str, words: str = ""
+    ) -> io.NodeOutput:
+        tokens = find_tokens(clip, source_description, edit_description, words)
+        return io.NodeOutput(tokens, tokens.describe())
+
+
+NODES = [DescEditDescribe, DescEditFindTokens, DescEditDescribePrompt]

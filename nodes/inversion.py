@@ -1,22 +1,20 @@
-"""UnifyEdit (arXiv 2504.05594), what comes before the sampling: invert the image, find the words."""
+"""The way from an image back to noise, which UnifyEdit follows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..patches.host.inputs import samples_of
 from ..patches.inversion import MODES, invert, invert_virtually
-from ..patches.unify.tokens import find_tokens
-from ..patches.unify.trace import KEY as TRACE
 
 CATEGORY = "descriptive edit/unifyedit"
 ALIASES = ["UnifyEdit", "2504.05594", "attention guidance", "latent optimization"]
 
 InversionType = io.Custom("DESCEDIT_INVERSION")
-EditTokensType = io.Custom("DESCEDIT_EDIT_TOKENS")
 
 
 class DescEditInvert(io.ComfyNode):
@@ -31,7 +29,7 @@ class DescEditInvert(io.ComfyNode):
             description=(
                 "Finds the noise from which the stock Euler sampler, with the same SIGMAS, the source "
                 "description and guidance 1, gives this image back, and keeps the whole path. UnifyEdit "
-                "follows that path. The mode virtual skips the search: see there."
+                "follows that path. Mode `virtual` needs no inversion pass; see the `mode` input."
             ),
             search_aliases=[
                 *ALIASES,
@@ -55,7 +53,7 @@ class DescEditInvert(io.ComfyNode):
                 ),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="Noise levels that fall to 0, the same that the sampler will get. More steps "
+                    tooltip="Sigmas that fall to 0, the same that the sampler will get. More steps "
                     "follow the image more closely. Denoise below 1 starts from less noise and changes less.",
                 ),
                 io.Int.Input(
@@ -102,7 +100,7 @@ class DescEditInvert(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         latent: dict[str, Any],
         source: list[Any],
         sigmas: torch.Tensor,
@@ -115,60 +113,9 @@ class DescEditInvert(io.ComfyNode):
             inversion = invert_virtually(model, samples, source, sigmas, virtual_seed)
         else:
             inversion = invert(model, samples, source, sigmas, refine)
-        noise = {name: value for name, value in latent.items() if name not in ("noise_mask", TRACE)}
+        noise = {name: value for name, value in latent.items() if name != "noise_mask"}
         noise["samples"] = model.model.process_latent_out(inversion.trajectory[0].clone())
         return io.NodeOutput(inversion, noise)
 
 
-class DescEditFindTokens(io.ComfyNode):
-    """Node: `patches.unify.tokens.find_tokens`."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="DescEditFindTokens",
-            display_name="Find Edit Tokens",
-            category=CATEGORY,
-            description=(
-                "Finds the tokens of the edit description that carry the edit: by default the words that are "
-                "not in the source description."
-            ),
-            search_aliases=[*ALIASES, "token index", "word position"],
-            inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder that encodes the edit description."),
-                io.String.Input(
-                    "source_description",
-                    multiline=True,
-                    tooltip="What the image shows now. Not empty, at most 75 tokens.",
-                ),
-                io.String.Input(
-                    "edit_description",
-                    multiline=True,
-                    tooltip="What it shall show, the same text that is encoded for the guider. Not empty, "
-                    "at most 75 tokens, and other words than the source description, unless some are named "
-                    "below. Weights such as (red:1.3) and embedding:name are allowed.",
-                ),
-                io.String.Input(
-                    "words",
-                    default="",
-                    optional=True,
-                    tooltip="Words or phrases of the edit description that carry the edit, separated by "
-                    "commas. Empty: the words that differ from the source description, or, where words are "
-                    "only left out, the ones beside them. Punctuation, case and weights are no difference.",
-                ),
-            ],
-            outputs=[
-                EditTokensType.Output("edit_tokens"),
-                io.String.Output("text", tooltip="The words found and their token positions, for people."),
-            ],
-        )
-
-    @classmethod
-    def execute(
-        cls, clip: Any, source_description: str, edit_description: str, words: str = ""
-    ) -> io.NodeOutput:
-        tokens = find_tokens(clip, source_description, edit_description, words)
-        return io.NodeOutput(tokens, tokens.describe())
-
-
-NODES = [DescEditInvert, DescEditFindTokens]
+NODES = [DescEditInvert]

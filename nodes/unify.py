@@ -1,154 +1,170 @@
-"""UnifyEdit (arXiv 2504.05594): balance the gradients, sample, and see what happened."""
+"""UnifyEdit (arXiv 2504.05594): the edit itself, as one node and as a SAMPLER."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import comfy.samplers
 import torch
-from comfy_api.input import CurveInput
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..patches.host.inputs import read_mask
+from ..patches.host.inputs import read_mask, samples_of
 from ..patches.inversion import Inversion
-from ..patches.unify.balance import COMBINATIONS, CURVES, Balance, draw_balance
-from ..patches.unify.losses import FORMS
-from ..patches.unify.presets import CUSTOM, PRESETS
+from ..patches.unify.balance import Balance
+from ..patches.unify.edit import edit_latent
+from ..patches.unify.mask import find_mask_of_image
 from ..patches.unify.sampler import UnifySampler
-from ..patches.unify.settings import METHODS, REGIONS, UnifySettings
+from ..patches.unify.settings import UnifyOptions, UnifySettings
 from ..patches.unify.tokens import EditTokens
-from ..patches.unify.trace import read_trace
+from .describe import EditTokensType
 from .errors import naming
-from .inversion import ALIASES, CATEGORY, EditTokensType, InversionType
+from .inversion import ALIASES, CATEGORY, InversionType
+from .settings import BalanceType, OptionsType
 
-BalanceType = io.Custom("DESCEDIT_BALANCE")
-_DRAWN = (
-    io.Curve.Input(
-        "structure_curve",
-        default=[(0.0, 0.0), (1.0, 1.0)],
-        tooltip="For the curve drawn: the structure's weight from noise to image, 0 to 1, times beta1.",
-    ),
-    io.Curve.Input(
-        "words_curve",
-        default=[(0.0, 1.0), (1.0, 0.0)],
-        tooltip="For the curve drawn: the words' weight from noise to image, 0 to 1, times beta2.",
-    ),
+_NEGATIVE = (
+    "What to guide away from, usually an empty description. Not connected: zeros, as from "
+    "ConditioningZeroOut."
+)
+_MASK = (
+    "Edit region: 1 = edit, 0 = keep, of the image's size or proportions, not empty. Not connected: the "
+    "whole image, which suits a change of style or background."
 )
 
 
-class DescEditAdaptiveScheduler(io.ComfyNode):
-    """Node: `patches.unify.balance.Balance`."""
+class DescEditUnify(io.ComfyNode):
+    """Node: `patches.unify.edit.edit_latent`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = Balance()
         return io.Schema(
-            node_id="DescEditAdaptiveScheduler",
-            display_name="Adaptive Scheduler (UnifyEdit)",
+            node_id="DescEditUnify",
+            display_name="UnifyEdit",
             category=CATEGORY,
             description=(
-                "Balances keeping the structure against following the words over the sampling: structure "
-                "weighs beta1 exp(-k1 (1 - p)), the words beta2 exp(-k2 p), with p from 0 at pure noise to 1 "
-                "at the image, or other curves with the same ends. The paper's own function is not "
-                "published; these are the pack's choice with the published shape."
+                "Edits an image by its descriptions before and after, with no training: inverts the image to "
+                "noise, then samples it with the edit description while two losses on the attention keep the "
+                "structure and make the edit's words take hold. Used like a KSampler."
             ),
-            search_aliases=[*ALIASES, "adaptive time-step scheduler", "balance"],
+            search_aliases=[*ALIASES, "image edit", "edit image", "KSampler", "prompt-to-prompt"],
             inputs=[
-                io.Combo.Input(
-                    "combination",
-                    options=list(COMBINATIONS),
-                    default=default.combination,
-                    tooltip="balanced: unit-norm gradients, weights that change over time. norm: unit-norm "
-                    "gradients, constant weights. naive: the plain sum of the gradients, where one of them "
-                    "usually wins.",
+                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, patches included."),
+                io.Conditioning.Input("source", tooltip="What the image shows now, from Describe Edit."),
+                io.Conditioning.Input("edit", tooltip="What it should show, from Describe Edit."),
+                EditTokensType.Input(
+                    "edit_tokens", tooltip="Which words carry the edit, from Describe Edit."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The image to edit, from VAE Encode. A noise mask in it keeps the rest "
+                    "untouched.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip=_NEGATIVE),
+                io.Mask.Input("mask", optional=True, tooltip=_MASK),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=10000,
+                    tooltip="Steps of the inversion and of the sampling, 1 or more. More follow the image "
+                    "more closely; time grows with them.",
                 ),
                 io.Float.Input(
-                    "beta1",
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How far the text guides the edit, 0 to 100. 1: the edit description alone, "
+                    "which halves the time of a prediction. High values change more.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(comfy.samplers.SCHEDULER_NAMES),
+                    default="normal",
+                    tooltip="How the sigmas fall. The sampler is always Euler.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much noise the edit starts from, above 0 to 1. 1: all of it. Low values "
+                    "change less; 0 is an error, because nothing would be sampled.",
+                ),
+                io.Float.Input(
+                    "structure",
                     default=default.beta1,
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of keeping the structure, 0 to 10, in lengths of a denoising step. 0 "
-                    "switches it off.",
+                    tooltip="Strength of keeping the structure, 0 to 10 (beta1). 0 switches it off. A change "
+                    "of style wants about 0.3.",
                 ),
                 io.Float.Input(
-                    "k1",
-                    default=default.k1,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="How fast the structure's weight grows towards the image, 0 to 20. 0 keeps it "
-                    "constant; high values leave it to the last steps.",
-                ),
-                io.Float.Input(
-                    "beta2",
+                    "words",
                     default=default.beta2,
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of following the words, 0 to 10, in lengths of a denoising step. 0 "
-                    "switches it off.",
+                    tooltip="Strength of following the edit's words, 0 to 10 (beta2). 0 switches it off.",
                 ),
-                io.Float.Input(
-                    "k2",
-                    default=default.k2,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="How fast the words' weight falls from its start at pure noise, 0 to 20. 0 "
-                    "keeps it constant; high values leave it to the first steps.",
-                ),
-                io.Combo.Input(
-                    "preset",
-                    options=[CUSTOM, *PRESETS],
-                    default=CUSTOM,
-                    optional=True,
-                    tooltip="Values for a kind of edit, with simple (a red circle) or complex descriptions; "
-                    "every other input is then ignored. Chosen on the Tiny Studio; only style differs from "
-                    "this node's defaults. custom: the inputs of this node.",
-                ),
-                io.DynamicCombo.Input(
-                    "curve",
-                    options=[
-                        io.DynamicCombo.Option(name, list(_DRAWN) if name == "drawn" else [])
-                        for name in CURVES
-                    ],
-                    optional=True,
-                    tooltip="How the weights of balanced change: exponential; linear and cosine, which are 0 "
-                    "from 1/k of the way on; drawn, along two curves instead of k.",
+                OptionsType.Input(
+                    "options", optional=True, tooltip="What few edits need, from UnifyEdit Options."
                 ),
             ],
             outputs=[
-                BalanceType.Output("balance"),
-                io.Image.Output("plot", tooltip="The two weights over the sampling."),
+                io.Latent.Output("latent", tooltip="The edited image, for VAE Decode."),
+                io.Mask.Output(
+                    "mask", tooltip="Where it edited: the mask that was given or found, or 1 everywhere."
+                ),
+                io.Image.Output(
+                    "plot",
+                    tooltip="Losses and the norms of their gradients by step, a picture for each image; each "
+                    "curve relative to its largest value. Crosses are steps without a usable gradient.",
+                ),
             ],
         )
 
     @classmethod
     def execute(
         cls,
-        combination: str,
-        beta1: float,
-        k1: float,
-        beta2: float,
-        k2: float,
-        preset: str = CUSTOM,
-        curve: dict[str, Any] | None = None,
+        model: ModelPatcher,
+        source: list[Any],
+        edit: list[Any],
+        edit_tokens: EditTokens,
+        latent: dict[str, Any],
+        steps: int,
+        cfg: float,
+        scheduler: str,
+        denoise: float,
+        structure: float,
+        words: float,
+        negative: list[Any] | None = None,
+        mask: torch.Tensor | None = None,
+        options: UnifyOptions | None = None,
     ) -> io.NodeOutput:
-        if preset != CUSTOM:
-            return _balance(PRESETS[preset])
-        curve, drawn = curve or {"curve": Balance.curve}, None
-        if curve["curve"] == "drawn":
-            along = np.linspace(0.0, 1.0, 101)
-            drawn = tuple(
-                tuple(CurveInput.from_raw(curve[item.id]).interp_array(along).tolist()) for item in _DRAWN
-            )
-        balance = Balance(combination, beta1, k1, beta2, k2, curve["curve"], drawn)
-        return _balance(balance)
-
-
-def _balance(balance: Balance) -> io.NodeOutput:
-    return io.NodeOutput(balance, draw_balance(balance))
+        samples, region, trace = edit_latent(
+            model,
+            samples_of("latent", latent),
+            latent.get("noise_mask"),
+            source=source,
+            edit=edit,
+            negative=negative,
+            edit_tokens=edit_tokens,
+            mask=None if mask is None else read_mask("mask", mask),
+            steps=steps,
+            cfg=cfg,
+            scheduler=scheduler,
+            denoise=denoise,
+            structure=structure,
+            words=words,
+            options=options or UnifyOptions(),
+        )
+        kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
+        return io.NodeOutput({**kept, "samples": samples}, region, trace.draw())
 
 
 class DescEditUnifySampler(io.ComfyNode):
@@ -161,158 +177,38 @@ class DescEditUnifySampler(io.ComfyNode):
             display_name="UnifyEdit Sampler",
             category=CATEGORY,
             description=(
-                "A SAMPLER for SamplerCustomAdvanced that edits an inverted image with no training. Before "
-                "each Euler step it moves the latent down the gradient of two losses: keep the "
-                "self-attention of the source, make the edit's words take hold in the cross-attention. It "
-                "starts from the inversion's noise, so what is wired to the noise input does not matter: "
-                "DisableNoise, or the noise output here, which also carries the trace. Of latent_image only "
-                "the size, the number of images and the noise mask count."
+                "UnifyEdit as a SAMPLER, for graphs with a guider or SIGMAS of their own; the node UnifyEdit "
+                "does all of it at once. Before each Euler step it moves the latent down the gradient of two "
+                "losses: keep the self-attention of the source, make the edit's words take hold in the "
+                "cross-attention. It starts from the inversion's noise, so the noise input of "
+                "SamplerCustomAdvanced does not matter: use DisableNoise. Of latent_image only the size, the "
+                "number of images and the noise mask count."
             ),
-            search_aliases=[*ALIASES, "prompt to prompt", "tuning-free editing"],
+            search_aliases=ALIASES,
             inputs=[
                 InversionType.Input(
                     "inversion",
                     tooltip="From Invert Image, made with the guider's model and the sampler's SIGMAS.",
                 ),
                 EditTokensType.Input(
-                    "edit_tokens", tooltip="Which words carry the edit, from Find Edit Tokens."
+                    "edit_tokens",
+                    tooltip="Which words carry the edit, from Find Edit Tokens or Describe Edit.",
                 ),
                 BalanceType.Input(
-                    "balance", tooltip="How the two losses are balanced, from Adaptive Scheduler."
-                ),
-                io.Mask.Input(
-                    "mask",
+                    "balance",
                     optional=True,
-                    tooltip="Where the words shall take hold: 1 edited, 0 not. Of the image's size or "
-                    "proportions, not empty. Without it they shall take hold everywhere, which suits style "
-                    "and background.",
+                    tooltip="How the two losses are balanced, from Adaptive Scheduler. Not connected: as "
+                    "that node's defaults.",
                 ),
-                io.Int.Input(
-                    "structure_side",
-                    default=UnifySettings.structure_side,
-                    min=1,
-                    max=256,
-                    advanced=True,
-                    tooltip="Structure is kept at self-attentions with at most this many tokens a side, 1 "
-                    "to 256. Low values keep the layout only; high ones keep detail and cost time and "
-                    "memory. Below the model's coarsest grid it is that grid: 1 is always the coarsest.",
-                ),
-                io.Int.Input(
-                    "word_side",
-                    default=UnifySettings.word_side,
-                    min=1,
-                    max=256,
-                    advanced=True,
-                    tooltip="Words take hold at the cross-attentions whose grid is nearest to this many "
-                    "tokens a side, 1 to 256: 1 is the coarsest that the model has, 256 the finest.",
-                ),
-                io.Combo.Input(
-                    "alignment",
-                    options=list(FORMS),
-                    default=UnifySettings.alignment,
+                io.Mask.Input("mask", optional=True, tooltip=_MASK),
+                OptionsType.Input(
+                    "options",
                     optional=True,
-                    advanced=True,
-                    tooltip="What makes a word take hold. token_ratio: its share among the description's "
-                    "words inside the mask; the only one that works without a mask. spatial_ratio: the share "
-                    "of its attention that falls inside. area_ratio: inside against outside, squared, the "
-                    "form quoted from the paper, without a bound.",
-                ),
-                io.Combo.Input(
-                    "keep",
-                    options=list(REGIONS),
-                    default=UnifySettings.keep,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where structure is kept: everywhere, or only among the places inside or outside "
-                    "of the mask.",
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default=UnifySettings.method,
-                    optional=True,
-                    advanced=True,
-                    tooltip="latent: move the latent before each prediction. noise: add the gradient to the "
-                    "predicted noise instead, the paper's ablation.",
-                ),
-                io.Int.Input(
-                    "inner_iterations",
-                    default=UnifySettings.inner_iterations,
-                    min=1,
-                    max=100,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Gradient steps before each prediction, 1 to 100, each as long as the balance "
-                    "says. Time grows with them. 1 for the method noise.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=UnifySettings.start,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Share of the sampling after which the latent is optimised, 0 to 1. 0: from the "
-                    "start.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=UnifySettings.end,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Share of the sampling after which it is not any more, above start_percent, to "
-                    "1. 1: to the end. Steps that are not optimised cost no more than stock ones.",
-                ),
-                io.Boolean.Input(
-                    "mask_update",
-                    default=UnifySettings.mask_update,
-                    optional=True,
-                    advanced=True,
-                    tooltip="On: the latent is moved inside the mask only. Needs a mask.",
-                ),
-                io.Boolean.Input(
-                    "auto_mask",
-                    default=UnifySettings.auto_mask,
-                    optional=True,
-                    tooltip="On: where no mask is wired, find one from where the edit's words look and where "
-                    "the words they replace do. A wired mask comes first.",
-                ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=UnifySettings.checkpoint,
-                    optional=True,
-                    advanced=True,
-                    tooltip="On: take less memory for the gradients and more time. The result is the same.",
-                ),
-                io.String.Input(
-                    "structure_sites",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Names of the self-attentions to keep, such as output.3.0, or beginnings such as "
-                    "output or input.4, separated by commas; they replace structure_side. Empty: by side.",
-                ),
-                io.String.Input(
-                    "word_sites",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Names of the cross-attentions for the words, in the same way; they replace "
-                    "word_side. Empty: by side.",
+                    tooltip="What few edits need, from UnifyEdit Options. Its inversion inputs do not act "
+                    "here: Invert Image has them.",
                 ),
             ],
-            outputs=[
-                io.Sampler.Output("sampler"),
-                io.Noise.Output(
-                    "noise",
-                    tooltip="For the noise input of SamplerCustomAdvanced in place of DisableNoise: no noise "
-                    "either, and the sampled latent carries the trace for Trace (UnifyEdit).",
-                ),
-            ],
+            outputs=[io.Sampler.Output("sampler")],
         )
 
     @classmethod
@@ -320,78 +216,73 @@ class DescEditUnifySampler(io.ComfyNode):
         cls,
         inversion: Inversion,
         edit_tokens: EditTokens,
-        balance: Balance,
-        structure_side: int,
-        word_side: int,
+        balance: Balance | None = None,
         mask: torch.Tensor | None = None,
-        alignment: str = UnifySettings.alignment,
-        keep: str = UnifySettings.keep,
-        method: str = UnifySettings.method,
-        inner_iterations: int = UnifySettings.inner_iterations,
-        start_percent: float = UnifySettings.start,
-        end_percent: float = UnifySettings.end,
-        mask_update: bool = UnifySettings.mask_update,
-        auto_mask: bool = UnifySettings.auto_mask,
-        checkpointing: bool = UnifySettings.checkpoint,
-        structure_sites: str = "",
-        word_sites: str = "",
+        options: UnifyOptions | None = None,
     ) -> io.NodeOutput:
-        mask = None if mask is None else read_mask("mask", mask)
+        options = options or UnifyOptions()
+        if balance is not None and options.balance is not None:
+            raise ValueError("balance is connected here and in options: connect one of them")
         settings = UnifySettings(
-            inversion,
-            edit_tokens,
-            balance,
-            mask,
-            structure_side,
-            word_side,
-            structure_sites,
-            word_sites,
-            alignment,
-            keep,
-            method,
-            inner_iterations,
-            start_percent,
-            end_percent,
-            mask_update,
-            auto_mask,
-            checkpointing,
+            inversion=inversion,
+            edit_tokens=edit_tokens,
+            balance=balance or options.balance or Balance(),
+            mask=None if mask is None else read_mask("mask", mask),
+            options=options,
         )
-        sampler = UnifySampler(settings, naming(cls))
-        return io.NodeOutput(sampler, sampler.noise)
+        return io.NodeOutput(UnifySampler(settings, naming(cls)))
 
 
-class DescEditTrace(io.ComfyNode):
-    """Node: `patches.unify.trace.Trace`."""
+class DescEditFindMask(io.ComfyNode):
+    """Node: `patches.unify.mask.find_mask_of_image`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="DescEditTrace",
-            display_name="Trace (UnifyEdit)",
+            node_id="DescEditFindMask",
+            display_name="Find Edit Mask",
             category=CATEGORY,
             description=(
-                "What happened in a run of UnifyEdit Sampler, by step: both losses and the norms of their "
-                "gradients, each relative to its largest value, and the steps that were skipped because no "
-                "gradient was usable. Wire the sampler's noise output to SamplerCustomAdvanced for it."
+                "Finds where an edit would happen: where the edit's words, and the words that they replace, "
+                "look in the image. Cut at 0.3 of the highest attention, as in Prompt-to-Prompt's LocalBlend."
             ),
-            search_aliases=[*ALIASES, "loss curve", "gradient norm"],
+            search_aliases=[*ALIASES, "automatic mask", "LocalBlend", "segment", "DAAM"],
             inputs=[
-                io.Latent.Input(
-                    "latent",
-                    tooltip="The output of the SamplerCustomAdvanced that had UnifyEdit Sampler's sampler "
-                    "and noise.",
-                )
+                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, patches included."),
+                io.Conditioning.Input("source", tooltip="What the image shows now, from Describe Edit."),
+                io.Conditioning.Input("edit", tooltip="What it should show, from Describe Edit."),
+                EditTokensType.Input(
+                    "edit_tokens", tooltip="Which words carry the edit, from Describe Edit."
+                ),
+                io.Latent.Input("latent", tooltip="The image, from VAE Encode. Noise is added to it."),
+                io.Int.Input(
+                    "cross_attn_res",
+                    default=UnifyOptions.cross_attn_res,
+                    min=1,
+                    max=256,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The cross-attention layers whose grid is nearest to this many tokens a side are "
+                    "read, 1 to 256: 1 is the coarsest that the model has, 256 the finest.",
+                ),
             ],
             outputs=[
-                io.Image.Output("plot", tooltip="A picture for each image: losses above, gradients below."),
-                io.String.Output("text", tooltip="How many steps were optimised and skipped, for people."),
+                io.Mask.Output("mask", tooltip="1 where the words look, 0 elsewhere, of the image's size.")
             ],
         )
 
     @classmethod
-    def execute(cls, latent: dict[str, Any]) -> io.NodeOutput:
-        trace = read_trace(latent)
-        return io.NodeOutput(trace.draw(), trace.describe())
+    def execute(
+        cls,
+        model: ModelPatcher,
+        source: list[Any],
+        edit: list[Any],
+        edit_tokens: EditTokens,
+        latent: dict[str, Any],
+        cross_attn_res: int = UnifyOptions.cross_attn_res,
+    ) -> io.NodeOutput:
+        samples = samples_of("latent", latent)
+        return io.NodeOutput(find_mask_of_image(model, samples, source, edit, edit_tokens, cross_attn_res))
 
 
-NODES = [DescEditAdaptiveScheduler, DescEditUnifySampler, DescEditTrace]
+NODES = [DescEditUnify, DescEditFindMask, DescEditUnifySampler]

@@ -13,7 +13,8 @@ from ..patches.host.inputs import read_images, samples_of
 from ..patches.inversion import Inversion
 from ..patches.unify.tokens import EditTokens
 from ..pictures.contact_sheet import draw_sheet
-from .inversion import EditTokensType, InversionType
+from .describe import EditTokensType
+from .inversion import InversionType
 
 CATEGORY = "descriptive edit/evaluation"
 

@@ -9,6 +9,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.utils import model_trange
 
 from .attention.networks import network_of
@@ -25,9 +26,12 @@ class Inversion:
     """INVERSION: an image's path from clean to noise.
 
     trajectory: [steps + 1, images, channels, height, width] float32 in host RAM, in the model's own space
-    (after `process_latent_in`); entry i belongs to `sigmas[i]`, the last one is the clean latent. sigmas:
-    [steps + 1], falling to 0. conditioning: the source description's CONDITIONING. model: what it was made
-    with. virtual: whether the path is the straight line of `invert_virtually`.
+        (after `process_latent_in`); entry i belongs to `sigmas[i]`, the last one is the clean latent.
+    sigmas: [steps + 1], falling to 0.
+    conditioning: the source description's CONDITIONING.
+    model: what it was made with.
+    virtual: whether the path is the straight line of `invert_virtually`.
+    scale: pixels of the image to one position of the latent, a side.
     """
 
     trajectory: torch.Tensor
@@ -35,20 +39,19 @@ class Inversion:
     conditioning: list[Any]
     model: ModelIdentity
     virtual: bool = False
+    scale: int = 8
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def check(self, model: Any, shape: torch.Size, sigmas: torch.Tensor) -> None:
-        """Raise ValueError, unless a sampling with this model, latent shape and sigmas can
-        follow the path.
-        """
+    def check(self, model: ModelPatcher, shape: torch.Size, sigmas: torch.Tensor) -> None:
+        """Raise ValueError unless a sampling with this model, latent shape and sigmas can follow the path."""
         difference = self.model.difference(ModelIdentity.of(model))
         if difference is not None:
             raise ValueError(
                 f"the inversion was made with another model: the guider has {difference}. "
-                f"Wire the same MODEL to the inversion and to the guider"
+                "Wire the same MODEL to the inversion and to the guider"
             )
         images, *size = self.trajectory.shape[1:]
         if size != list(shape[1:]):
@@ -65,11 +68,11 @@ class Inversion:
         if len(sigmas) != len(self.sigmas):
             raise ValueError(
                 f"the inversion has {self.steps} steps but the sampler was given {len(sigmas) - 1}: "
-                f"wire the same SIGMAS to the inversion and to the sampler"
+                "wire the same SIGMAS to the inversion and to the sampler"
             )
         if not torch.allclose(sigmas.cpu().float(), self.sigmas, rtol=1e-4, atol=1e-6):
             raise ValueError(
-                "the inversion was made with other noise levels (scheduler or denoise): "
+                "the inversion was made with other sigmas (scheduler or denoise): "
                 "wire the same SIGMAS to the inversion and to the sampler"
             )
 
@@ -79,12 +82,12 @@ class Inversion:
 
 
 def invert(
-    model: Any, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, refine: int
+    model: ModelPatcher, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, refine: int
 ) -> Inversion:
     """Follow the probability-flow ODE from a clean latent up through `sigmas`, with the description alone.
 
-    A sampler's Euler step from x_i down to x_{i+1} uses the noise predicted at x_i, which is what the way up
-    is looking for. Plain DDIM inversion predicts at the known end instead and drifts. Here x_i solves the
+    A sampler's Euler step from x_i down to x_{i+1} uses the noise predicted at x_i, which the inversion does
+    not know yet. Plain DDIM inversion predicts at the known end instead and drifts. Here x_i solves the
     implicit equation x_i = x_{i+1} + (sigma_i - sigma_{i+1}) eps(x_i, sigma_i) by fixed-point iteration: one
     evaluation starts from the last step's slope, and each of `refine` more brings it closer.
 
@@ -93,8 +96,8 @@ def invert(
     CALC_COND_BATCH, APPLY_MODEL and DIFFUSION_MODEL. What guides does not: CFG functions, functions before
     and after it, a `sampler_calc_cond_batch_function`, and PREDICT_NOISE wrappers.
 
-    model: a ModelPatcher. samples: [images, channels, height, width] as a VAE gives it. sigmas: [steps + 1],
-    falling to 0. Raises ValueError for an empty latent, a latent of another model family, sigmas that do not
+    samples: [images, channels, height, width] as a VAE gives it. sigmas: [steps + 1], falling to 0. refine: 0
+    or more. Raises ValueError for an empty latent, a latent of another model family, sigmas that do not
     fall to 0, a node that keeps the network from running at a step, and a path that is not finite.
     """
     refuse_cached_steps(model)
@@ -114,21 +117,21 @@ def invert(
         )
     trajectory = torch.stack(path[::-1]).cpu()
     _check_finite(trajectory)
-    return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model))
+    return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model), scale=_scale(model))
 
 
 def invert_virtually(
-    model: Any, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, seed: int
+    model: ModelPatcher, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, seed: int
 ) -> Inversion:
     """The straight path x_i = x_0 + sigma_i n from a clean latent to noise n, without a model call.
 
     The idea of InfEdit's virtual inversion (arXiv 2312.04965): it is no solution of the model's ODE, but the
-    sampler knows x_0 at every step and takes what the source's prediction misses off the target's, so that
-    the same description gives the image back exactly (`unify_source.SourceBranch.read`). InfEdit draws new
-    noise at every step; here n is one for the run, and the same for all images, so that a batch gives what
-    each image gives alone.
+    sampler knows x_0 at every step and takes the error of the source's prediction off the target's, so that
+    the same description gives the image back exactly (`unify.source.Source.read`). InfEdit draws new noise at
+    every step; here n is one for the run, and the same for all images, so that a batch gives what each image
+    gives alone.
 
-    seed: of n, from 0. Other arguments and errors as `invert`; raises ValueError also for a conditioning
+    seed: of n, 0 or more. Other arguments and errors as `invert`; raises ValueError also for a conditioning
     with areas or masks.
     """
     samples, sigmas = _checked(model, samples, sigmas)
@@ -140,16 +143,26 @@ def invert_virtually(
     noise = torch.randn([1, *samples.shape[1:]], generator=torch.Generator().manual_seed(seed))
     clean = model.model.process_latent_in(samples.detach().cpu())
     trajectory = clean + sigmas.view(-1, 1, 1, 1, 1) * noise
-    return Inversion(trajectory, sigmas, conditioning, ModelIdentity.of(model), virtual=True)
+    return Inversion(
+        trajectory, sigmas, conditioning, ModelIdentity.of(model), virtual=True, scale=_scale(model)
+    )
 
 
-def _checked(model: Any, samples: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale(model: ModelPatcher) -> int:
+    return model.get_model_object("latent_format").spacial_downscale_ratio
+
+
+def _checked(
+    model: ModelPatcher, samples: torch.Tensor, sigmas: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The latent, and `sigmas` on the CPU; raises ValueError for what cannot be inverted."""
     network_of(model.model.diffusion_model)
     samples = read_samples("latent", samples, model)
     if torch.count_nonzero(samples) == 0:
         raise ValueError("latent is empty: encode the image to edit with VAEEncode")
     sigmas = sigmas.detach().cpu().float()
+    if len(sigmas) == 0:
+        raise ValueError("sigmas are none: the scheduler's denoise is 0, so there is nothing to sample")
     if len(sigmas) < 2 or sigmas[-1] != 0 or not bool((sigmas[:-1] > sigmas[1:]).all()):
         raise ValueError(
             f"sigmas must fall step by step to 0 but are "

@@ -133,7 +133,7 @@ def test_a_smaller_grid(host: Host, model: Any) -> None:
     assert edited(host, model, shrink).isfinite().all()
     message = r"the self-attention of layer .* needs its grid of .*changed its grid to .*Deep Shrink"
     with pytest.raises(ValueError, match=f"UnifyEdit Sampler: {message}"):
-        edited(host, model, shrink, mask=box_mask(), keep="outside")
+        edited(host, model, shrink, mask=box_mask())
     with pytest.raises(ValueError, match=f"Attention Maps: {message}"):
         looked(host, shrink(model), structure_side=4)
 

@@ -180,7 +180,7 @@ def test_the_server_has_pages_and_translations(live_server: Any) -> None:
     folder = "/extensions/ComfyUI-DescriptiveEdit/docs"
     page = (DOCS / "DescEditInvert" / "zh.md").read_bytes()
     assert live_server.get(f"{folder}/DescEditInvert/zh.md") == page
-    picture = DOCS / "pictures" / "trace.jpg"
-    assert live_server.get(f"{folder}/pictures/trace.jpg") == picture.read_bytes()
+    picture = DOCS / "pictures" / "losses.jpg"
+    assert live_server.get(f"{folder}/pictures/losses.jpg") == picture.read_bytes()
     served = live_server.json("/i18n")
     assert served["zh"]["nodeDefs"]["DescEditInvert"] == translation("zh")["DescEditInvert"]

@@ -16,6 +16,7 @@ from host import ROOT, Host, NodeError, Prompt
 from PIL import Image
 
 START = ROOT / "workflows" / "api" / "UnifyEdit - start here.json"
+PARTS = ROOT / "lab" / "benchmark" / "tiny" / "unify.api.json"
 STEPS = 4
 
 
@@ -23,7 +24,7 @@ STEPS = 4
 def prompt() -> Prompt:
     """The shipped workflow, with few steps."""
     shipped = json.loads(START.read_text(encoding="utf-8"))
-    node(shipped, "BasicScheduler")["steps"] = STEPS
+    node(shipped, "DescEditUnify")["steps"] = STEPS
     return shipped
 
 
@@ -65,9 +66,9 @@ def test_shipped_workflow_runs(live_server: Any, prompt: Prompt) -> None:
         steps[name] = max(step, steps.get(name, 0))
 
     live_server.run(prompt, progress)
-    assert steps["SamplerCustomAdvanced"] == STEPS
+    assert steps["DescEditUnify"] == STEPS
     found = pictures(live_server, prompt)
-    assert found["Edited"].shape == found["Source"].shape == found["A perfect edit"].shape == (128, 128, 3)
+    assert found["Edited"].shape == found["Source"].shape == (128, 128, 3)
     assert np.isfinite(found["Edited"]).all()
     assert np.abs(found["Edited"] - found["Source"]).max() > 0.1
 
@@ -95,34 +96,55 @@ def test_same_queue_same_picture(live_server: Any, prompt: Prompt) -> None:
 
 
 def empty_source(prompt: Prompt) -> None:
-    node(prompt, "DescEditFindTokens")["source_description"] = " "
+    node(prompt, "DescEditDescribe")["source_description"] = " "
 
 
 def equal_descriptions(prompt: Prompt) -> None:
-    node(prompt, "DescEditFindTokens").update(
-        source_description="a red circle", edit_description="a red circle"
-    )
+    texts = {"source_description": "a red circle", "edit_description": "a red circle"}
+    node(prompt, "DescEditDescribe").update(texts)
 
 
 def missing_word(prompt: Prompt) -> None:
-    node(prompt, "DescEditFindTokens")["words"] = "elephant"
+    node(prompt, "DescEditDescribe")["words"] = "elephant"
 
 
 def long_description(prompt: Prompt) -> None:
-    node(prompt, "DescEditFindTokens")["edit_description"] = "a very " * 60 + "green circle"
+    node(prompt, "DescEditDescribe")["edit_description"] = "a very " * 60 + "green circle"
 
 
 def empty_mask(prompt: Prompt) -> None:
     prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 128, "height": 128}}
-    node(prompt, "DescEditUnifySampler")["mask"] = ["mask", 0]
+    node(prompt, "DescEditUnify")["mask"] = ["mask", 0]
 
 
 def wide_mask(prompt: Prompt) -> None:
+    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 128, "height": 64}}
+    node(prompt, "DescEditUnify")["mask"] = ["mask", 0]
+
+
+def nothing_to_sample(prompt: Prompt) -> None:
+    node(prompt, "DescEditUnify")["denoise"] = 0.0
+
+
+def as_parts(prompt: Prompt) -> None:
+    """Make it a graph of UnifyEdit's parts, the benchmark's, on a drawn scene."""
+    prompt.clear()
+    prompt.update(json.loads(PARTS.read_text(encoding="utf-8")))
+    scene = {"edit_type": "colour", "seed": 8, "wording": "simple"}
+    prompt[find(prompt, "LoadImage")] = {"class_type": "DescEditTinyScene", "inputs": scene}
+    del prompt[find(prompt, "LoadImageMask")]
+    node(prompt, "DescEditUnifySampler")["mask"] = [find(prompt, "DescEditTinyScene"), 2]
+    node(prompt, "BasicScheduler")["steps"] = STEPS
+
+
+def wrong_mask_of_the_sampler(prompt: Prompt) -> None:
+    as_parts(prompt)
     prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 128, "height": 64}}
     node(prompt, "DescEditUnifySampler")["mask"] = ["mask", 0]
 
 
 def other_steps(prompt: Prompt) -> None:
+    as_parts(prompt)
     model = node(prompt, "CFGGuider")["model"]
     settings = {"model": model, "scheduler": "normal", "steps": STEPS + 1, "denoise": 1.0}
     prompt["sigmas"] = {"class_type": "BasicScheduler", "inputs": settings}
@@ -130,12 +152,14 @@ def other_steps(prompt: Prompt) -> None:
 
 
 def other_size(prompt: Prompt) -> None:
+    as_parts(prompt)
     size = {"width": 64, "height": 64, "batch_size": 1}
     prompt["latent"] = {"class_type": "EmptyLatentImage", "inputs": size}
     node(prompt, "SamplerCustomAdvanced")["latent_image"] = ["latent", 0]
 
 
 def other_model(prompt: Prompt) -> None:
+    as_parts(prompt)
     prompt["other"] = {"class_type": "DescEditTinyStudio", "inputs": {}}
     prompt["changed"] = {
         "class_type": "ModelMergeSimple",
@@ -155,15 +179,17 @@ def missing_picture(prompt: Prompt) -> None:
 
 
 BAD = {
-    empty_source: "DescEditFindTokens",
-    equal_descriptions: "DescEditFindTokens",
-    missing_word: "DescEditFindTokens",
-    long_description: "DescEditFindTokens",
-    empty_mask: "DescEditUnifySampler",
-    wide_mask: "DescEditUnifySampler",
-    other_steps: "DescEditUnifySampler",
-    other_size: "DescEditUnifySampler",
-    other_model: "DescEditUnifySampler",
+    empty_source: "DescEditDescribe",
+    equal_descriptions: "DescEditDescribe",
+    missing_word: "DescEditDescribe",
+    long_description: "DescEditDescribe",
+    empty_mask: "DescEditUnify",
+    wide_mask: "DescEditUnify",
+    nothing_to_sample: "DescEditUnify",
+    wrong_mask_of_the_sampler: "DescEditUnifySampler",
+    other_steps: "UnifyEdit Sampler: ",
+    other_size: "UnifyEdit Sampler: ",
+    other_model: "UnifyEdit Sampler: ",
     unreadable_picture: "LoadImage",
     missing_picture: "LoadImage",
 }

@@ -147,14 +147,14 @@ def test_short_memory_computes_layers_again(
     """Protects: where weights are streamed and their copies do not fit, layers are computed again, and where
     they fit they are not; with resident weights never.
     """
-    optimiser = host.pack_module("patches.unify.optimiser")
-    checkpointed, seen = optimiser.checkpointed, []
+    target = host.pack_module("patches.unify.target")
+    checkpointed, seen = target.checkpointed, []
 
     def note(options: Any) -> Any:
         seen.append(mode)
         return checkpointed(options)
 
-    monkeypatch.setattr(optimiser, "checkpointed", note)
+    monkeypatch.setattr(target, "checkpointed", note)
 
     def left(dev: Any = None, torch_free_too: bool = False) -> Any:
         return (free, free) if torch_free_too else free

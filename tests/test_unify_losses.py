@@ -204,21 +204,11 @@ def test_weights(balance: Any) -> None:
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 0.55, 1.0])
-def test_other_curves(balance: Any, progress: float) -> None:
-    """Protects: linear and cosine weights fall to 0 at 1/k from their own end; drawn ones follow their
-    points.
-    """
-    settings = {"beta1": 0.5, "k1": 2.0, "beta2": 2.0, "k2": 1.0}
-    far, near = min(1.0, 2.0 * (1 - progress)), min(1.0, progress)
-    expected = {
-        "linear": (0.5 * (1 - far), 2.0 * (1 - near)),
-        "cosine": (0.25 * (1 + math.cos(math.pi * far)), 1 + math.cos(math.pi * near)),
-        "drawn": (0.5 * min(0.8, 1.6 * progress), 2.0 * (1 - progress)),
-    }
-    drawn = ((0.0, 0.8, 0.8), (1.0, 0.0))
-    for curve, value in expected.items():
-        made = balance.Balance(curve=curve, drawn=drawn, **settings)
-        assert made.weights(progress) == pytest.approx(value, abs=1e-12)
+def test_drawn_curves(balance: Any, progress: float) -> None:
+    """Protects: drawn weights follow their points, times beta1 and beta2, and the k do not act."""
+    made = balance.Balance(beta1=0.5, k1=2.0, beta2=2.0, k2=1.0, drawn=((0.0, 0.8, 0.8), (1.0, 0.0)))
+    expected = (0.5 * min(0.8, 1.6 * progress), 2.0 * (1 - progress))
+    assert made.weights(progress) == pytest.approx(expected, abs=1e-12)
 
 
 def test_drawn_curves_of_the_node(host: Host) -> None:
@@ -237,21 +227,11 @@ def test_drawn_curves_of_the_node(host: Host) -> None:
         shown = {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}}
         return host.run_graph({"1": node, "2": shown})["1"][0]
 
-    assert made(curve="cosine").curve == "cosine"
+    assert made(curve="exponential").drawn is None
     drawn = made(curve="drawn", **curves)
     assert drawn.weights(0.0) == pytest.approx((0.0, 1.0))
     assert drawn.weights(0.5)[0] == pytest.approx(2.0)
     assert drawn.weights(1.0) == pytest.approx((2.0, 0.25))
-
-
-def test_presets(host: Host, balance: Any) -> None:
-    """Protects: every edit type has a preset for both wordings, and a preset replaces the other inputs."""
-    presets = host.pack_module("patches.unify.presets").PRESETS
-    scenes = host.pack_module("models.tiny_studio.scenes")
-    assert set(presets) == {f"{kind}, {how}" for kind in scenes.EDIT_TYPES for how in scenes.WORDINGS}
-    for name, preset in presets.items():
-        assert host.execute("DescEditAdaptiveScheduler", preset=name, beta1=9.0)[0] == preset
-    assert host.execute("DescEditAdaptiveScheduler", preset="custom", beta1=9.0)[0].beta1 == 9.0
 
 
 def test_direction(balance: Any) -> None:
@@ -268,7 +248,8 @@ def test_direction(balance: Any) -> None:
             "naive": math.hypot(0.5, 2.0) * (a + b) / (a + b).norm(),
         }
         for name, value in expected.items():
-            result = balance.Balance(name, 0.5, 3.0, 2.0, 1.5).direction(one, two, 0.25)[row]
+            made = balance.Balance(name, 0.5, 3.0, 2.0, 1.5)
+            result = made.direction(one, two, made.weights(0.25))[row]
             torch.testing.assert_close(result.double(), value, rtol=1e-5, atol=1e-7)
 
 
@@ -276,7 +257,7 @@ def test_useless_gradients(balance: Any) -> None:
     """Protects: a row whose gradient is zero or not finite adds nothing and spoils no other row."""
     gradient = torch.ones(3, 4)
     gradient[0], gradient[1, 2] = 0, math.nan
-    torch.testing.assert_close(balance.unit(gradient), torch.tensor([[0.0] * 4, [0.0] * 4, [0.5] * 4]))
+    torch.testing.assert_close(balance.normalize(gradient), torch.tensor([[0.0] * 4, [0.0] * 4, [0.5] * 4]))
 
 
 @pytest.mark.parametrize("name", ["beta1", "k1", "beta2", "k2"])

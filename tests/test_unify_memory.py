@@ -72,7 +72,7 @@ def test_estimate(host: Host, pack: Any, family: str) -> None:
     layers = [layer for layer in network.layers.values() if layer.grid(size, size) == (6, 6)]
     for checkpointing, steps in ((False, 1), (True, 2)):
         edit = Edit(host, model, steps=steps, size=(size, size), mode="virtual")
-        edit.sampler_inputs.update(checkpointing=checkpointing, structure_side=6, word_side=6)
+        edit.sampler_inputs.update(checkpointing=checkpointing, max_self_attn_res=6, cross_attn_res=6)
         with LiveBytes() as found:
             edited = edit.run()
         expected = pack.estimate(network, layers, layers, (1, 4, size, size), 4, checkpointing)
@@ -127,7 +127,7 @@ def model() -> Any:
 
 def test_the_host_is_asked_for_memory(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: before the first step the host is asked for the backward's memory on top of a stock run's."""
-    module = host.pack_module("patches.unify.optimiser")
+    module = host.pack_module("patches.unify.memory")
     monkeypatch.setattr(module, "backward_bytes", lambda *_: 3 * 2**30)
     asked = []
     load = comfy.model_management.load_models_gpu

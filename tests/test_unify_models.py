@@ -64,7 +64,7 @@ def test_module_trees_and_predictions(host: Host, name: str, mode: str) -> None:
     assert small_models.fingerprint(model) == before
     assert bool(torch.isfinite(edited).all())
     assert bool((edit.trace().values > 0).all())
-    assert bool(edit.trace().moved.all())
+    assert bool(edit.trace().usable.all())
     assert torch.equal(edit.run(), edited)
     edit.positive, edit.cfg = small_models.conditioning(1), 1.0
     edit.sampler_inputs["balance"] = edit.balance(beta1=0.0, beta2=0.0)
@@ -109,7 +109,7 @@ def test_everything_in_one_graph(host: Host) -> None:
             )
         edited = edit.run()
         assert bool(torch.isfinite(edited).all())
-        assert bool(edit.trace().moved.all())
+        assert bool(edit.trace().usable.all())
         return edited
 
     everything = run(bridged, control, dual=True)

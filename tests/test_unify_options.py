@@ -9,7 +9,7 @@ import pytest
 import small_models
 import torch
 from host import Host
-from unify_edit import SIZE, Edit, box_mask, denoise, euler, projections, tokenizer_only_clip
+from unify_edit import Edit, box_mask, denoise, euler, projections, tokenizer_only_clip
 
 SCALE = 0.18215
 
@@ -28,41 +28,27 @@ def one_step(host: Host, model: Any) -> Edit:
 
 
 def test_noise_and_latent(host: Host, model: Any) -> None:
-    """Protects: the method noise predicts at the latent that was there and takes the update off the next
-    one; the method latent takes it off first and predicts there.
+    """Protects: update_target noise predicts at the latent that was there and takes the update off the next
+    one; update_target latent takes it off first and predicts there.
     """
     edit = one_step(host, model)
     plain = edit.run(euler(host)) * SCALE
-    edit.sampler_inputs["method"] = "noise"
+    edit.sampler_inputs["update_target"] = "noise"
     move = plain - edit.run() * SCALE
     assert float(move.norm()) > 0
-    edit.sampler_inputs["method"] = "latent"
+    edit.sampler_inputs["update_target"] = "latent"
     start = edit.inversion.trajectory[0]
     expected = denoise(model, start - move, edit.sigmas[0], edit.positive)
     torch.testing.assert_close(edit.run() * SCALE, expected, rtol=1e-3, atol=2e-4)
 
 
-def test_update_inside_the_mask(host: Host, model: Any) -> None:
-    """Protects: with mask_update the latent is moved by the same update inside the mask, and not outside."""
-    edit = one_step(host, model)
-    mask = torch.zeros(1, SIZE, SIZE)
-    mask[:, :, : SIZE // 2] = 1
-    edit.sampler_inputs.update(method="noise", mask=mask)
-    plain, everywhere = edit.run(euler(host)), edit.run()
-    edit.sampler_inputs["mask_update"] = True
-    inside = edit.run()
-    torch.testing.assert_close(inside[..., :8], everywhere[..., :8])
-    torch.testing.assert_close(inside[..., 8:], plain[..., 8:], rtol=1e-4, atol=1e-4)
-    assert float((everywhere - plain)[..., 8:].abs().max()) > 1e-3
-
-
-def test_inner_iterations(host: Host, model: Any) -> None:
-    """Protects: every inner iteration starts where the last one ended, so the loss falls within a step."""
+def test_inner_steps(host: Host, model: Any) -> None:
+    """Protects: every inner step starts where the last one ended, so the loss falls within a step."""
     edit = Edit(host, model, steps=2)
-    edit.sampler_inputs.update(balance=edit.balance(beta1=0.0, beta2=0.05), inner_iterations=3)
+    edit.sampler_inputs.update(balance=edit.balance(beta1=0.0, beta2=0.05), inner_steps=3)
     edit.run()
     trace = edit.trace()
-    assert trace.places == pytest.approx((0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3))
+    assert trace.at == pytest.approx((0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3))
     for step in (0, 3):
         losses = trace.values[step : step + 3, 1, 0]
         assert bool((losses[1:] < losses[:-1]).all())
@@ -75,7 +61,7 @@ def test_range_of_steps(host: Host, model: Any) -> None:
     percents = [1 - float(sampling.timestep(sigma)) / 999 for sigma in edit.sigmas[:-1]]
     edit.sampler_inputs.update(start_percent=percents[1] - 0.01, end_percent=percents[2] + 0.01)
     edit.run()
-    assert edit.trace().places == (1, 2)
+    assert edit.trace().at == (1, 2)
     edit.sampler_inputs.update(start_percent=percents[0] + 0.01, end_percent=percents[1] - 0.01)
     with pytest.raises(Exception, match=r"UnifyEdit Sampler: no step is optimised: start_percent 0\."):
         edit.run()
@@ -84,17 +70,19 @@ def test_range_of_steps(host: Host, model: Any) -> None:
 def test_curve_that_ends_early(host: Host, model: Any) -> None:
     """Protects: a loss whose curve has come to 0 is not computed any more, nor the source branch for it."""
     edit = Edit(host, model, steps=4)
-    edit.sampler_inputs["balance"] = edit.balance(curve={"curve": "linear"}, k1=2.0, k2=2.0)
+    curves = {"structure_curve": [(0.0, 0.0), (0.5, 0.0), (1.0, 1.0)]}
+    curves["words_curve"] = [(0.0, 1.0), (0.5, 0.0), (1.0, 0.0)]
+    edit.sampler_inputs["balance"] = edit.balance(curve={"curve": "drawn", **curves})
     edit.run()
     computed = torch.isfinite(edit.trace().values[:, :2, 0])
     assert computed.tolist() == [[False, True], [False, True], [True, False], [True, False]]
 
 
-@pytest.mark.parametrize("option", ["keep", "alignment"])
+@pytest.mark.parametrize("option", ["structure_region", "alignment"])
 def test_regions_and_forms(host: Host, model: Any, option: str) -> None:
     """Protects: each choice reaches its loss: three choices, three edits."""
     choices = {
-        "keep": ("everywhere", "inside", "outside"),
+        "structure_region": ("everywhere", "inside", "outside"),
         "alignment": ("token_ratio", "spatial_ratio", "area_ratio"),
     }
     edit = Edit(host, model, steps=1)
@@ -112,17 +100,17 @@ def test_named_layers(host: Host, model: Any) -> None:
     """Protects: names and beginnings of names choose the same layers as their resolution does."""
     named = host.pack_module("patches.attention.layers").named_layers
     layers = host.network(model).layers.values()
-    assert named("word_sites", layers, "output") == tuple(s for s in layers if s.key.startswith("output"))
-    assert named("word_sites", layers, " Middle.0.0, input.1") == tuple(
+    assert named("word_layers", layers, "output") == tuple(s for s in layers if s.key.startswith("output"))
+    assert named("word_layers", layers, " Middle.0.0, input.1") == tuple(
         layer for layer in layers if layer.key in ("input.1.0", "middle.0.0")
     )
     edit = Edit(host, model, steps=1)
     by_side = edit.run()
     fine = ", ".join(layer.key for layer in layers if layer.level == 0)
-    edit.sampler_inputs.update(structure_sites="input, middle, output", word_sites=fine, word_side=4)
+    edit.sampler_inputs.update(structure_layers="input, middle, output", word_layers=fine, cross_attn_res=4)
     assert torch.equal(edit.run(), by_side)
-    for name in ("structure_sites", "word_sites"):
-        edit.sampler_inputs.update({"structure_sites": "", "word_sites": "", name: "output.99"})
+    for name in ("structure_layers", "word_layers"):
+        edit.sampler_inputs.update({"structure_layers": "", "word_layers": "", name: "output.99"})
         with pytest.raises(Exception, match=f"UnifyEdit Sampler: {name} has 'output.99', but .* input.1.0"):
             edit.run()
 
@@ -132,7 +120,7 @@ def test_side_below_the_coarsest_grid(host: Host, model: Any) -> None:
     edit = Edit(host, model, steps=1)
     found = []
     for side in (1, 3, 4, 8):
-        edit.sampler_inputs["structure_side"] = side
+        edit.sampler_inputs["max_self_attn_res"] = side
         found.append(edit.run())
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
@@ -244,25 +232,16 @@ def test_automatic_mask(host: Host) -> None:
     assert torch.equal(mask.attention_mask(found), expected)
 
 
-def test_automatic_mask_in_a_run(host: Host, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_mask_in_a_run(host: Host, model: Any) -> None:
     """Protects: auto_mask edits as its mask would if it were wired, and a wired mask comes first."""
-    module = host.pack_module("patches.unify.optimiser")
-    attention_mask = module.attention_mask
-    masks = []
-
-    def note(attention: Any) -> torch.Tensor:
-        assert len(attention) == 6
-        masks.append(attention_mask(attention))
-        return masks[-1]
-
-    monkeypatch.setattr(module, "attention_mask", note)
     edit = Edit(host, model, batch=2)
-    edit.sampler_inputs.update(auto_mask=True, alignment="spatial_ratio", keep="outside", mask_update=True)
+    edit.sampler_inputs.update(auto_mask=True, alignment="spatial_ratio")
     automatic = edit.run()
-    edit.sampler_inputs["mask"] = masks[0].repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
-    wired = edit.run()
-    assert len(masks) == 1
-    torch.testing.assert_close(automatic, wired, rtol=1e-4, atol=1e-4)
+    mask = edit.trace().mask
+    assert mask.shape == (2, 16, 16)
+    edit.sampler_inputs["mask"] = mask.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    torch.testing.assert_close(edit.run(), automatic, rtol=1e-4, atol=1e-4)
+    assert torch.equal(edit.trace().mask, edit.sampler_inputs["mask"])
 
 
 def test_rows_of_their_own(host: Host, model: Any) -> None:
@@ -298,18 +277,15 @@ def test_rows_of_their_own(host: Host, model: Any) -> None:
         )
         made.positive = batched(tuple(20 + row for row in rows))
         settings = sampler.UnifySettings(
-            made.inversion,
-            tuple(tokens[row] for row in rows),
-            made.balance(),
-            masks[list(rows)],
-            keep="outside",
-            mask_update=True,
+            inversion=made.inversion,
+            edit_tokens=tuple(tokens[row] for row in rows),
+            mask=masks[list(rows)],
         )
         return made.run(sampler.UnifySampler(settings)) * SCALE
 
     for together, alone in zip(edit((0, 1)), (edit((0,)), edit((1,))), strict=True):
         assert float((together - alone).norm() / alone.norm()) < 1e-4
     made = Edit(host, model)
-    settings = sampler.UnifySettings(made.inversion, tuple(tokens), made.balance())
-    with pytest.raises(Exception, match="UnifyEdit Sampler: edit_tokens are for 2 images but 1 are edited"):
+    settings = sampler.UnifySettings(inversion=made.inversion, edit_tokens=tuple(tokens))
+    with pytest.raises(Exception, match="edit_tokens are for 2 images but 1 are edited"):
         made.run(sampler.UnifySampler(settings))

@@ -34,7 +34,7 @@ def test_other_model(host: Host, model: Any) -> None:
 
 
 def test_other_size_batch_and_steps(host: Host, model: Any) -> None:
-    """Protects: latent size, number of images, number of steps and noise levels are checked against the
+    """Protects: latent size, number of images, number of steps and sigmas are checked against the
     inversion.
     """
     edit = Edit(host, model)
@@ -51,7 +51,7 @@ def test_other_size_batch_and_steps(host: Host, model: Any) -> None:
     with pytest.raises(Exception, match=r"UnifyEdit Sampler: .* has 3 steps but the sampler was given 4"):
         edit.run()
     edit.sigmas = sigmas * 0.9
-    with pytest.raises(Exception, match=r"UnifyEdit Sampler: .* other noise levels"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: .* other sigmas"):
         edit.run()
 
 
@@ -61,22 +61,13 @@ def test_other_size_batch_and_steps(host: Host, model: Any) -> None:
         ({"mask": torch.zeros(1, SIZE, SIZE)}, "mask is empty"),
         ({"mask": torch.ones(1, SIZE, 2 * SIZE)}, "mask is 256x128 but the image is 128x128"),
         ({"mask": torch.ones(3, SIZE, SIZE)}, "mask has 3 images but 1 are edited"),
-        ({"structure_sites": " , "}, "structure_sites ' , ' names no attention layer"),
+        ({"structure_layers": " , "}, "structure_layers ' , ' names no attention layer"),
         ({"mask": 2 * box_mask()}, "mask has values from 0.0 to 2.0"),
         ({"alignment": "area_ratio"}, "alignment area_ratio needs a mask: wire one, or turn auto_mask on"),
-        ({"keep": "outside"}, "keep outside needs a mask"),
-        ({"mask_update": True}, "mask_update needs a mask"),
         (
             {"alignment": "spatial_ratio", "mask": torch.ones(1, SIZE, SIZE)},
             "mask covers the whole image, but alignment spatial_ratio needs an outside",
         ),
-        (
-            {"keep": "outside", "mask": torch.ones(1, SIZE, SIZE)},
-            "mask covers the whole image, but keep outside needs an outside",
-        ),
-        ({"method": "noise", "inner_iterations": 2}, "inner_iterations is 2 but the method noise"),
-        ({"inner_iterations": 0}, "inner_iterations is 0"),
-        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent is 0.5 and end_percent 0.5"),
     ],
 )
 def test_bad_input(host: Host, model: Any, inputs: dict[str, Any], message: str) -> None:
@@ -85,6 +76,39 @@ def test_bad_input(host: Host, model: Any, inputs: dict[str, Any], message: str)
     edit.sampler_inputs.update(inputs)
     with pytest.raises(Exception, match=f"UnifyEdit Sampler: {message}"):
         edit.run()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"update_target": "noise", "inner_steps": 2}, "inner_steps is 2 but update_target noise"),
+        ({"inner_steps": 0}, "inner_steps is 0"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent is 0.5 and end_percent 0.5"),
+        ({"end_percent": float("nan")}, "start_percent is 0.0 and end_percent nan"),
+        ({"alignment": "ratio"}, "alignment is 'ratio' but must be one of token_ratio"),
+    ],
+)
+def test_bad_options(host: Host, inputs: dict[str, Any], message: str) -> None:
+    """Protects: options that cannot be are refused by the node that has them."""
+    with pytest.raises(Exception, match=f"UnifyEdit Options: {message}"):
+        host.execute("DescEditUnifyOptions", **inputs)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(1, SIZE, SIZE), "mask is empty"),
+        (torch.ones(1, SIZE, 2 * SIZE), "mask is 256x128 but the image is 128x128"),
+        (torch.ones(3, SIZE, SIZE), "mask has 3 images but 2 are edited"),
+        (2 * box_mask(), "mask has values from 0.0 to 2.0"),
+    ],
+)
+def test_a_wrong_mask_marks_its_node(host: Host, model: Any, mask: torch.Tensor, message: str) -> None:
+    """Protects: a mask that does not fit the inverted images is refused before anything is sampled."""
+    edit = Edit(host, model, steps=1, batch=2, mode="virtual")
+    edit.sampler_inputs["mask"] = mask
+    with pytest.raises(Exception, match=f"UnifyEdit Sampler: {message}"):
+        edit.sampler()
 
 
 def test_masks_of_a_batch(host: Host, model: Any) -> None:
@@ -98,13 +122,30 @@ def test_masks_of_a_batch(host: Host, model: Any) -> None:
             edit.run()
 
 
-def test_a_mask_nobody_needs_an_outside_of(host: Host, model: Any) -> None:
-    """Protects: a mask of the whole image is fine where the loss that compares is switched off."""
-    edit = Edit(host, model, steps=1)
-    edit.sampler_inputs.update(
-        mask=torch.ones(1, SIZE, SIZE), keep="outside", balance=edit.balance(beta1=0.0)
-    )
-    assert bool(torch.isfinite(edit.run()).all())
+@pytest.mark.parametrize("region", ["outside", "inside"])
+def test_a_mask_of_the_whole_image(host: Host, model: Any, region: str) -> None:
+    """Protects: with a mask of the whole image structure is kept everywhere, as without a mask, image by
+    image.
+    """
+    edit = Edit(host, model, batch=2)
+    plain = edit.run()
+    edit.sampler_inputs.update(mask=torch.ones(1, SIZE, SIZE), structure_region=region)
+    assert torch.equal(edit.run(), plain)
+    edit.sampler_inputs["mask"] = torch.cat([torch.ones(1, SIZE, SIZE), box_mask()])
+    mixed = edit.run()
+    torch.testing.assert_close(mixed[0], plain[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(mixed[1], plain[1], atol=1e-2)
+
+
+def test_two_balances(host: Host, model: Any) -> None:
+    """Protects: a balance at the sampler and another in its options cannot both count."""
+    edit = Edit(host, model, steps=1, mode="virtual")
+    (options,) = host.execute("DescEditUnifyOptions", balance=edit.balance(beta1=0.5))
+    edit.sampler_inputs.update(balance=edit.balance(), options=options)
+    with pytest.raises(Exception, match="UnifyEdit Sampler: balance is connected here and in options"):
+        edit.sampler()
+    del edit.sampler_inputs["balance"]
+    assert edit.sampler().extra_options["settings"].balance.beta1 == 0.5
 
 
 @pytest.mark.parametrize("inputs", [{"beta1": -1.0}, {"k2": float("nan")}, {"beta2": float("inf")}])
@@ -181,8 +222,7 @@ def _graph_node(host: Host, name: str, outputs: tuple[str, ...], values: tuple[A
 
 def test_through_the_executor(host: Host, model: Any) -> None:
     """Protects: the whole edit as a queued prompt; a refused input is that node's error, and the next
-    prompt runs. A cached run keeps its trace, a node that asks for it later is given it, and a run that is
-    made again has another.
+    prompt runs; a run that is made again has the same bits.
     """
     values = (
         model,
@@ -196,7 +236,7 @@ def test_through_the_executor(host: Host, model: Any) -> None:
     _graph_node(host, "TestUnifyInputs", kinds, values)
     texts = {"source_description": "a red circle", "edit_description": "a green circle"}
 
-    def prompt(steps: int, beta1: float = 1.0, trace: bool = False) -> dict[str, Any]:
+    def prompt(steps: int, beta1: float = 1.0) -> dict[str, Any]:
         def scheduler(count: int) -> dict[str, Any]:
             return {
                 "class_type": "BasicScheduler",
@@ -227,10 +267,9 @@ def test_through_the_executor(host: Host, model: Any) -> None:
                     "edit_tokens": ["find", 0],
                     "balance": ["balance", 0],
                     "mask": ["in", 5],
-                    "structure_side": 32,
-                    "word_side": 16,
                 },
             ),
+            "none": ("DisableNoise", {}),
             "guider": (
                 "CFGGuider",
                 {"model": ["in", 0], "positive": ["in", 4], "negative": ["in", 3], "cfg": 3.0},
@@ -238,7 +277,7 @@ def test_through_the_executor(host: Host, model: Any) -> None:
             "sample": (
                 "SamplerCustomAdvanced",
                 {
-                    "noise": ["unify", 1],
+                    "noise": ["none", 0],
                     "guider": ["guider", 0],
                     "sampler": ["unify", 0],
                     "sigmas": ["other", 0],
@@ -247,9 +286,6 @@ def test_through_the_executor(host: Host, model: Any) -> None:
             ),
             "save": ("SaveLatent", {"samples": ["sample", 0], "filename_prefix": "test"}),
         }
-        if trace:
-            nodes["trace"] = ("DescEditTrace", {"latent": ["sample", 0]})
-            nodes["show"] = ("PreviewImage", {"images": ["trace", 0]})
         made = {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
         return {**made, "sigmas": scheduler(STEPS), "other": scheduler(steps)}
 
@@ -259,10 +295,7 @@ def test_through_the_executor(host: Host, model: Any) -> None:
     assert caught.value.node_type == "SamplerCustomAdvanced"
     outputs = host.run_graph(prompt(STEPS), executor)
     assert bool(torch.isfinite(outputs["sample"][0]["samples"]).all())
-    later = host.run_graph(prompt(STEPS, trace=True), executor)
-    assert later["sample"][0] is outputs["sample"][0]
-    assert later["trace"][1].startswith("image 1: 3 steps, 3 gradient steps, 0 skipped")
-    other = host.run_graph(prompt(STEPS, beta1=0.1, trace=True), executor)
-    assert not torch.equal(other["trace"][0], later["trace"][0])
-    back = host.run_graph(prompt(STEPS, trace=True), executor)
-    assert torch.equal(back["trace"][0], later["trace"][0])
+    other = host.run_graph(prompt(STEPS, beta1=0.1), executor)["sample"][0]["samples"]
+    assert not torch.equal(other, outputs["sample"][0]["samples"])
+    back = host.run_graph(prompt(STEPS), executor)["sample"][0]["samples"]
+    assert torch.equal(back, outputs["sample"][0]["samples"])

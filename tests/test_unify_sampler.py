@@ -89,54 +89,45 @@ def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]
     return float(structure.values), float(alignment.values)
 
 
-def test_update_follows_the_formula(host: Host, model: Any) -> None:
-    """Protects: the step taken is the balanced direction times the length of the source's own step, inside
+@pytest.mark.parametrize("masked", [False, True], ids=["whole image", "noise mask"])
+def test_update_follows_the_formula(
+    host: Host, model: Any, monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    """Protects: the latent moves by the balanced direction times the length of the source's own step, inside
     a noise mask.
     """
     edit = Edit(host, model, batch=2)
-    module = host.pack_module("patches.unify.optimiser")
-    balance = edit.balance(beta1=0.3, k1=2.0, beta2=0.7, k2=1.0)
-    settings = module.UnifySettings(edit.inversion, edit.tokens, balance)
-    seen: list[torch.Tensor] = []
-    (guider,) = host.execute(
-        "CFGGuider", model=model, positive=edit.positive, negative=edit.positive, cfg=1.0
-    )
-    denoise_mask = torch.ones(2, 4, 16, 16)
-    denoise_mask[..., 8:] = 0
+    edit.sampler_inputs["balance"] = edit.balance(beta1=0.3, k1=2.0, beta2=0.7, k2=1.0)
+    reach = torch.ones(16)
+    if masked:
+        mask = torch.ones(2, SIZE, SIZE)
+        mask[..., SIZE // 2 :] = reach[8:] = 0
+        edit.noise = {**edit.noise, "noise_mask": mask}
+    target = host.pack_module("patches.unify.target").Target
+    gradients, before, after, found = target.gradients, [], [], []
 
-    def probe(
-        model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any
-    ) -> torch.Tensor:
-        sigma = sigmas[1] * x.new_ones([2])
-        x = edit.inversion.latent(1, x) + 0.1
-        for mask in (None, denoise_mask):
-            args = {**extra_args, "denoise_mask": None if mask is None else mask.to(x)}
-            optimiser = module.LatentOptimiser(model.inner_model, settings, x, sigmas, args)
-            optimiser.lay_masks(x, args["denoise_mask"])
-            optimiser.read_source(1, x, sigma)
-            seen.append(optimiser.update(1, x, sigma))
-            gradients = optimiser._gradients(guider.conds["positive"][0], x, sigma, True)
-        seen.extend(gradients)
-        return x
+    def spied(self: Any, x: torch.Tensor, *rest: Any) -> Any:
+        before.append(x.cpu().double())
+        found.append(gradients(self, x, *rest))
+        return found[-1]
 
-    with torch.inference_mode():
-        guider.sample(
-            torch.zeros(2, 4, 16, 16),
-            edit.noise["samples"],
-            comfy.samplers.KSAMPLER(probe),
-            edit.sigmas,
-            disable_pbar=True,
-        )
-    step, masked, structure, alignment = (tensor.double().cpu() for tensor in seen)
-    sampling = model.get_model_object("model_sampling")
-    progress = 1 - float(sampling.timestep(edit.sigmas[1])) / 999
-    path = edit.inversion.trajectory.double()
-    for row in range(2):
-        direction = 0.3 * math.exp(-2 * (1 - progress)) * structure[row] / structure[row].norm()
-        direction += 0.7 * math.exp(-progress) * alignment[row] / alignment[row].norm()
-        expected = direction * (path[1, row] - path[2, row]).norm()
-        torch.testing.assert_close(step[row], expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(masked, step * denoise_mask)
+    def prepare(model: Any, steps: int, x0: dict | None = None) -> Any:
+        return lambda step, denoised, x, total: after.append(x.cpu().double())
+
+    monkeypatch.setattr(target, "gradients", spied)
+    monkeypatch.setattr(latent_preview, "prepare_callback", prepare)
+    edit.run()
+    sampling, path = model.get_model_object("model_sampling"), edit.inversion.trajectory.double()
+    assert len(found) == STEPS
+    for step in range(STEPS):
+        progress = 1 - float(sampling.timestep(edit.sigmas[step])) / 999
+        structure, alignment = found[step].structure.cpu().double(), found[step].alignment.cpu().double()
+        for row in range(2):
+            direction = 0.3 * math.exp(-2 * (1 - progress)) * structure[row] / structure[row].norm()
+            direction += 0.7 * math.exp(-progress) * alignment[row] / alignment[row].norm()
+            expected = direction * (path[step, row] - path[step + 1, row]).norm() * reach
+            moved = before[step][row] - after[step][row]
+            torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_batch_is_two_singles(host: Host, model: Any) -> None:
@@ -231,7 +222,6 @@ def test_controlnet(host: Host, model: Any) -> None:
     place.
     """
     edit = Edit(host, model)
-    edit.sampler_inputs["word_side"] = 16
     plain = edit.run()
     edit.positive = [[edit.positive[0][0], {"control": FakeControl(), "control_apply_to_uncond": True}]]
     controlled = edit.run()
@@ -301,8 +291,7 @@ def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCapt
         with caplog.at_level(logging.WARNING):
             assert bool(torch.isfinite(edit.run()).all())
         assert "1 of 3 gradient steps had no usable gradient" in caplog.text
-        (_, text) = host.execute("DescEditTrace", latent=edit.output)
-        assert text.startswith("image 1: 3 steps, 2 gradient steps, 1 skipped")
+        assert edit.trace().usable.tolist() == [[False], [True], [True]]
         broken |= {1, 2}
         seen.clear()
         with pytest.raises(Exception, match="UnifyEdit Sampler: no step had a usable gradient for image 1"):

@@ -1,4 +1,4 @@
-"""The trace of a run: what is recorded, how it gets out, and that it belongs to its own run."""
+"""The trace of a run: what is recorded, and that it belongs to its own run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import small_models
 import torch
 from host import Host
 from unify_edit import STEPS, Edit
-
-KEY = "descriptive_edit_trace"
 
 
 @pytest.fixture(scope="module")
@@ -27,63 +25,39 @@ def test_values(host: Host, model: Any) -> None:
     edit.run()
     trace = edit.trace()
     assert trace.steps == STEPS
-    assert trace.places == tuple(range(STEPS))
+    assert trace.at == tuple(range(STEPS))
     assert trace.values.shape == (STEPS, 4, 2)
     assert trace.values.device.type == "cpu"
     assert bool((trace.values > 0).all())
-    assert trace.moved.tolist() == [[True, True]] * STEPS
+    assert trace.usable.tolist() == [[True, True]] * STEPS
     alone = Edit(host, model, steps=STEPS)
     alone.run()
     torch.testing.assert_close(alone.trace().values[0, :, 0], trace.values[0, :, 0], rtol=1e-3, atol=1e-6)
 
 
 def test_belongs_to_its_run(host: Host, model: Any) -> None:
-    """Protects: one sampler in two runs leaves two traces, each in the LATENT of its run, and nothing on the
-    sampler.
-    """
+    """Protects: one sampler in two runs gives two traces, and nothing of a run stays on the sampler."""
     edit = Edit(host, model)
-    sampler, noise = host.execute(
-        "DescEditUnifySampler",
-        inversion=edit.inversion,
-        edit_tokens=edit.tokens,
-        balance=edit.balance(),
-    )
-    edit.run(sampler, noise)
-    first = edit.output
-    values = first[KEY].trace.values.clone()
+    sampler = edit.sampler()
+    before = dict(vars(sampler))
+    edit.run(sampler)
+    values = edit.trace().values.clone()
     edit.positive = small_models.conditioning(8)
-    edit.run(sampler, noise)
-    assert edit.output[KEY] is not first[KEY]
-    assert torch.equal(first[KEY].trace.values, values)
-    assert not torch.equal(edit.trace().values, values)
-    assert KEY not in edit.noise
-    assert not any(isinstance(value, torch.Tensor) for value in vars(sampler).values())
-    assert sampler._box is None
+    edit.run(sampler)
+    first, second = edit.traces
+    assert torch.equal(first.values, values)
+    assert not torch.equal(second.values, values)
+    assert vars(sampler) == before
+    assert set(edit.output) == {"samples"}
 
 
-def test_without_the_noise_output(host: Host, model: Any) -> None:
-    """Protects: a latent without a trace is an error that says what to wire; a run without it is the same."""
-    edit = Edit(host, model)
-    (no_noise,) = host.execute("DisableNoise")
-    traced = edit.run()
-    assert torch.equal(edit.run(noise=no_noise), traced)
-    with pytest.raises(Exception, match=r"Trace .UnifyEdit.: latent has no trace: wire the noise output"):
-        host.execute("DescEditTrace", latent=edit.output)
-
-
-def test_an_inverted_result_has_no_old_trace(host: Host, model: Any) -> None:
-    """Protects: inverting an edited latent does not hand on the trace of the edit."""
-    edit = Edit(host, model)
+def test_nothing_optimised(host: Host, model: Any) -> None:
+    """Protects: a run whose losses are switched off has a trace without records, and a plot of it."""
+    edit = Edit(host, model, batch=2)
+    edit.sampler_inputs["balance"] = edit.balance(beta1=0.0, beta2=0.0)
     edit.run()
-    _, noise = host.execute(
-        "DescEditInvert",
-        model=model,
-        latent=edit.output,
-        source=small_models.conditioning(1),
-        sigmas=edit.sigmas,
-        mode="virtual",
-    )
-    assert KEY not in noise
+    assert edit.trace().values.shape == (0, 4, 2)
+    assert edit.trace().draw().shape == (2, 480, 512, 3)
 
 
 def test_plot(host: Host) -> None:
@@ -93,16 +67,10 @@ def test_plot(host: Host) -> None:
     module = host.pack_module("patches.unify.trace")
     up, down = torch.linspace(0.1, 1, 10), torch.linspace(1, 0.1, 10)
     values = torch.stack([up, down, 2 * up, 3 * down], dim=1)[:, :, None].repeat(1, 1, 2)
-    moved = torch.ones(10, 2, dtype=torch.bool)
+    usable = torch.ones(10, 2, dtype=torch.bool)
     values[4, :, 1] = torch.nan
-    moved[4, 1] = False
-    box = module.TraceBox()
-    box.trace = module.Trace(10, tuple(range(10)), values, moved)
-    plot, text = host.execute("DescEditTrace", latent={KEY: box})
-    assert text == (
-        "image 1: 10 steps, 10 gradient steps, 0 skipped for want of a usable gradient\n"
-        "image 2: 10 steps, 9 gradient steps, 1 skipped for want of a usable gradient"
-    )
+    usable[4, 1] = False
+    plot = module.Trace(10, tuple(range(10)), values, usable, None).draw()
     assert plot.shape == (2, 480, 512, 3)
     whole, gap = plot
     for top in (0, 240):

@@ -23,13 +23,14 @@ STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
 SMALL: dict[str, dict[str, Any]] = {
     "ImageScale": {"width": SIZE, "height": SIZE},
     "BasicScheduler": {"steps": 2},
+    "DescEditUnify": {"steps": 2},
     "PrimitiveFloat": {"value": 1.5},
     "DescEditEditPairs": {"resolution": SIZE},
     "DescEditNewBridge": {"rank": 4},
     "DescEditTrainBridge": {"steps": 2, "learning_rate": 1e-2},
 }
 # In no shipped graph: run by `test_other_nodes`, or without a network.
-OTHERS = {"DescEditAttentionMaps", "DescEditDualGuidance", "DescEditMetrics"}
+OTHERS = {"DescEditAttentionMaps", "DescEditDualGuidance", "DescEditFindMask", "DescEditMetrics"}
 NO_NETWORK = {"DescEditCompare", "DescEditGuidanceSchedule"}
 WITH_FILES = "DescriptiveEdit - bridge with ControlNet and LoRA"
 
@@ -90,15 +91,11 @@ def other_nodes(host: Host) -> list[torch.Tensor]:
     """What the nodes that no shipped graph holds give: a picture, maps and figures."""
     model, clip, vae, bridge = host.execute("DescEditTinyStudio")
     scene, *_ = host.execute("DescEditTinyScene", seed=8)
-    source, edit = (
-        host.execute("CLIPTextEncode", clip=clip, text=text)[0] for text in ("a red circle", "a blue circle")
-    )
     (latent,) = host.execute("VAEEncode", pixels=scene, vae=vae)
-    (tokens, _) = host.execute(
-        "DescEditFindTokens",
-        clip=clip,
-        source_description="a red circle",
-        edit_description="a blue circle",
+    texts = {"source_description": "a red circle", "edit_description": "a blue circle"}
+    source, edit, tokens, _ = host.execute("DescEditDescribe", clip=clip, **texts)
+    (mask,) = host.execute(
+        "DescEditFindMask", model=model, source=source, edit=edit, edit_tokens=tokens, latent=latent
     )
     (bridged,) = host.execute("DescEditApplyBridge", model=model, bridge=bridge, reference=latent)
     (guided,) = host.execute("DescEditDualGuidance", model=bridged)
@@ -109,7 +106,7 @@ def other_nodes(host: Host) -> list[torch.Tensor]:
     )
     figures, _ = host.execute("DescEditMetrics", edited=picture, source=scene, lpips="alex")
     numbers = [value for values in json.loads(figures).values() for value in values]
-    return [picture, maps, torch.tensor(numbers)]
+    return [picture, maps, mask, torch.tensor(numbers)]
 
 
 def test_other_nodes(host: Host) -> None:

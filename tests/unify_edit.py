@@ -51,23 +51,31 @@ class Edit:
         self.cfg = 3.0
         self.guider: Any = None
         self.sampler_inputs: dict[str, Any] = {}
+        self.traces: list[Any] = []
 
     def balance(self, **inputs: Any) -> Any:
         """BALANCE from its node."""
         return self.host.execute("DescEditAdaptiveScheduler", **inputs)[0]
 
+    def sampler(self) -> Any:
+        """SAMPLER from its node; `sampler_inputs` are that node's and those of its options."""
+        inputs = dict(self.sampler_inputs)
+        direct = {name: inputs.pop(name) for name in ("balance", "mask", "options") if name in inputs}
+        if inputs:
+            (direct["options"],) = self.host.execute("DescEditUnifyOptions", **inputs)
+        (sampler,) = self.host.execute(
+            "DescEditUnifySampler", inversion=self.inversion, edit_tokens=self.tokens, **direct
+        )
+        sampler.extra_options["report"] = self.traces.append
+        return sampler
+
     def trace(self) -> Any:
         """What the last run recorded."""
-        return self.output["descriptive_edit_trace"].trace
+        return self.traces[-1]
 
     def run(self, sampler: Any = None, noise: Any = None) -> torch.Tensor:
         """Sample, in the host's own nodes; returns the edited latent."""
-        if sampler is None:
-            inputs = {"balance": self.balance(), **self.sampler_inputs}
-            sampler, own_noise = self.host.execute(
-                "DescEditUnifySampler", inversion=self.inversion, edit_tokens=self.tokens, **inputs
-            )
-            noise = noise or own_noise
+        sampler = sampler or self.sampler()
         (no_noise,) = self.host.execute("DisableNoise")
         guider = (
             self.guider

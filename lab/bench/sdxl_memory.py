@@ -11,7 +11,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ...patches.attention.layers import structure_layers, word_layers
 from ...patches.attention.networks import network_of
 from ...patches.unify.memory import backward_bytes
-from ...patches.unify.settings import UnifySettings
+from ...patches.unify.settings import UnifyOptions
 
 UNET = {
     "image_size": 32,
@@ -46,7 +46,7 @@ def gradient_gib(checkpoint: bool, side: int = 128) -> float:
     """
     network = network_of(unet())
     layers = network.layers.values()
-    structure = structure_layers(layers, side, side, UnifySettings.structure_side)
-    words = word_layers(layers, side, side, UnifySettings.word_side)
+    structure = structure_layers(layers, side, side, UnifyOptions.max_self_attn_res)
+    words = word_layers(layers, side, side, UnifyOptions.cross_attn_res)
     size = torch.float16.itemsize
     return backward_bytes(network, structure, words, (1, 4, side, side), size, checkpoint) / 2**30

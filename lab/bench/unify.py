@@ -25,7 +25,7 @@ from ...patches.host.autograd import differentiable_options, gradients
 from ...patches.inversion import Inversion, ModelIdentity
 from ...patches.unify.balance import Balance
 from ...patches.unify.sampler import UnifySampler
-from ...patches.unify.settings import UnifySettings
+from ...patches.unify.settings import UnifyOptions, UnifySettings
 from ...patches.unify.source import active_entry, record
 from ...patches.unify.tokens import EditTokens, EditWord
 from .attend_and_excite import attend_and_excite
@@ -85,12 +85,10 @@ def unify(model: Any, side: int, checkpoint: bool = False) -> Run:
 
     def sampler(steps: int) -> UnifySampler:
         settings = UnifySettings(
-            inversion(model, side, steps),
-            TOKENS,
-            Balance(combination="norm"),
-            structure_side=SIDE,
-            word_side=SIDE,
-            checkpoint=checkpoint,
+            inversion=inversion(model, side, steps),
+            edit_tokens=TOKENS,
+            balance=Balance(combination="norm"),
+            options=UnifyOptions(max_self_attn_res=SIDE, cross_attn_res=SIDE, checkpointing=checkpoint),
         )
         return UnifySampler(settings)
 

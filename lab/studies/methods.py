@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ...patches.bridge.guidance import DualGuidance, DualGuider
 from ...patches.bridge.run import BridgeSetup
 from ...patches.unify.balance import Balance
 from ...patches.unify.sampler import UnifySampler
-from ...patches.unify.settings import UnifySettings
+from ...patches.unify.settings import UnifyOptions, UnifySettings
 from ...patches.unify.tokens import EditTokens, find_tokens
 from .studio import Batch, Studio, StudioMethod, cfg_guider, conditioning, sample, schedule
 
@@ -83,7 +83,7 @@ class Edit:
     masked: whether the case's mask is used.
     mode: of the inversion.
 
-    All others as in UnifySettings.
+    All others as in UnifyOptions.
     """
 
     balance: Balance = field(default_factory=Balance)
@@ -92,11 +92,8 @@ class Edit:
     steps: int = 10
     masked: bool = False
     mode: str = "ddim"
-    keep: str = UnifySettings.keep
-    method: str = UnifySettings.method
-
-
-_SHARED = {field.name for field in fields(UnifySettings)} & {field.name for field in fields(Edit)}
+    structure_region: str = "everywhere"
+    update_target: str = UnifyOptions.update_target
 
 
 def unify(edits: Mapping[str, Edit]) -> StudioMethod:
@@ -112,7 +109,7 @@ def unify_by_type(tiny: Studio, batch: Batch, edits: Mapping[str, Edit]) -> torc
         numbers = [number for number, kind in enumerate(types) if kind == edit_type]
         edit = edits[edit_type]
         if bool((batch.mask[numbers] >= 1).all()):  # a style has no outside
-            edit = replace(edit, masked=False, keep="everywhere")
+            edit = replace(edit, masked=False, structure_region="everywhere")
         made[numbers] = unify_latents(tiny, batch.chosen(numbers), edit)
     return made
 
@@ -126,10 +123,11 @@ def unify_latents(tiny: Studio, batch: Batch, edit: Edit) -> torch.Tensor:
     else:
         path = inversion.invert(tiny.model, batch.latent, source, sigmas, refine=1)
     settings = UnifySettings(
-        path,
-        edit_tokens(tiny, batch),
+        inversion=path,
+        edit_tokens=edit_tokens(tiny, batch),
+        balance=edit.balance,
         mask=batch.mask if edit.masked else None,
-        **{name: getattr(edit, name) for name in _SHARED},
+        options=UnifyOptions(structure_region=edit.structure_region, update_target=edit.update_target),
     )
     guider = cfg_guider(tiny.model, batch.edit_text, batch.no_text, edit.cfg)
     start = torch.zeros_like(batch.latent)

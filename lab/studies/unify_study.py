@@ -16,13 +16,13 @@ import torch
 
 from ...models.tiny_studio import scenes
 from ...patches.unify.balance import Balance
-from ...patches.unify.presets import PRESETS
 from ..benchmark.cases import Case, first_of_each_type
 from ..benchmark.layouts import read_cases
 from ..benchmark.results import Result
 from ..benchmark.statistics import mean
 from ..output import markdown
 from . import bridge_study
+from .balances import CHOSEN, DECAYS, drawn
 from .methods import Edit, injected, unify
 from .studio import Batch, Studio, StudioMethod, quick_products
 from .study import Plan, Rows, Study, command
@@ -32,10 +32,8 @@ TUNING_PER_TYPE = 8  # even, so that the wordings alternate throughout
 TIMED = 4  # edits
 Edits = Mapping[str, Edit]  # by edit type
 # Chosen on the tuning cases.
-EDIT = Edit(denoise=0.6, cfg=2.0, masked=True, keep="outside")
-PRESET_EDITS: Edits = {
-    edit_type: replace(EDIT, balance=PRESETS[f"{edit_type}, complex"]) for edit_type in scenes.EDIT_TYPES
-}
+EDIT = Edit(denoise=0.6, cfg=2.0, masked=True, structure_region="outside")
+PRESET_EDITS: Edits = {edit_type: replace(EDIT, balance=CHOSEN[edit_type]) for edit_type in scenes.EDIT_TYPES}
 ALL_LEVELS: Edits = {edit_type: replace(edit, denoise=1.0) for edit_type, edit in PRESET_EDITS.items()}
 # An earlier choice, with which more rows were measured: fewer noise levels, more text guidance, and a higher
 # weight of the words.
@@ -97,7 +95,7 @@ def tables() -> dict[str, Rows]:
     return {
         "methods": {
             "UnifyEdit": unify(PRESET_EDITS),
-            "UnifyEdit without a mask": edited(PRESET_EDITS, masked=False, keep="everywhere"),
+            "UnifyEdit without a mask": edited(PRESET_EDITS, masked=False, structure_region="everywhere"),
             "UnifyEdit, denoise 0.4": lower,
             **dict([image, inversion]),
             **injection(INJECTION),
@@ -107,8 +105,11 @@ def tables() -> dict[str, Rows]:
         "wide_losses": losses(ALL_LEVELS),
         "lower_losses": losses(LOWER_LEVELS),
         "lower_combinations": choices("combination", "balanced", "norm", "naive"),
-        "lower_ways": {"latent": lower, "noise": edited(LOWER_LEVELS, method="noise")},
-        "lower_curves": choices("curve", "exponential", "linear", "cosine"),
+        "lower_ways": {"latent": lower, "noise": edited(LOWER_LEVELS, update_target="noise")},
+        "lower_curves": {
+            "exponential": lower,
+            **{decay: balanced(LOWER_LEVELS, partial(_drawn, decay)) for decay in DECAYS},
+        },
         "lower_factors": factors,
         "lower_inversions": {"ddim": lower, "virtual": edited(LOWER_LEVELS, mode="virtual")},
     }
@@ -116,6 +117,10 @@ def tables() -> dict[str, Rows]:
 
 def _with(name: str, value: Any, balance: Balance) -> dict[str, Any]:
     return {name: value}
+
+
+def _drawn(decay: str, balance: Balance) -> dict[str, Any]:
+    return {"drawn": drawn(balance, decay)}
 
 
 def _scaled(name: str, factor: float, balance: Balance) -> dict[str, float]:
@@ -174,10 +179,10 @@ def seconds(tiny: Studio, rows: Rows) -> dict[str, float]:
 
 
 def preset_table() -> str:
-    """The presets as a Markdown table."""
-    names = ("combination", "beta1", "k1", "beta2", "k2", "curve")
-    rows = [[name, *(f"{getattr(preset, key)}" for key in names)] for name, preset in PRESETS.items()]
-    return markdown(["preset", *names], rows)
+    """The chosen balances as a Markdown table."""
+    names = ("combination", "beta1", "k1", "beta2", "k2")
+    rows = [[name, *(f"{getattr(balance, key)}" for key in names)] for name, balance in CHOSEN.items()]
+    return markdown(["edit type", *names], rows)
 
 
 def searched() -> tuple[Rows, Rows]:
@@ -193,7 +198,7 @@ def searched() -> tuple[Rows, Rows]:
         "neither loss": every(replace(EDIT, balance=neither)),
         "denoise 1": every(wide),
         "denoise 1, 20 steps": every(replace(wide, steps=20)),
-        "denoise 1, no mask": every(replace(wide, masked=False, keep="everywhere")),
+        "denoise 1, no mask": every(replace(wide, masked=False, structure_region="everywhere")),
         "denoise 1, neither loss": every(replace(wide, balance=neither)),
         "denoise 0.4, CFG 3, heavier words": every(LOWER_LEVELS["colour"]),
         **injection((0.2, 0.4)),

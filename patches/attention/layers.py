@@ -40,7 +40,7 @@ def structure_layers(
     Raises ValueError for a name that fits no layer.
     """
     if names.strip():
-        return named_layers("structure_sites", layers, names)
+        return named_layers("structure_layers", layers, names)
     tokens = {layer: math.prod(layer.grid(height, width)) for layer in layers}
     most = max(max_res * max_res, min(tokens.values()))
     return tuple(layer for layer in layers if tokens[layer] <= most)
@@ -54,7 +54,7 @@ def word_layers(
     If `names` is given, the layers that it lists. Raises ValueError for a name that fits no layer.
     """
     if names.strip():
-        return named_layers("word_sites", layers, names)
+        return named_layers("word_layers", layers, names)
 
     def distance(layer: AttentionLayer) -> float:
         return abs(math.log(math.prod(layer.grid(height, width)) / (res * res)))

@@ -15,7 +15,7 @@ from kornia.color import ColorMap
 from kornia.geometry.transform import resize
 
 from ..host.inputs import read_samples
-from ..host.progress import progress
+from ..host.sigmas import progress
 from ..inversion import Inversion
 from ..unify.tokens import EditTokens
 from .checks import check_order

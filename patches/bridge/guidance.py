@@ -25,7 +25,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
 
-from ..host.progress import progress
+from ..host.sigmas import progress
 from .apply import has_bridge
 from .guidance_rows import EDIT, UNCONDITIONAL, Row, predict_rows
 

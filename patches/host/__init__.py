@@ -1,1 +1,1 @@
-"""Doors of the host that several methods use."""
+"""Access to the host that several methods share."""

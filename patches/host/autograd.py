@@ -1,19 +1,19 @@
-"""Where gradients are possible inside the host, and the one helper that makes them so.
+"""Enables autograd inside ComfyUI's inference-mode executor.
 
 The executor runs every node under `torch.inference_mode`, and the weights its loaders make are inference
-tensors, which autograd refuses to save. Deep copies of the model need `cached_patcher_init` and its memory
-twice; exchanging the parameters changes a model that others share, and misses the weights that the host casts
-or streams in elsewhere. Here nothing is exchanged: each inference tensor that reaches a torch function inside
-`gradients` is handed over as a normal tensor over the same memory. No copy, no change to the model, and it
-holds for parameters, conditions, ControlNets and other packs' tensors alike. The cost is about 2 microseconds
+tensors, which autograd refuses to save. A deep copy of the model needs `cached_patcher_init` and twice the
+memory. Replacing the parameters changes a model that others share, and misses the weights that the host casts
+or streams in elsewhere. So nothing is replaced: inside `gradients` each inference tensor that reaches a torch
+function is passed on as a normal tensor over the same memory. No copy and no change to the model, and it
+works for parameters, conditions, ControlNets and other packs' tensors alike. The cost is about 2 microseconds
 per torch call.
 
-Where memory is short, and always with dynamic VRAM, the host streams weights: what a layer computes with is a
-view of pages or of a buffer that the host unmaps or writes over as soon as the layer has run
-(`comfy.ops.uncast_bias_weight`), while autograd still points at it. There a region hands copies to every
-torch function that autograd records, in place of each tensor without a gradient. Whose memory a tensor lies
-in cannot be told, so all are copied; what autograd does not save is freed as soon as the function is done.
-Hooks on what autograd saves would copy less, but torch's checkpoint has hooks of its own, which win.
+Where memory is short, and always with dynamic VRAM, the host streams weights: a layer computes with a view of
+pages or of a buffer that the host unmaps or overwrites as soon as the layer has run
+(`comfy.ops.uncast_bias_weight`), while autograd still refers to it. There every torch function that autograd
+records gets copies of the tensors without a gradient. A tensor does not tell whose memory it is, so all are
+copied; what autograd does not save is freed when the function returns. Hooks on saved tensors would copy
+less, but torch's checkpoint has hooks of its own, which take precedence.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.model_patcher import ModelPatcher
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -88,18 +89,18 @@ class _OwnTensors(_NormalTensors):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-# Whether the innermost region is for streamed weights: what is computed again later needs one of its kind.
+# Whether the innermost region is for streamed weights: a recomputation later needs the same kind of region.
 _STREAMED: ContextVar[bool] = ContextVar("descriptive_edit.streamed", default=False)
 
 
 @contextmanager
 def gradients(streamed: bool = False) -> Generator[None]:
-    """A region in which autograd works although the host runs under inference mode with inference-tensor
-    weights.
+    """A region in which autograd works although the host runs in inference mode.
 
-    Tensors that are to be differentiated must be made inside (`x.clone().requires_grad_()`). streamed:
-    whether the host may take the weights back after each layer (`weights_streamed`); what autograd keeps is
-    then copied.
+    A tensor to differentiate by must be made inside (`x.clone().requires_grad_()`).
+
+    streamed: whether the host may take the weights back after each layer (`weights_streamed`); what autograd
+        keeps is then copied.
     """
     mode = _OwnTensors() if streamed else _NormalTensors()
     before = _STREAMED.set(streamed)
@@ -115,9 +116,9 @@ def in_streamed_region() -> bool:
     return _STREAMED.get()
 
 
-def weights_streamed(patchers: Iterable[Any]) -> bool:
-    """Whether weights of these ModelPatchers, or of the models attached to them, come and go with each layer:
-    under dynamic VRAM, or because not all of them are on the device.
+def weights_streamed(patchers: Iterable[ModelPatcher]) -> bool:
+    """Whether the host streams weights of these models or of the models attached to them: under dynamic VRAM,
+    or because not all of them are on the device.
     """
     return any(
         model.is_dynamic() or model.loaded_size() < model.model_size()
@@ -128,8 +129,8 @@ def weights_streamed(patchers: Iterable[Any]) -> bool:
 
 @contextmanager
 def naming_writes() -> Generator[None]:
-    """A region whose gradients fail with a ValueError that names `node` where another node has written in
-    place into what autograd saved.
+    """A region in which autograd's error about a tensor that was changed in place is a ValueError that says
+    what to do.
     """
     try:
         yield
@@ -145,13 +146,13 @@ def naming_writes() -> Generator[None]:
 def differentiable_options(model_options: dict[str, Any]) -> dict[str, Any]:
     """A copy of `model_options` for a model call that is differentiated; the original is not touched.
 
-    Attention is computed by torch, because the host's other backends (sage, for one) have no derivative; an
-    `optimized_attention_override` that was there before stays in charge and is given torch's to call.
+    Attention is computed by torch, because the host's other backends (sage, for one) have no derivative. An
+    `optimized_attention_override` that was there before is still called, with torch's attention.
 
-    Two things are written in place after autograd has saved them, and are copied. Skip connections: the UNet
-    adds ControlNet's residuals to them, and some nodes write into them. And what the functions that other
-    nodes have put into the host's lists of patches save (FreeU writes into what it has just multiplied). The
-    host's own layers save nothing else that these functions are given.
+    Two kinds of tensor are changed in place after autograd has saved them, and are copied. Skip connections:
+    the UNet adds ControlNet's residuals to them, and some nodes write into them. And what other nodes'
+    functions in the host's lists of patches save (FreeU writes into what it has just multiplied). The host's
+    own layers save nothing else that these functions receive.
     """
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = options.setdefault("transformer_options", {})
@@ -171,7 +172,7 @@ def differentiable_options(model_options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saving_copies(patch: Callable) -> Callable:
-    """The same patch, within which autograd saves copies, so that it may write into what was saved."""
+    """The same patch, but autograd saves copies inside it, so that it may change what was saved."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda copy: copy):

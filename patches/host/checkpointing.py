@@ -1,12 +1,12 @@
-"""Gradient checkpointing in the host's UNet: a layer keeps its input and is computed again when its gradient
-is wanted.
+"""Gradient checkpointing in the host's UNet: a layer keeps only its input and is computed again for its
+gradient.
 
-The host asks the functions in `forward_timestep_embed_patch` to run a layer in its place. Ours runs the same
-layer, through the host's own function and inside torch's checkpoint, so the network itself is never touched
-and nothing has to be undone. A layer is a ResBlock or a whole transformer: patches of the attention run again
-with it, in their order and with the `transformer_options` of the first time. What they read from elsewhere
-must still be there then, and one that ends the call with an exception must not be inside of a layer whose
-gradient is wanted.
+The host lets the functions in `forward_timestep_embed_patch` run a layer in its place. Ours runs the same
+layer through the host's own function, inside torch's checkpoint. So the network is not changed and nothing
+has to be undone. A layer is a ResBlock or a whole transformer.
+
+Attention patches run again during backward, in their order and with the first call's `transformer_options`.
+State they read must still exist then, and they must not raise inside a checkpointed layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SLOT = "forward_timestep_embed_patch"
 
 
 class _Again:
-    """`gradients` anew for each time a layer is computed again: one forward may have several backwards."""
+    """Enters a new `gradients` region at each recomputation: one forward may have several backwards."""
 
     def __init__(self, streamed: bool) -> None:
         self._streamed = streamed
@@ -39,8 +39,9 @@ class _Again:
 
 
 def checkpointed(options: dict[str, Any]) -> dict[str, Any]:
-    """A call's `transformer_options` with which every layer of the UNet is checkpointed; the original is not
-    touched. Other packs' functions in the slot run inside ours. Without gradients nothing changes.
+    """A copy of a call's `transformer_options` that checkpoints every layer of the UNet.
+
+    Other packs' functions in the slot run inside ours. Without gradients nothing changes.
     """
     patches = dict(options.get("patches", {}))
     before = list(patches.get(SLOT, ()))
@@ -73,6 +74,6 @@ def checkpointed(options: dict[str, Any]) -> dict[str, Any]:
         return x
 
     patches[SLOT] = [(TimestepBlock, run), (SpatialTransformer, run)]
-    # The host takes the first that fits: other layers keep the functions they had.
+    # The host takes the first function that fits: other layers keep the ones they had.
     patches[SLOT] += before
     return {**options, "patches": patches}

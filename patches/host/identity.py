@@ -1,4 +1,4 @@
-"""Telling by content whether two MODELs are the same network with the same weights and LoRAs."""
+"""Tells by content whether two MODELs are the same network with the same weights and LoRAs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassInjectionManager
 
 # Layers at the UNet's two ends: every finetune changes them, and they are small.
@@ -27,13 +28,12 @@ class ModelIdentity:
     patches: str
 
     @classmethod
-    def of(cls, model: Any) -> ModelIdentity:
-        """Read a ModelPatcher's identity.
+    def of(cls, model: ModelPatcher) -> ModelIdentity:
+        """Read a model's identity.
 
-        Unpatched weights are hashed, so it does not matter what is loaded, and patches by what they hold, so
-        that it does not matter whether a LoRA was loaded once or twice. Both in the model's dtype: with
-        dynamic VRAM weights keep their file's until they are used, and two MODELs of one file need not be
-        loaded alike.
+        Weights are hashed without patches, so what is loaded makes no difference. Patches are hashed by
+        content, so loading the same LoRA again makes none. Both are read in the model's dtype: with dynamic
+        VRAM weights keep their file's dtype until they are used.
         """
         weights = _Digest(model.model_dtype())
         for prefix in _SAMPLED_LAYERS:
@@ -49,7 +49,7 @@ class ModelIdentity:
         )
 
     def difference(self, other: ModelIdentity) -> str | None:
-        """What `other` has that this one has not, for an error message; None if they are the same."""
+        """How `other` differs, for an error message; None if they are the same."""
         if self.family != other.family:
             return f"a {other.family} model, not {self.family}"
         if self.prediction != other.prediction:
@@ -61,10 +61,8 @@ class ModelIdentity:
         return None
 
 
-def _patches(model: Any) -> str:
-    """The LoRAs and other weight patches of a ModelPatcher and its injections, among them LoRAs that do not
-    change the weights.
-    """
+def _patches(model: ModelPatcher) -> str:
+    """A digest of a model's weight patches and injections; LoRAs in bypass mode are among the injections."""
     if not model.patches and not model.injections:
         return "none"
     digest = _Digest(model.model_dtype())
@@ -79,10 +77,8 @@ def _patches(model: Any) -> str:
     return digest.text()
 
 
-def _bypassed(model: Any, manager: BypassInjectionManager) -> list[Any]:
-    """The LoRAs of a bypass, in the dtype of the layers beside which they run: the host casts them to it in
-    place when they run for the first time.
-    """
+def _bypassed(model: ModelPatcher, manager: BypassInjectionManager) -> list[Any]:
+    """The LoRAs of a bypass, in the dtype of their layers, to which the host casts them on the first run."""
     found: list[Any] = []
     for key, (adapter, strength) in sorted(manager.adapters.items()):
         dtype = getattr(getattr(comfy.utils.get_attr(model.model, key), "weight", None), "dtype", None)

@@ -1,8 +1,8 @@
-"""Masks, images and latents as people wire them, brought to the one form that the rest of the pack takes.
+"""Normalizes the masks, images and latents that users wire.
 
 A wire's type says little about its tensor: other packs give masks without a batch, with a channel or as
-booleans, images of one channel or with alpha, latents of videos. What has one meaning is read, everything
-else is refused by the node's and the input's name.
+booleans, images with one channel or with alpha, latents of videos. Whatever has one meaning is accepted,
+everything else is refused by the input's name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHANNELS = (1, 3, 4)
 
 
 def read_mask(name: str, mask: Any) -> torch.Tensor:
-    """A person's mask as [masks, height, width], float32, 0 to 1.
+    """A mask as [masks, height, width], float32, 0 to 1.
 
     mask: [height, width], [masks, height, width], [masks, 1, height, width] or [masks, height, width, 1];
     floats from 0 to 1, integers 0 and 1, or booleans. A mask that has the form already is returned as it is.
@@ -47,7 +47,7 @@ def read_mask(name: str, mask: Any) -> torch.Tensor:
 
 
 def read_images(name: str, images: Any) -> torch.Tensor:
-    """A person's images as [images, height, width, 3], float32, 0 to 1.
+    """Images as [images, height, width, 3], float32, 0 to 1.
 
     images: [images, height, width, channels] or [height, width, channels], floats. One channel becomes three
     alike; a fourth one, alpha, is dropped, as the host's VAEEncode does. Values up to 0.5 outside of 0 to 1
@@ -110,7 +110,7 @@ def read_samples(name: str, samples: Any, model: Any) -> torch.Tensor:
 
 
 def check_noise_mask(mask: torch.Tensor) -> None:
-    """Raise ValueError, unless a noise mask, as the host has scaled it, is from 0 to 1."""
+    """Raise ValueError unless a noise mask, as the host has scaled it, is from 0 to 1."""
     name = "the noise mask in latent_image"
     least, most = _range(name, mask, "make the mask again")
     if least < -_ROUNDING or most > 1 + _ROUNDING:
@@ -121,7 +121,7 @@ def check_noise_mask(mask: torch.Tensor) -> None:
 
 
 def _tensor(name: str, value: Any, wanted: str) -> torch.Tensor:
-    """`value` if it is a tensor of real numbers with something in it."""
+    """`value` if it is a non-empty tensor of real numbers; else raises ValueError."""
     if not isinstance(value, torch.Tensor) or value.is_nested:
         found = "several tensors in one" if getattr(value, "is_nested", False) else type(value).__name__
         raise ValueError(f"{name} is {found} but must be one tensor {wanted}: take one of them")

@@ -1,4 +1,4 @@
-"""Finding nodes that keep the network from running at some steps, where every step needs it."""
+"""Finds nodes that skip the network at some steps, where every step needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEY = "descriptive_edit.network_runs"
 
 
 def refuse_cached_steps(model: Any) -> None:
-    """Raise ValueError, if the MODEL carries the host's EasyCache or LazyCache."""
+    """Raise ValueError if the MODEL has the host's EasyCache or LazyCache."""
     holder = model.model_options.get("transformer_options", {}).get("easycache")
     if holder is not None:
         name = getattr(holder, "name", "EasyCache")
@@ -46,7 +46,7 @@ class NetworkRuns:
         return executor(*args, **kwargs)
 
     def check(self) -> None:
-        """After a prediction: raise ValueError, if the network did not run for it."""
+        """After a prediction: raise ValueError if the network did not run for it."""
         if not self._ran:
             raise ValueError(
                 "the network did not run at a step, but every step here needs its own "

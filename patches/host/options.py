@@ -1,4 +1,4 @@
-"""Reading and replacing the `transformer_options` of a wrapped model call."""
+"""The options of model calls, read and replaced."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def replace_options(
     if NAME in kwargs:
         return args, {**kwargs, NAME: options}
     return (*args[:-1], options), kwargs
+
+
+def one_device(model_options: dict[str, Any]) -> dict[str, Any]:
+    """The same model options for calls that stay on the sampling's own device, however many it uses."""
+    return {name: value for name, value in model_options.items() if name != "multigpu_clones"}

@@ -1,4 +1,4 @@
-"""What a run that finds no memory left says and lets go of."""
+"""Turns an out-of-memory error into one that says what to do and holds no tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _HostsOwn: Any = comfy.model_management.OOM_EXCEPTION  # torch's, or Exception w
 
 
 class OutOfMemory(_HostsOwn):
-    """Of the kind by which the host knows that it must unload its models before the next prompt."""
+    """Derived from the error after which the host unloads its models before the next prompt."""
 
 
 class memory_advice:
-    """Says what to do where memory runs out inside, and lets go of what the calls there hold.
+    """A region whose out-of-memory errors say what to do and no longer hold the tensors of the failed calls.
 
-    Raises OutOfMemory, once: from inside another region it passes as it is.
+    Raises OutOfMemory, once: from inside another region it passes unchanged.
     """
 
     def __init__(self, advice: str) -> None:
@@ -29,8 +29,8 @@ class memory_advice:
     def __exit__(
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # An error holds the frames it came through, and with them every tensor there, graphs included; and
-        # so would this frame, which the new error comes through.
+        # An error refers to the frames it came through, and so to every tensor there, graphs included. This
+        # frame would, too.
         del traceback
         if error is None or isinstance(error, OutOfMemory) or not comfy.model_management.is_oom(error):
             return

@@ -1,9 +1,9 @@
 """UnifyEdit's two losses on attention maps (arXiv 2504.05594), as this pack defines them.
 
-The paper's own settings are not published in full; where they are open, the choice made here is said.
+The paper's settings are not published in full; the docstrings say what was chosen here.
 
-Both are sums over attentions, and are taken with their derivatives by queries and keys one attention, and one
-piece of it, at a time: no more than a piece's probabilities are ever held.
+Both are sums over layers. Values and derivatives by queries and keys are computed for one layer, and one
+piece of its map, at a time: never more than one piece's probabilities are in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .words import Words
 FORMS = ("token_ratio", "spatial_ratio", "area_ratio")
 
 
-# One layer's and one piece's probabilities to their part of a loss, [rows].
+# From one layer's and one piece's probabilities to their part of a loss, [rows].
 _Part = Callable[[str, Piece, torch.Tensor], torch.Tensor]
 
 
@@ -31,9 +31,9 @@ def structure_loss(
     """Self-attention preservation: L_SAP = sum (A_self - A*_self)^2, or, in a region M,
     L_R-SAP = sum (M^ A_self - M^ A*_self)^2 with M^ = M M^T.
 
-    Summed over queries and keys, which weighs every resolution alike, and averaged over heads and layers.
+    Summed over queries and keys, so that every resolution weighs the same; averaged over heads and layers.
     source, target: the same layers, each with as many queries as keys. regions: M at each layer, [rows or 1,
-    places], 0 to 1; None for everywhere. Values are at least 0.
+    tokens], 0 to 1; None for everywhere. Values are at least 0.
     """
 
     def part(key: str, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
@@ -55,18 +55,18 @@ def alignment_loss(
 ) -> LossGradient:
     """Cross-attention alignment, averaged over heads, layers and words.
 
-    With A a word's attention (the sum over its tokens) and M the mask as weight of each place:
+    With A a word's attention (the sum over its tokens) and M the mask as weight of each image token:
 
     token_ratio    (1 - R)^2, R = mean over M of A / (attention that the description's own tokens get): the
-                   token ratio of MAG-Edit (arXiv 2312.11396), with the start mark and the padding left out,
-                   which take most of the attention and say nothing about the edit. 0 to 1. It needs no
+                   token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding,
+                   which take most of the attention and are not part of the edit. 0 to 1. It needs no
                    outside: without a mask it is the loss for an edit of the whole image.
-    spatial_ratio  3 - 4 R, R = sum over M of A / sum over all places of A: the spatial ratio of MAG-Edit.
+    spatial_ratio  3 - 4 R, R = sum over M of A / sum over all tokens of A: the spatial ratio of MAG-Edit.
                    -1 to 3.
     area_ratio     -R^2, R = mean over M of A / mean over 1 - M of A: UnifyEdit's ratio in the form that a
                    summary of the paper gives; without a lower bound.
 
-    target: queries are places, keys the tokens of the text. masks: [rows or 1, places] at each layer, 0 to 1,
+    target: queries are the image's tokens, keys the text's. masks: [rows or 1, tokens] at each layer, 0 to 1,
     not all zero, and not all one where the form compares inside and outside.
     """
 

@@ -3,16 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from einops import einsum, rearrange
 from kornia.geometry.transform import resize
 
-from ..attention.layers import AttentionLayer
-from ..attention.recorder import Projections
-from .words import Words
+from ..attention.layers import AttentionLayer, word_layers
+from ..attention.networks import network_of
+from ..attention.recorder import AttentionRecorder, Projections, active_entry, record, whole_image
+from ..host.inputs import read_samples
+from ..host.options import one_device
+from ..inversion import invert_virtually
+from .plan import Step
+from .source import Source
+from .tokens import EditTokens
+from .words import Words, edit_words, source_words
 
 THRESHOLD = 0.3  # LocalBlend's
+# Where the path is read: the picture is there, and still moves with the words.
+PROGRESS = (0.5, 0.7, 0.9)
+
+
+def find_mask(
+    source: Source,
+    target: Sequence[dict[str, Any]],
+    tokens: Sequence[EditTokens],
+    layers: Sequence[AttentionLayer],
+    plan: Sequence[Step],
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """Where the edit's words look in the inverted image, and where their partners of the source description
+    do.
+
+    target: the edit description as the model takes it. tokens: one for all rows, or one for each. layers:
+    cross-attentions to read. plan: the steps of the inversion. x: any latent of the sampling,
+    [rows, channels, height, width].
+
+    Returns [rows, height, width] of 0 and 1 on the latent's grid.
+    """
+    height, width = x.shape[-2:]
+    found: list[torch.Tensor] = []
+    for wanted in PROGRESS:
+        step = min(range(len(plan)), key=lambda i: abs(plan[i].progress - wanted))
+        sigma = plan[step].sigma
+        for entry, find in ((active_entry(target, sigma), edit_words), (source.entry(step), source_words)):
+            if entry is None:
+                continue
+            recorder = AttentionRecorder(source.network, (), layers, stop=True)
+            latent = source.inversion.latent(step, x)
+            record(source.model, recorder, entry, latent, x.new_full((len(x),), sigma), source.options)
+            attention = recorder.cross_attention
+            context = next(iter(attention.values())).k.shape[1]
+            words = find(tokens, context).to(x.device)
+            found.append(word_attention(attention, words, layers, height, width))
+    if not found:
+        raise ValueError(
+            "no description is active where a mask is looked for, the second half of the sampling: take the "
+            "time ranges of the descriptions away, or wire a mask"
+        )
+    return attention_mask(found)
+
+
+def find_mask_of_image(
+    model: ModelPatcher,
+    samples: torch.Tensor,
+    source: list[Any],
+    edit: list[Any],
+    tokens: EditTokens,
+    cross_attn_res: int,
+) -> torch.Tensor:
+    """`find_mask` of an image that is not inverted: noise is added to it.
+
+    samples: [images, channels, height, width] as a VAE gives it. source, edit: CONDITIONING. cross_attn_res:
+    tokens a side; the nearest grid that the model has is read. Returns
+    [images, height, width] of 0 and 1 in pixels. Raises ValueError as `invert_virtually` does, and
+    for an edit description without an entry for the whole image.
+    """
+    samples = read_samples("latent", samples, model)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = torch.tensor([*(sampling.percent_to_sigma(percent) for percent in PROGRESS), 0.0])
+    inversion = invert_virtually(model, samples, source, sigmas, seed=0)
+    network = network_of(model.model.diffusion_model)
+    layers = word_layers(network.layers.values(), *samples.shape[-2:], cross_attn_res)
+    plan = [Step(float(sigma), at, 0.0, 0.0) for sigma, at in zip(sigmas, PROGRESS, strict=False)]
+    found = []
+
+    def read_once(
+        wrap: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any], **_: Any
+    ) -> torch.Tensor:
+        guider = wrap.inner_model
+        if not whole_image(guider.conds["edit"]):
+            raise ValueError("edit has no entry for the whole image: wire it without an area or a mask")
+        options = one_device(extra_args["model_options"])
+        branch = Source(guider.inner_model, network, inversion, guider.conds["source"], options)
+        found.append(find_mask(branch, guider.conds["edit"], [tokens], layers, plan, x).cpu())
+        return x
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"source": source, "edit": edit})
+    guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        comfy.samplers.KSAMPLER(read_once),
+        sigmas,
+        disable_pbar=True,
+        seed=0,
+    )
+    height, width = (size * inversion.scale for size in samples.shape[-2:])
+    return image_mask(found[0], height, width)
+
+
+def image_mask(mask: torch.Tensor | None, height: int, width: int) -> torch.Tensor:
+    """A mask of any size, or None for the whole image, as [rows or 1, height, width] in pixels."""
+    if mask is None:
+        return torch.ones(1, height, width)
+    return torch.nn.functional.interpolate(mask[:, None], (height, width), mode="nearest")[:, 0]
 
 
 def word_attention(
@@ -25,7 +133,7 @@ def word_attention(
     """Where the words look: their share of the attention that their description gets, averaged over heads,
     words and layers.
 
-    attention: at each of `layers`, queries are places and keys the tokens of the text. height, width: the
+    attention: at each of `layers`, queries are the image's tokens and keys the text's. height, width: the
     latent's. Returns [rows, height, width], 0 to 1; 0 for a row without words.
     """
     found = []
@@ -47,9 +155,9 @@ def attention_mask(attention: Sequence[torch.Tensor]) -> torch.Tensor:
     attention: maps of [rows, height, width], as many as there are readings. Returns [rows, height, width] of
     0 and 1, with at least one 1 in each row.
     """
-    return (_stretched(sum(map(_stretched, attention))) >= THRESHOLD).float()
+    return (_stretch(sum(map(_stretch, attention))) >= THRESHOLD).float()
 
 
-def _stretched(values: torch.Tensor) -> torch.Tensor:
+def _stretch(values: torch.Tensor) -> torch.Tensor:
     least, most = values.amin(dim=(1, 2), keepdim=True), values.amax(dim=(1, 2), keepdim=True)
     return torch.where(most > least, (values - least) / (most - least), torch.ones_like(values))

@@ -1,29 +1,62 @@
-"""What UnifyEdit's gradients take of memory, so that the host can make room for it.
+"""Memory of UnifyEdit's gradients, which the host is asked to make room for.
 
-Counted is what is there at once when it is most, for a forward whose weights have no gradient:
+Counted is the peak, for a forward whose weights have no gradient:
 
 - What autograd keeps. Of a ResBlock: the inputs of both norms, activations and convolutions. Of a
   transformer: its input, those of its convolutions, and of each of its blocks 21 times its tokens (inputs of
   three norms; queries, keys, values and results of attention; 12 for the gated feed-forward). With
   checkpointing: the layers' inputs, and the recorded queries and keys.
 - The source's queries and keys.
-- Then either a loss's derivatives by queries and keys, in float32, with one piece of a map: its
-  probabilities, the source's, their difference, and two more for its gradient. Or those derivatives in the
-  UNet's dtype, what is on the way back through one block of a transformer, and, with checkpointing, the
-  inside of one layer.
+- The larger one of two phases. A loss: its derivatives by queries and keys in float32, and one piece of a
+  map: its probabilities, the source's, their difference, and two more for its gradient. The way back: those
+  derivatives in the network's dtype, what exists on the way back through one block of a transformer, and,
+  with checkpointing, the inside of one block.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Sequence
+
+import comfy.model_management
+import comfy.samplers
+import torch
 
 from ..attention.layers import AttentionLayer
 from ..attention.networks import Network
 from ..attention.recorder import PIECE
+from ..host.autograd import weights_streamed
+from .plan import Layers
 
 TEXT_TOKENS = 77
 _BLOCK, _BACK, _MAPS = 21, 16, 5
+
+
+def plan_memory(
+    guider: comfy.samplers.CFGGuider, x: torch.Tensor, layers: Layers, checkpoint: bool
+) -> tuple[float, bool]:
+    """Bytes that a gradient takes, and whether blocks are computed again for it: where `checkpoint` says so,
+    and where weights are streamed and their copies do not fit otherwise.
+
+    guider: the host's, in a run. x: the latent that is sampled.
+    """
+    patcher, model, network = guider.model_patcher, guider.inner_model, layers.network
+    itemsize, streamed = model.get_dtype_inference().itemsize, weights_streamed([patcher])
+
+    def needed(checkpoint: bool) -> float:
+        where = layers.structure, layers.words
+        copies = copied_bytes(network, [*where[0], *where[1]], itemsize, checkpoint) if streamed else 0
+        return backward_bytes(network, *where, x.shape, itemsize, checkpoint) + copies
+
+    if streamed and not checkpoint:
+        free = comfy.model_management.get_free_memory(x.device)
+        if patcher.is_dynamic():  # its weights make room by themselves
+            free += patcher.loaded_size()
+        checkpoint = model.memory_required(list(x.shape)) + needed(False) > free
+        if checkpoint:
+            logging.info("UnifyEdit: memory is short: layers are computed again for their gradient")
+    return needed(checkpoint), checkpoint
 
 
 def backward_bytes(

@@ -9,6 +9,7 @@ down, which is a DDIM step without noise of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,38 +17,53 @@ import comfy.samplers
 import torch
 from comfy.utils import model_trange
 
+from ..attention.masks import check_mask
+from ..attention.networks import network_of
+from ..attention.recorder import whole_image
+from ..host.inputs import check_noise_mask
 from ..host.network_runs import NetworkRuns, refuse_cached_steps
+from ..host.options import one_device
 from ..host.out_of_memory import memory_advice
-from .optimiser import LatentOptimiser
+from .balance import row_norm
+from .mask import find_mask
+from .memory import plan_memory
+from .plan import choose_layers, plan_steps
 from .settings import UnifySettings
-from .trace import TraceBox, TraceNoise
+from .source import open_source
+from .target import make_target
+from .trace import Record, Trace, make_trace
 
-ADVICE = "switch checkpointing on, lower structure_side, or edit a smaller image or fewer at a time"
+ADVICE = (
+    "switch checkpointing on or lower max_self_attn_res in UnifyEdit Options, or edit a smaller image or "
+    "fewer at a time"
+)
 
 
 class UnifySampler(comfy.samplers.KSAMPLER):
     """SAMPLER that edits an inverted image.
 
     It starts from the inversion's noise and keeps the inverted image outside a noise mask. Of the latent it
-    is given only the size, the number of images and the noise mask count. Raises ValueError before the first
-    step if the inversion does not belong to the guider's model, the latent's size or the sigmas, or if the
-    settings do not fit them; and after the last if an image had no usable gradient in any step.
+    is given only the size, the number of images and the noise mask count.
 
-    noise: a NOISE, empty, with which a run leaves its trace in the LATENT it makes.
+    door: entered around the pack's own code in a run. report: is given the run's Trace.
+
+    Raises ValueError before the first step if the inversion does not belong to the guider's model, the
+    latent's size or the sigmas, or if the settings do not fit them; and after the last if an image had no
+    usable gradient in any step.
     """
 
-    def __init__(self, settings: UnifySettings, door: AbstractContextManager[Any] | None = None) -> None:
-        super().__init__(_sample_unify)
+    def __init__(
+        self,
+        settings: UnifySettings,
+        door: AbstractContextManager[Any] | None = None,
+        report: Callable[[Trace], None] | None = None,
+    ) -> None:
+        super().__init__(sample_unify, {"settings": settings, "report": report})
         self._settings, self._door = settings, door or nullcontext()
-        self._box: TraceBox | None = None
-        self.noise = TraceNoise(self._expect)
-
-    def _expect(self, box: TraceBox) -> None:
-        self._box = box
 
     def sample(
         self,
-        model_wrap: Any,
+        model_wrap: comfy.samplers.CFGGuider,
         sigmas: torch.Tensor,
         extra_args: dict[str, Any],
         callback: Any,
@@ -56,24 +72,21 @@ class UnifySampler(comfy.samplers.KSAMPLER):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        box, self._box = self._box, None
         inversion = self._settings.inversion
-        with self._door:
+        with self._door, memory_advice(ADVICE):
             refuse_cached_steps(model_wrap.model_patcher)
             inversion.check(model_wrap.model_patcher, noise.shape, sigmas)
-        clean = inversion.latent(-1, noise)
-        # On the straight line from the inverted noise to the image, which is where Euler steps keep what a
-        # noise mask protects.
-        noise = (inversion.latent(0, noise) - clean) / sigmas[0]
-        run = comfy.samplers.KSAMPLER(_sample_unify, {"settings": self._settings, "box": box})
-        with self._door, memory_advice(ADVICE):
-            return run.sample(
+            # On the straight line from the inverted noise to the image, which is where Euler steps keep what
+            # a noise mask protects.
+            clean = inversion.latent(-1, noise)
+            noise = (inversion.latent(0, noise) - clean) / sigmas[0]
+            return super().sample(
                 model_wrap, sigmas, extra_args, callback, noise, clean, denoise_mask, disable_pbar
             )
 
 
-def _sample_unify(
-    model: Any,
+def sample_unify(
+    model: comfy.samplers.KSamplerX0Inpaint,
     x: torch.Tensor,
     sigmas: torch.Tensor,
     extra_args: dict[str, Any] | None = None,
@@ -81,34 +94,77 @@ def _sample_unify(
     disable: bool | None = None,
     *,
     settings: UnifySettings,
-    box: TraceBox | None,
+    report: Callable[[Trace], None] | None = None,
 ) -> torch.Tensor:
+    """The algorithm, as a sampler function of the host. settings and report: as in UnifySampler."""
     extra_args = extra_args or {}
-    x = settings.inversion.latent(0, x)
-    rows = x.new_ones([x.shape[0]])
+    guider, options, inversion = model.inner_model, settings.options, settings.inversion
+    model_options, denoise_mask = one_device(extra_args["model_options"]), extra_args.get("denoise_mask")
+    reach = 1.0 if denoise_mask is None else denoise_mask
     runs = NetworkRuns()
     watched = {**extra_args, "model_options": runs.attach(extra_args["model_options"])}
-    optimiser = LatentOptimiser(model.inner_model, settings, x, sigmas, extra_args)
-    try:
-        optimiser.lay_masks(x, extra_args.get("denoise_mask"))
+    x = inversion.latent(0, x)
+    rows = x.new_ones([len(x)])
+
+    plan = plan_steps(settings, guider.inner_model.model_sampling, sigmas)
+    network = network_of(guider.inner_model.diffusion_model)
+    layers = choose_layers(settings, plan, network, x)
+    tokens = settings.tokens(len(x))
+    _check_run(guider, settings, denoise_mask, x)
+    memory, checkpointing = plan_memory(guider, x, layers, options.checkpointing)
+    records: list[Record] = []
+    with open_source(guider, network, inversion, x, model_options, extra_args, memory) as (source, patchers):
+        mask = settings.mask
+        if mask is None and options.auto_mask:
+            mask = find_mask(source, guider.conds["positive"], tokens, layers.words, plan, x)
+            settings.check_cover(mask, "the automatic mask")
+        target = make_target(guider, options, tokens, mask, layers, x, model_options, patchers, checkpointing)
         for i in model_trange(len(sigmas) - 1, disable=disable):
-            sigma, below = sigmas[i], sigmas[i + 1]
-            offset = optimiser.read_source(i, x, sigma * rows)
-            for iteration in range(settings.inner_iterations):
-                move = optimiser.update(i, x, sigma * rows, iteration)
-                if settings.method == "latent":
+            sigma, below, step = sigmas[i], sigmas[i + 1], plan[i]
+            reference, offset = source.read(i, x, sigma * rows, layers.structure if step.structure else ())
+            move: torch.Tensor | float = 0.0
+            for inner in range(options.inner_steps):
+                found = target.gradients(x, step.sigma, reference, step.alignment > 0)
+                if found is None:
+                    break
+                direction = settings.balance.direction(
+                    found.structure, found.alignment, (step.structure, step.alignment)
+                )
+                # The unit of length: the source branch's own step, image by image.
+                length = row_norm(inversion.latent(i, x) - inversion.latent(i + 1, x))
+                move = direction * length * reach
+                if options.update_target == "latent":
                     x = x - move
+                usable = (direction != 0).flatten(1).any(dim=1)
+                records.append(Record(i + inner / options.inner_steps, found.values, usable, found.reordered))
             denoised = model(x, sigma * rows, **watched) + offset
             runs.check()
-            if settings.method == "noise":
+            if options.update_target == "noise":
                 # Added to the predicted noise, at the length that moves the next latent by `move`.
                 denoised = denoised - move * (sigma / (sigma - below))
             if callback is not None:
                 callback({"i": i, "denoised": denoised, "x": x, "sigma": sigma, "sigma_hat": sigma})
             x = x + (x - denoised) / sigma * (below - sigma)
-    finally:
-        optimiser.close()
-    trace = optimiser.finish()
-    if box is not None:
-        box.trace = trace
+    trace = make_trace(plan, records, len(x), mask)
+    if report is not None:
+        report(trace)
     return x
+
+
+def _check_run(
+    guider: comfy.samplers.CFGGuider,
+    settings: UnifySettings,
+    denoise_mask: torch.Tensor | None,
+    x: torch.Tensor,
+) -> None:
+    """Raise ValueError for what the settings could not know: the guider's text, the masks' rows."""
+    if not whole_image(guider.conds.get("positive") or []):
+        raise ValueError(
+            "the guider's positive conditioning has no entry for the whole image: "
+            "wire the edit description without an area or a mask to it"
+        )
+    if denoise_mask is not None:
+        check_noise_mask(denoise_mask)
+    if settings.mask is not None:
+        scale = settings.inversion.scale
+        check_mask(settings.mask, len(x), x.shape[-2] * scale, x.shape[-1] * scale)

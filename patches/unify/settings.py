@@ -1,113 +1,140 @@
-"""What UnifyEdit's sampler follows, and what of it can be refused before a model is at hand."""
+"""Settings of the UnifyEdit sampler; checks that need no model."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from ..inversion import Inversion
+from ..attention.masks import check_mask
+from ..inversion import MODES, Inversion
 from .balance import Balance
 from .losses import FORMS
 from .tokens import EditTokens
 
-METHODS = ("latent", "noise")
-REGIONS = ("everywhere", "inside", "outside")
+REGIONS = ("outside", "inside", "everywhere")
+TARGETS = ("latent", "noise")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
+class UnifyOptions:
+    """What few edits need to change.
+
+    balance: how both gradients are weighted, or None for the default curves.
+    alignment: form of the alignment loss, one of FORMS.
+    structure_region: where structure is kept, one of REGIONS of the mask; everywhere if there is no mask or
+        it covers the whole image.
+    max_self_attn_res: structure is kept at the self-attention layers with at most this many tokens a side,
+        or at the coarsest.
+    cross_attn_res: words are aligned at the cross-attention layers whose grid is closest to this many tokens
+        a side.
+    structure_layers, word_layers: names of layers, separated by commas, in place of the two.
+    update_target: `latent` moves the latent before each prediction; `noise` adds the gradient to the
+        predicted noise instead.
+    inner_steps: gradient steps before each prediction, 1 or more.
+    start_percent, end_percent: the part of the sampling in which the latent is optimised, 0 to 1.
+    auto_mask: find a mask in the cross-attention where none is given.
+    inversion: mode of the inversion, one of MODES; virtual_seed: of the mode `virtual`; refine: of the mode
+        `ddim`. For a run that inverts the image itself.
+    checkpointing: compute the layers again in the backward pass: less memory, more time, the same result.
+
+    Raises ValueError for values out of range and for what does not go together.
+    """
+
+    balance: Balance | None = None
+    alignment: str = FORMS[0]
+    structure_region: str = REGIONS[0]
+    max_self_attn_res: int = 32
+    cross_attn_res: int = 16
+    structure_layers: str = ""
+    word_layers: str = ""
+    update_target: str = TARGETS[0]
+    inner_steps: int = 1
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    auto_mask: bool = False
+    inversion: str = MODES[0]
+    refine: int = 3
+    virtual_seed: int = 0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("alignment", FORMS),
+            ("structure_region", REGIONS),
+            ("update_target", TARGETS),
+            ("inversion", MODES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r} but must be one of {', '.join(choices)}")
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps is {self.inner_steps} but must be at least 1")
+        if self.update_target == "noise" and self.inner_steps > 1:
+            raise ValueError(
+                f"inner_steps is {self.inner_steps} but update_target noise leaves the latent where it is, "
+                "so its gradient is the same every time: use 1, or update_target latent"
+            )
+        if not 0 <= self.start_percent < self.end_percent <= 1:
+            raise ValueError(
+                f"start_percent is {self.start_percent} and end_percent {self.end_percent}, but they must be "
+                "from 0 to 1 and start_percent the smaller one"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class UnifySettings:
-    """tokens: one for all images, or one for each. mask: [rows or 1, height, width], 1 where the edit
-    happens, or None for the whole image. auto_mask: without a mask, find one in the cross-attention.
+    """What one edit is told.
 
-    structure_side: structure is kept at the self-attentions with at most this many tokens a side, or at the
-    coarsest.
-    word_side: words are aligned at the cross-attentions whose grid is closest to this many tokens a side.
-    structure_sites, word_sites: names of sites, separated by commas, in place of the two.
+    edit_tokens: one for all images, or one for each.
+    mask: [rows or 1, height, width], 1 where the edit happens, or None for the whole image.
 
-    alignment: one of FORMS. keep: where structure is kept, one of REGIONS of the mask. method: `latent`
-    moves the latent before each prediction; `noise` adds the gradient to the predicted noise instead.
-    inner_iterations: gradient steps before each prediction. start, end: share of the sampling, 0 to 1, in
-    which the latent is optimised. mask_update: move it inside the mask only. checkpoint: compute the UNet's
-    layers again in the backward pass instead of keeping them, which takes less memory and more time.
-
-    Raises ValueError for what cannot go together and for values out of range.
+    Raises ValueError for a mask that does not fit the inverted image, and for what does not go together.
     """
 
     inversion: Inversion
-    tokens: EditTokens | tuple[EditTokens, ...]
-    balance: Balance
+    edit_tokens: EditTokens | tuple[EditTokens, ...]
+    balance: Balance = field(default_factory=Balance)
     mask: torch.Tensor | None = None
-    structure_side: int = 32
-    word_side: int = 16
-    structure_sites: str = ""
-    word_sites: str = ""
-    alignment: str = FORMS[0]
-    keep: str = REGIONS[0]
-    method: str = METHODS[0]
-    inner_iterations: int = 1
-    start: float = 0.0
-    end: float = 1.0
-    mask_update: bool = False
-    auto_mask: bool = False
-    checkpoint: bool = False
+    options: UnifyOptions = field(default_factory=UnifyOptions)
 
     def __post_init__(self) -> None:
-        for name, choices in (("alignment", FORMS), ("keep", REGIONS), ("method", METHODS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be one of {', '.join(choices)}")
-        if self.inner_iterations < 1:
-            raise ValueError(f"inner_iterations is {self.inner_iterations} but must be at least 1")
-        if self.method == "noise" and self.inner_iterations > 1:
-            raise ValueError(
-                f"inner_iterations is {self.inner_iterations} but the method noise leaves the latent "
-                "where it is, so its gradient is the same every time: use 1, or the method latent"
-            )
-        if not (math.isfinite(self.start) and math.isfinite(self.end) and 0 <= self.start < self.end <= 1):
-            raise ValueError(
-                f"start_percent is {self.start} and end_percent {self.end}, but they must be from 0 to 1 and "
-                "start_percent the smaller one"
-            )
-        if self.mask is None and not self.auto_mask:
-            for name, used in self.needs_mask().items():
-                if used:
-                    raise ValueError(f"{name} needs a mask: wire one, or turn auto_mask on")
         if self.mask is not None:
+            images, _, height, width = self.inversion.trajectory.shape[1:]
+            rows = len(self.mask) if images == 1 else images  # one inverted image may be edited several times
+            check_mask(self.mask, rows, height * self.inversion.scale, width * self.inversion.scale)
             self.check_cover(self.mask)
+        elif self.compares and not self.options.auto_mask:
+            raise ValueError(
+                f"alignment {self.options.alignment} needs a mask: wire one, or turn auto_mask on"
+            )
 
-    def needs_mask(self) -> dict[str, bool]:
-        """What only makes sense with a mask, and whether it is asked for."""
-        return {
-            f"alignment {self.alignment}": self.alignment != FORMS[0],
-            f"keep {self.keep}": self.keep != REGIONS[0],
-            "mask_update": self.mask_update,
-        }
+    @property
+    def compares(self) -> bool:
+        """Whether a loss compares inside and outside of the mask."""
+        return self.options.alignment != FORMS[0] and self.balance.beta2 > 0
 
     def check_cover(self, mask: torch.Tensor, name: str = "mask") -> None:
         """Raise ValueError if a mask covers nothing, or everything where an outside is needed."""
         where = "" if len(mask) == 1 else " of image {}"
-        values = mask.flatten(1)
-        ends = torch.stack(values.aminmax(dim=1), dim=1).tolist()
+        ends = torch.stack(mask.flatten(1).aminmax(dim=1), dim=1).tolist()
         for number, (least, most) in enumerate(ends, start=1):
             if most <= 0:
                 raise ValueError(
                     f"{name}{where.format(number)} is empty (0 everywhere): paint where the edit happens, or "
                     "leave it unconnected"
                 )
-            compares = self.alignment != FORMS[0] and self.balance.beta2 > 0
-            if least >= 1 and (compares or (self.keep == "outside" and self.balance.beta1 > 0)):
-                wants = f"alignment {self.alignment}" if compares else "keep outside"
+            if least >= 1 and self.compares:
                 raise ValueError(
-                    f"{name}{where.format(number)} covers the whole image, but {wants} needs an outside: "
-                    f"leave a part of the image out, or use alignment {FORMS[0]} and keep {REGIONS[0]}"
+                    f"{name}{where.format(number)} covers the whole image, but alignment "
+                    f"{self.options.alignment} needs an outside: leave a part of the image out, or use "
+                    f"alignment {FORMS[0]}"
                 )
 
-    def rows(self, count: int) -> tuple[EditTokens, ...]:
+    def tokens(self, count: int) -> tuple[EditTokens, ...]:
         """The tokens of `count` images, one if all have the same. Raises ValueError if they do not fit."""
-        tokens = (self.tokens,) if isinstance(self.tokens, EditTokens) else tuple(self.tokens)
-        if len(tokens) not in (1, count):
+        found = (self.edit_tokens,) if isinstance(self.edit_tokens, EditTokens) else tuple(self.edit_tokens)
+        if len(found) not in (1, count):
             raise ValueError(
-                f"edit_tokens are for {len(tokens)} images but {count} are edited: give one, or one for each"
+                f"edit_tokens are for {len(found)} images but {count} are edited: give one, or one for each"
             )
-        return tokens
+        return found

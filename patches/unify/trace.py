@@ -1,102 +1,96 @@
-"""What a run of UnifyEdit's sampler records of itself, and how it gets out.
-
-A SAMPLER cannot add anything to the LATENT that SamplerCustomAdvanced puts out, but a NOISE can: it is given
-the dictionary from which that LATENT is made. So the sampler comes with a NOISE of its own, which is empty
-and leaves a box in the dictionary; the sampler fills the box when the run is over. A trace therefore belongs
-to the LATENT that the run made, and nothing stays on the sampler.
-"""
+"""What a run of UnifyEdit's sampler records of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...pictures.plots import Panel, draw_panels
+from ..attention.checks import check_order
+from .plan import Step
 
-KEY = "descriptive_edit_trace"
 LOSSES = ("structure", "alignment")
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
-    """One run, a record for every optimisation of the latent.
+class Record:
+    """One gradient step.
 
-    steps: how many the sampling had. places: the step of each record, with inner iterations at equal
-    distances up to the next step. values: [records, 4, images], both losses and then the norms of their
-    gradients, in LOSSES' order; NaN for a loss that had no weight or was not finite. moved: [records,
-    images], whether the gradients were usable.
+    at: the step of the sampling, with inner steps at equal distances up to the next one.
+    values: [4, images], both losses and then the norms of their gradients, in LOSSES' order; NaN for a loss
+        that had no weight or was not finite.
+    usable: [images], whether the latent was moved.
+    reordered: layers whose tokens another node replaced, as `check_order` takes them.
+    """
+
+    at: float
+    values: torch.Tensor
+    usable: torch.Tensor
+    reordered: list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One run, with a record for each gradient step.
+
+    steps: how many the sampling had.
+    at, values, usable: of each record; [records], [records, 4, images] and [records, images].
+    mask: [rows or 1, height, width] of where the edit happened, given or found; None for the whole image.
     """
 
     steps: int
-    places: tuple[float, ...]
+    at: tuple[float, ...]
     values: torch.Tensor
-    moved: torch.Tensor
-
-    def describe(self) -> str:
-        """How many optimisations were made and how many skipped, a line an image."""
-        lines = []
-        for image, moved in enumerate(self.moved.sum(dim=0).tolist()):
-            skipped = len(self.places) - moved
-            lines.append(
-                f"image {image + 1}: {self.steps} steps, {moved} gradient steps, {skipped} skipped for want "
-                "of a usable gradient"
-            )
-        return "\n".join(lines)
+    usable: torch.Tensor
+    mask: torch.Tensor | None
 
     def draw(self) -> torch.Tensor:
         """Losses and gradient norms by step, as in the paper's Fig. 5, each curve relative to its own
-        largest value, which is in its name. Crosses are skipped optimisations. IMAGE, one for each image.
+        largest value, which is in its name. Crosses are skipped gradient steps. IMAGE, one for each image.
         """
         pictures = []
-        for image in range(self.values.shape[2]):
-            curves = self.values[:, :, image].T.tolist()
-            crosses = [
-                place
-                for place, moved in zip(self.places, self.moved[:, image].tolist(), strict=True)
-                if not moved
-            ]
+        for curves, moves in zip(self.values.permute(2, 1, 0).tolist(), self.usable.T.tolist(), strict=True):
+            crosses = [at for at, usable in zip(self.at, moves, strict=True) if not usable]
             panels = [
-                Panel(title, self.places, dict(zip(LOSSES, part, strict=True)), crosses)
+                Panel(title, self.at, dict(zip(LOSSES, part, strict=True)), crosses)
                 for title, part in (("losses", curves[:2]), ("gradient norms", curves[2:]))
             ]
             pictures.append(draw_panels(panels, self.steps))
         return torch.cat(pictures)
 
 
-class TraceBox:
-    """What lies in the LATENT: empty until the run is over."""
+def make_trace(
+    plan: Sequence[Step], records: Sequence[Record], images: int, mask: torch.Tensor | None
+) -> Trace:
+    """What a run leaves. Warns of gradient steps that were not usable.
 
-    trace: Trace | None = None
-
-
-class TraceNoise:
-    """NOISE: zeros, which leaves a box for the trace in the LATENT and hands it to the sampler.
-
-    expect: told of the box before the run.
+    Raises ValueError if the latent should have been optimised and an image was not, or if another node had
+    put tokens into another order.
     """
-
-    seed = 0
-
-    def __init__(self, expect: Callable[[TraceBox], None]) -> None:
-        self._expect = expect
-
-    def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
-        """Zeros of the latent's shape, on the CPU like the host's own noise."""
-        box = TraceBox()
-        input_latent[KEY] = box
-        self._expect(box)
-        return torch.zeros(input_latent["samples"].shape, device="cpu")
-
-
-def read_trace(latent: dict[str, Any]) -> Trace:
-    """The trace of the run that made `latent`. Raises ValueError, if it has none."""
-    trace = getattr(latent.get(KEY), "trace", None)
-    if trace is None:
+    mask = None if mask is None else mask.cpu()
+    if not records:
+        if any(step.structure or step.alignment for step in plan):
+            raise ValueError(
+                "no step was optimised: the guider's positive conditioning has no entry for the whole image "
+                "in the steps to optimise: widen its time range, or start_percent to end_percent"
+            )
+        return Trace(len(plan), (), torch.empty(0, 4, images), torch.empty(0, images, dtype=torch.bool), mask)
+    check_order([moved for record in records for moved in record.reordered])
+    values = torch.stack([record.values for record in records]).cpu()
+    usable = torch.stack([record.usable for record in records]).cpu()
+    least, image = (int(value) for value in usable.sum(dim=0).min(dim=0))
+    if least == 0:
         raise ValueError(
-            "latent has no trace: wire the noise output of UnifyEdit Sampler to the noise input of "
-            "SamplerCustomAdvanced, and that node's output here (a balance of 0 leaves no trace)"
+            f"no step had a usable gradient for image {image + 1} (all zero or not finite): check "
+            "that the words are in the description that the guider's positive conditioning encodes"
         )
-    return trace
+    if least < len(records):
+        logging.warning(
+            "UnifyEdit: %d of %d gradient steps had no usable gradient and were left out",
+            len(records) - least,
+            len(records),
+        )
+    return Trace(len(plan), tuple(record.at for record in records), values, usable, mask)

@@ -34,7 +34,7 @@ def test_template_opens(site: Any) -> None:
 
 def test_run_shows_the_picture(site: Any) -> None:
     """Protects: Run makes the edited picture appear in the graph that the template opened."""
-    site.set_widget("BasicScheduler", "steps", 2)
+    site.set_widget("DescEditUnify", "steps", 2)
     site.page.get_by_test_id("queue-button").click()
     site.page.wait_for_function(DONE, arg="SaveImage", timeout=120_000)
     site.look_at("SaveImage")
@@ -59,11 +59,11 @@ def test_saved_picture_opens_the_graph(site: Any) -> None:
 def test_help_panel(site: Any) -> None:
     """Protects: the help button of a node shows the pack's page, with its picture."""
     site.load(read(START))
-    site.look_at("DescEditUnifySampler")
+    site.look_at("DescEditUnify")
     site.page.get_by_test_id("info-button").click()
     panel = site.page.locator(".node-help-content")
     panel.get_by_text("Common mistakes").wait_for()
-    assert "UnifyEdit Sampler" in panel.inner_text()
+    assert "UnifyEdit" in panel.inner_text()
     site.page.wait_for_function(
         "[...document.querySelectorAll('.node-help-content img')].some(image => image.naturalWidth > 0)"
     )
@@ -72,7 +72,7 @@ def test_help_panel(site: Any) -> None:
 @pytest.mark.parametrize(
     ("paper", "first", "second"),
     [
-        ("UnifyEdit", "UnifyEdit Sampler", "Trace (UnifyEdit)"),
+        ("UnifyEdit", "UnifyEdit", "UnifyEdit Sampler"),
         ("DescriptiveEdit", "Apply Attention Bridge", "Dual Guider (image and text)"),
     ],
     ids=["UnifyEdit", "DescriptiveEdit"],
@@ -107,14 +107,14 @@ def test_every_node_is_drawn(site: Any) -> None:
 def test_wrong_input_marks_the_node(site: Any) -> None:
     """Protects: a wrong input turns the node that refuses it red, with the pack's own message."""
     site.load(read(START))
-    site.set_widget("DescEditFindTokens", "words", "zebra")
-    site.set_widget("BasicScheduler", "steps", 2)
+    site.set_widget("DescEditDescribe", "words", "zebra")
+    site.set_widget("DescEditUnify", "steps", 2)
     site.page.get_by_test_id("queue-button").click()
     site.page.wait_for_function("app.lastExecutionError", timeout=120_000)
     failed = site.page.evaluate("app.lastExecutionError")
-    assert failed["node_type"] == "DescEditFindTokens"
-    assert failed["exception_message"].startswith("Find Edit Tokens: words has 'zebra', which is not in")
-    site.look_at("DescEditFindTokens")
+    assert failed["node_type"] == "DescEditDescribe"
+    assert failed["exception_message"].startswith("Describe Edit: words has 'zebra', which is not in")
+    site.look_at("DescEditDescribe")
     site.page.get_by_role("button", name="View details").click()
     site.page.get_by_text("words has 'zebra'").first.wait_for()
 
@@ -150,13 +150,13 @@ def test_blueprint_loads(site: Any, file: Path) -> None:
 def test_chinese(chinese: Any) -> None:
     """Protects: with the page in Chinese, names on the nodes and the help page are Chinese."""
     page, names = chinese.page, json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
-    title = names["DescEditUnifySampler"]["display_name"]
+    title = names["DescEditDescribe"]["display_name"]
     chinese.load(read(START))
-    chinese.look_at("DescEditUnifySampler")
-    assert page.evaluate("LiteGraph.registered_node_types.DescEditUnifySampler.title") == title
+    chinese.look_at("DescEditDescribe")
+    assert page.evaluate("LiteGraph.registered_node_types.DescEditDescribe.title") == title
     shown = page.evaluate(
-        "app.graph.nodes.find(n => n.type === 'DescEditUnifySampler').inputs.map(i => i.localized_name)"
+        "app.graph.nodes.find(n => n.type === 'DescEditDescribe').inputs.map(i => i.localized_name)"
     )
-    assert names["DescEditUnifySampler"]["inputs"]["inversion"]["name"] in shown
+    assert names["DescEditDescribe"]["inputs"]["source_description"]["name"] in shown
     page.get_by_test_id("info-button").click()
     page.locator(".node-help-content").get_by_text("常见错误").wait_for()

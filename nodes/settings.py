@@ -1,0 +1,329 @@
+"""Settings of UnifyEdit that few edits change: its options and its balance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from comfy_api.input import CurveInput
+from comfy_api.latest import io
+
+from ..patches.inversion import MODES
+from ..patches.unify.balance import COMBINATIONS, Balance, draw_balance
+from ..patches.unify.losses import FORMS
+from ..patches.unify.settings import REGIONS, TARGETS, UnifyOptions
+from .inversion import ALIASES, CATEGORY
+
+BalanceType = io.Custom("DESCEDIT_BALANCE")
+OptionsType = io.Custom("DESCEDIT_UNIFY_OPTIONS")
+_DRAWN = (
+    io.Curve.Input(
+        "structure_curve",
+        default=[(0.0, 0.0), (1.0, 1.0)],
+        tooltip="For the curve drawn: the structure's weight from noise to image, 0 to 1, times beta1.",
+    ),
+    io.Curve.Input(
+        "words_curve",
+        default=[(0.0, 1.0), (1.0, 0.0)],
+        tooltip="For the curve drawn: the words' weight from noise to image, 0 to 1, times beta2.",
+    ),
+)
+
+
+class DescEditAdaptiveScheduler(io.ComfyNode):
+    """Node: `patches.unify.balance.Balance`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = Balance()
+        return io.Schema(
+            node_id="DescEditAdaptiveScheduler",
+            display_name="Adaptive Scheduler (UnifyEdit)",
+            category=CATEGORY,
+            description=(
+                "Balances keeping the structure against following the words over the sampling: structure "
+                "weighs beta1 exp(-k1 (1 - p)), the words beta2 exp(-k2 p), with p from 0 at pure noise to 1 "
+                "at the image, or curves that you draw. The paper's own function is not published; these are "
+                "the pack's choice with the published shape."
+            ),
+            search_aliases=[*ALIASES, "adaptive time-step scheduler", "balance"],
+            inputs=[
+                io.Combo.Input(
+                    "combination",
+                    options=list(COMBINATIONS),
+                    default=default.combination,
+                    tooltip="balanced: unit-norm gradients, weights that change over time. norm: unit-norm "
+                    "gradients, constant weights. naive: the plain sum of the gradients, where one of them "
+                    "usually wins.",
+                ),
+                io.Float.Input(
+                    "beta1",
+                    default=default.beta1,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of keeping the structure, 0 to 10, in lengths of a denoising step. 0 "
+                    "switches it off. A change of style wants about 0.3.",
+                ),
+                io.Float.Input(
+                    "k1",
+                    default=default.k1,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How fast the structure's weight grows towards the image, 0 to 20. 0 keeps it "
+                    "constant; high values leave it to the last steps.",
+                ),
+                io.Float.Input(
+                    "beta2",
+                    default=default.beta2,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of following the words, 0 to 10, in lengths of a denoising step. 0 "
+                    "switches it off.",
+                ),
+                io.Float.Input(
+                    "k2",
+                    default=default.k2,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How fast the words' weight falls from its start at pure noise, 0 to 20. 0 "
+                    "keeps it constant; high values leave it to the first steps.",
+                ),
+                io.DynamicCombo.Input(
+                    "curve",
+                    options=[
+                        io.DynamicCombo.Option("exponential", []),
+                        io.DynamicCombo.Option("drawn", list(_DRAWN)),
+                    ],
+                    optional=True,
+                    tooltip="How the weights of balanced change: exponential, by k1 and k2; drawn, along two "
+                    "curves instead.",
+                ),
+            ],
+            outputs=[
+                BalanceType.Output("balance"),
+                io.Image.Output("plot", tooltip="The two weights over the sampling."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        combination: str,
+        beta1: float,
+        k1: float,
+        beta2: float,
+        k2: float,
+        curve: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        drawn = None
+        if curve is not None and curve["curve"] == "drawn":
+            along = np.linspace(0.0, 1.0, 101)
+            drawn = tuple(
+                tuple(CurveInput.from_raw(curve[item.id]).interp_array(along).tolist()) for item in _DRAWN
+            )
+        balance = Balance(combination, beta1, k1, beta2, k2, drawn)
+        return io.NodeOutput(balance, draw_balance(balance))
+
+
+class DescEditUnifyOptions(io.ComfyNode):
+    """Node: `patches.unify.settings.UnifyOptions`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = UnifyOptions
+        return io.Schema(
+            node_id="DescEditUnifyOptions",
+            display_name="UnifyEdit Options",
+            category=CATEGORY,
+            description=(
+                "What few edits with UnifyEdit need to change: the losses' forms, layers and regions, the "
+                "balance's curves, when the latent is optimised, how the image is inverted, memory. For "
+                "UnifyEdit and UnifyEdit Sampler."
+            ),
+            search_aliases=[*ALIASES, "settings"],
+            inputs=[
+                BalanceType.Input(
+                    "balance",
+                    optional=True,
+                    tooltip="Other curves, from Adaptive Scheduler. Its beta1 and beta2 take the place of "
+                    "structure and words, which then stay at their defaults.",
+                ),
+                io.Combo.Input(
+                    "alignment",
+                    options=list(FORMS),
+                    default=default.alignment,
+                    optional=True,
+                    tooltip="What makes a word take hold. token_ratio: its share among the description's "
+                    "words inside the mask; the only one that works without a mask. spatial_ratio: the share "
+                    "of its attention that falls inside. area_ratio: inside against outside, squared, the "
+                    "form quoted from the paper, without a bound.",
+                ),
+                io.Combo.Input(
+                    "structure_region",
+                    options=list(REGIONS),
+                    default=default.structure_region,
+                    optional=True,
+                    tooltip="Where structure is kept: outside of the mask, inside of it, or everywhere. "
+                    "Without a mask, or with one of the whole image, it is kept everywhere.",
+                ),
+                io.Int.Input(
+                    "max_self_attn_res",
+                    default=default.max_self_attn_res,
+                    optional=True,
+                    min=1,
+                    max=256,
+                    tooltip="Structure is kept at self-attention layers with at most this many tokens a "
+                    "side, 1 to 256. Low values keep the layout only; high ones keep detail and cost time "
+                    "and memory. Below the model's coarsest grid that grid is used: 1 is always the "
+                    "coarsest.",
+                ),
+                io.Int.Input(
+                    "cross_attn_res",
+                    default=default.cross_attn_res,
+                    optional=True,
+                    min=1,
+                    max=256,
+                    tooltip="Words take hold at the cross-attention layers whose grid is nearest to this "
+                    "many tokens a side, 1 to 256: 1 is the coarsest that the model has, 256 the finest.",
+                ),
+                io.String.Input(
+                    "structure_layers",
+                    default=default.structure_layers,
+                    optional=True,
+                    tooltip="Names of the self-attention layers to keep, such as output.3.0, or beginnings "
+                    "such as output or input.4, separated by commas; they replace max_self_attn_res. Empty: "
+                    "by resolution.",
+                ),
+                io.String.Input(
+                    "word_layers",
+                    default=default.word_layers,
+                    optional=True,
+                    tooltip="Names of the cross-attention layers for the words, written the same way; they "
+                    "replace cross_attn_res. Empty: by resolution.",
+                ),
+                io.Combo.Input(
+                    "update_target",
+                    options=list(TARGETS),
+                    default=default.update_target,
+                    optional=True,
+                    tooltip="latent: move the latent before each prediction. noise: add the gradient to the "
+                    "predicted noise instead, the paper's ablation.",
+                ),
+                io.Int.Input(
+                    "inner_steps",
+                    default=default.inner_steps,
+                    optional=True,
+                    min=1,
+                    max=100,
+                    tooltip="Gradient steps before each prediction, 1 to 100, each as long as the balance "
+                    "says. Time grows with them. Must be 1 for update_target noise.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=default.start_percent,
+                    optional=True,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Fraction of the sampling after which optimisation starts, 0 to 1. 0: from the "
+                    "first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=default.end_percent,
+                    optional=True,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Fraction of the sampling after which optimisation stops, above start_percent, "
+                    "to 1. 1: to the end. Steps without optimisation cost no more than stock ones.",
+                ),
+                io.Boolean.Input(
+                    "auto_mask",
+                    default=default.auto_mask,
+                    optional=True,
+                    tooltip="On: where no mask is connected, find one from where the edit's words and the "
+                    "words they replace look in the inverted image. A connected mask comes first.",
+                ),
+                io.Combo.Input(
+                    "inversion",
+                    options=list(MODES),
+                    default=default.inversion,
+                    optional=True,
+                    tooltip="For UnifyEdit. ddim: find the image's own noise. virtual: take any noise, which "
+                    "needs no inversion pass; every step then costs one full model call more.",
+                ),
+                io.Int.Input(
+                    "refine",
+                    default=default.refine,
+                    optional=True,
+                    min=0,
+                    max=50,
+                    tooltip="For UnifyEdit: extra model calls per step that make a ddim inversion more "
+                    "exact, 0 to 50. Each one costs as much as the inversion at 0.",
+                ),
+                io.Int.Input(
+                    "virtual_seed",
+                    default=default.virtual_seed,
+                    optional=True,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="For UnifyEdit: which noise a virtual inversion takes, 0 to 4294967295.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=default.checkpointing,
+                    optional=True,
+                    tooltip="On: the gradients take less memory and more time. The result is the same.",
+                ),
+            ],
+            outputs=[OptionsType.Output("options")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        balance: Balance | None = None,
+        alignment: str = UnifyOptions.alignment,
+        structure_region: str = UnifyOptions.structure_region,
+        max_self_attn_res: int = UnifyOptions.max_self_attn_res,
+        cross_attn_res: int = UnifyOptions.cross_attn_res,
+        structure_layers: str = UnifyOptions.structure_layers,
+        word_layers: str = UnifyOptions.word_layers,
+        update_target: str = UnifyOptions.update_target,
+        inner_steps: int = UnifyOptions.inner_steps,
+        start_percent: float = UnifyOptions.start_percent,
+        end_percent: float = UnifyOptions.end_percent,
+        auto_mask: bool = UnifyOptions.auto_mask,
+        inversion: str = UnifyOptions.inversion,
+        refine: int = UnifyOptions.refine,
+        virtual_seed: int = UnifyOptions.virtual_seed,
+        checkpointing: bool = UnifyOptions.checkpointing,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            UnifyOptions(
+                balance=balance,
+                alignment=alignment,
+                structure_region=structure_region,
+                max_self_attn_res=max_self_attn_res,
+                cross_attn_res=cross_attn_res,
+                structure_layers=structure_layers,
+                word_layers=word_layers,
+                update_target=update_target,
+                inner_steps=inner_steps,
+                start_percent=start_percent,
+                end_percent=end_percent,
+                auto_mask=auto_mask,
+                inversion=inversion,
+                refine=refine,
+                virtual_seed=virtual_seed,
+                checkpointing=checkpointing,
+            )
+        )
+
+
+NODES = [DescEditUnifyOptions, DescEditAdaptiveScheduler]

@@ -1,0 +1,30 @@
+"""The noise levels of a sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+
+def progress(model_sampling: Any, sigmas: torch.Tensor) -> torch.Tensor:
+    """1 - t/T at each of `sigmas`: 0 at pure noise, 1 at the clean image."""
+    first, last = (
+        model_sampling.timestep(sigma).float().to(sigmas.device)
+        for sigma in (model_sampling.sigma_min, model_sampling.sigma_max)
+    )
+    return ((last - model_sampling.timestep(sigmas).float()) / (last - first)).clamp(0, 1)
+
+
+def schedule(model: ModelPatcher, scheduler: str, steps: int, denoise: float) -> torch.Tensor:
+    """The last `steps` of a schedule, [steps + 1], as the host's BasicScheduler and KSampler count them.
+
+    denoise: 0 to 1. Raises ValueError for 0.
+    """
+    if denoise <= 0:
+        raise ValueError("denoise is 0: nothing to sample; use a number above 0, up to 1")
+    total = steps if denoise >= 1 else int(steps / denoise)
+    sampling = model.get_model_object("model_sampling")
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, total).cpu()[-(steps + 1) :]

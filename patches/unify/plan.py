@@ -1,0 +1,71 @@
+"""What UnifyEdit does at each step of a sampling, and at which layers; planned before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention.layers import AttentionLayer, structure_layers, word_layers
+from ..attention.networks import Network
+from ..host.sigmas import progress
+from .settings import UnifySettings
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the sampling. progress: 0 at pure noise, 1 at the clean image. structure, alignment: the
+    weights of both losses, 0 where the latent is not optimised.
+    """
+
+    sigma: float
+    progress: float
+    structure: float
+    alignment: float
+
+
+def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tensor) -> list[Step]:
+    """The steps of a sampling through `sigmas`, [steps + 1].
+
+    Raises ValueError if there is something to optimise and no step in which to do so.
+    """
+    balance, options = settings.balance, settings.options
+    first, last = (
+        model_sampling.percent_to_sigma(percent) for percent in (options.start_percent, options.end_percent)
+    )
+    along = progress(model_sampling, sigmas[:-1]).tolist()
+    plan = [
+        Step(sigma, at, *(balance.weights(at) if last <= sigma <= first else (0.0, 0.0)))
+        for sigma, at in zip(sigmas[:-1].tolist(), along, strict=True)
+    ]
+    if (balance.beta1 or balance.beta2) and not any(step.structure or step.alignment for step in plan):
+        raise ValueError(
+            f"no step is optimised: start_percent {options.start_percent} to end_percent "
+            f"{options.end_percent} holds none of the {len(plan)} steps, or the balance's curves are 0 "
+            "there: widen them"
+        )
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """Where the losses look: self-attention for structure, cross-attention for words."""
+
+    network: Network
+    structure: tuple[AttentionLayer, ...]
+    words: tuple[AttentionLayer, ...]
+
+
+def choose_layers(settings: UnifySettings, plan: Sequence[Step], network: Network, x: torch.Tensor) -> Layers:
+    """The layers at which the losses that have a weight look, for a latent `x`."""
+    options, (height, width), layers = settings.options, x.shape[-2:], network.layers.values()
+    structure, words = (), ()
+    if any(step.structure for step in plan):
+        structure = structure_layers(
+            layers, height, width, options.max_self_attn_res, options.structure_layers
+        )
+    if any(step.alignment for step in plan) or options.auto_mask:
+        words = word_layers(layers, height, width, options.cross_attn_res, options.word_layers)
+    return Layers(network, structure, words)
