@@ -251,7 +251,7 @@ def trainer(host: Host, training: Any, model: Any, pairs: Any, **settings: Any) 
 def mean_loss(learning: Any) -> float:
     """The loss over the first eight forwards of a run, as the weights are now."""
     with torch.no_grad():
-        return float(torch.cat([learning.loss(place) for place in range(8)]).mean())
+        return float(torch.cat([learning.loss(index) for index in range(8)]).mean())
 
 
 def test_only_the_bridge_learns(
@@ -344,8 +344,8 @@ def test_no_two_rows_share_their_noise(
     monkeypatch.setattr(training.trainer, "losses", lambda *_: torch.zeros(2))
     for seed in (0, 1, 2, 65_536, 2**32, 2**32 + 1):
         learning = trainer(host, training, model, pairs, seed=seed)
-        for place in (0, 1, 2, 65_537, 1_000_003, 1_000_004):
-            learning.loss(place)
+        for index in (0, 1, 2, 65_537, 1_000_003, 1_000_004):
+            learning.loss(index)
     assert len(seen) == 6 * 6 * 2
     assert len(set(seen)) == len(seen)
 
@@ -387,7 +387,7 @@ def test_fp16_models_are_scaled(
         learning._optimiser.register_step_pre_hook(keep)
         # As in a batch of 128 rows, whose mean divides each row's gradient.
         whole = learning.loss
-        learning.loss = lambda place, whole=whole: whole(place) / 64
+        learning.loss = lambda index, whole=whole: whole(index) / 64
         with gradients():
             learning.run_step()
     assert float(torch.nn.functional.cosine_similarity(*found, dim=0)) > 0.999
@@ -438,7 +438,7 @@ def test_a_gradient_that_is_not_finite(
     learning = trainer(host, training, model, encoded(training, tmp_path, pairs=2))
     kept = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}
     first = next(learning.bridge.parameters())
-    learning.loss = lambda place: (first * 0).sum().sqrt() + 1  # whose derivative is 0 / 0
+    learning.loss = lambda index: (first * 0).sum().sqrt() + 1  # whose derivative is 0 / 0
     with gradients(), pytest.raises(FloatingPointError, match="the gradient of step 1 is nan"):
         learning.run_step()
     assert all(torch.equal(weight, kept[name]) for name, weight in learning.bridge.state_dict().items())

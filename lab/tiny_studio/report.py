@@ -130,7 +130,7 @@ def main() -> None:
         )
         spoken = [scenes.said(scene, names) for scene, names in zip(chosen, named, strict=True)]
         attributes, prompts, marks = attribute_scores(reader, chosen, made, spoken)
-        figures = {
+        metrics = {
             "vae_psnr_db": vae_psnr,
             "judge_accuracy_min": min(drawn.values()),
             "attribute_accuracy_min": min(attributes.values()),
@@ -146,10 +146,10 @@ def main() -> None:
     print(f"{'attribute':<20}{'on drawings':>20}{'model':>10}")
     for name in drawn:
         print(f"{name:<20}{drawn[name]:>20.3f}{attributes[name]:>10.3f}")
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name:<24}{value:.3f}")
     print(f"contact sheet: {sheet}")
-    write_json(args.json, figures)
+    write_json(args.json, metrics)
 
 
 if __name__ == "__main__":
