@@ -21,17 +21,17 @@ _TEXTS = (
     io.String.Input(
         "edit_description",
         multiline=True,
-        tooltip="What it should show. Not empty, at most 75 tokens, and other words than the source "
-        "description, unless some are named in words. Weights such as (red:1.3) and embedding:name are "
-        "allowed.",
+        tooltip="What the edited image shows. Not empty, at most 75 tokens. Its words must differ from the "
+        "source description, unless some are named in words. Weights such as (red:1.3) and embedding:name "
+        "are allowed.",
     ),
     io.String.Input(
         "words",
         default="",
         optional=True,
         tooltip="Words or phrases of the edit description that carry the edit, separated by commas. Empty: "
-        "the words that differ from the source description, or, where words are only left out, the ones "
-        "beside them. Punctuation, case and weights make no difference.",
+        "the words that differ from the source description, or, if words are only removed, their "
+        "neighbours. Punctuation, case and weights do not count.",
     ),
 )
 # The begin and end marks are two of them; of CLIP's tokens, ordinary English needs about 1.3 a word.
@@ -135,16 +135,16 @@ class DescEditDescribe(io.ComfyNode):
             display_name="Describe Edit",
             category=UNIFY,
             description=(
-                "Takes what the image shows now and what it should show, encodes both, and finds the words "
+                "Takes a description of the image and one of the result, encodes both, and finds the words "
                 "that carry the edit. For UnifyEdit and Find Edit Mask."
             ),
             search_aliases=[*ALIASES, "prompt", "CLIP Text Encode", "edit by description"],
             inputs=[_CLIP, *_TEXTS],
             outputs=[
-                io.Conditioning.Output("source", tooltip="The source description, encoded."),
-                io.Conditioning.Output("edit", tooltip="The edit description, encoded."),
+                io.Conditioning.Output("source", tooltip="The encoded source description."),
+                io.Conditioning.Output("edit", tooltip="The encoded edit description."),
                 EditTokensType.Output("edit_tokens"),
-                io.String.Output("text", tooltip="The words found and their token positions, for people."),
+                io.String.Output("text", tooltip="The words found and their token positions, as text."),
             ],
         )
 
@@ -170,14 +170,14 @@ class DescEditFindTokens(io.ComfyNode):
             display_name="Find Edit Tokens",
             category=UNIFY,
             description=(
-                "Finds the tokens of the edit description that carry the edit: by default the words that are "
-                "not in the source description."
+                "Finds the tokens of the edit description that carry the edit: by default the words that "
+                "are not in the source description."
             ),
             search_aliases=[*ALIASES, "token index", "word position"],
             inputs=[_CLIP, *_TEXTS],
             outputs=[
                 EditTokensType.Output("edit_tokens"),
-                io.String.Output("text", tooltip="The words found and their token positions, for people."),
+                io.String.Output("text", tooltip="The words found and their token positions, as text."),
             ],
         )
 

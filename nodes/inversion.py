@@ -28,8 +28,8 @@ class DescEditInvert(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Finds the noise from which the stock Euler sampler, with the same SIGMAS, the source "
-                "description and guidance 1, gives this image back, and keeps the whole path. UnifyEdit "
-                "follows that path. Mode `virtual` needs no inversion pass; see the `mode` input."
+                "description and guidance 1, reproduces this image, and keeps the whole path for UnifyEdit. "
+                "Mode `virtual` needs no inversion pass; see the `mode` input."
             ),
             search_aliases=[
                 *ALIASES,
@@ -49,12 +49,12 @@ class DescEditInvert(io.ComfyNode):
                     "noise mask in it is ignored.",
                 ),
                 io.Conditioning.Input(
-                    "source", tooltip="The source description, encoded: what the image shows now."
+                    "source", tooltip="The encoded source description: what the image shows now."
                 ),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="Sigmas that fall to 0, the same that the sampler will get. More steps "
-                    "follow the image more closely. Denoise below 1 starts from less noise and changes less.",
+                    tooltip="Sigmas that fall to 0, the same as the sampler's. More steps follow the image "
+                    "more closely. A denoise below 1 starts from less noise and changes less.",
                 ),
                 io.Int.Input(
                     "refine",
@@ -62,9 +62,9 @@ class DescEditInvert(io.ComfyNode):
                     min=0,
                     max=50,
                     advanced=True,
-                    tooltip="Extra model calls per step that make the inversion more exact, 0 to 50. 0 is "
-                    "plain DDIM inversion, which drifts from the image; each one more costs as much as the "
-                    "inversion at 0. Only for the mode ddim.",
+                    tooltip="Extra model calls per step that make the inversion more exact, 0 to 50. 0: "
+                    "plain DDIM inversion, which drifts from the image. Each one costs as much as the "
+                    "inversion at 0. Only for mode ddim.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -72,9 +72,10 @@ class DescEditInvert(io.ComfyNode):
                     default=MODES[0],
                     optional=True,
                     advanced=True,
-                    tooltip="ddim: find the image's own noise, which the stock sampler can use too. virtual: "
-                    "take any noise, with no model call; UnifyEdit Sampler then corrects every step by what "
-                    "the source description gets wrong, which takes one full model call a step there.",
+                    tooltip="ddim: find the image's own noise, which the stock sampler can use too. "
+                    "virtual: use any noise, without a model call; UnifyEdit Sampler then corrects the "
+                    "source description's error at every step, which costs one full model call per step "
+                    "there.",
                 ),
                 io.Int.Input(
                     "virtual_seed",
@@ -83,16 +84,15 @@ class DescEditInvert(io.ComfyNode):
                     max=0xFFFFFFFF,
                     optional=True,
                     advanced=True,
-                    tooltip="Which noise the mode virtual takes, 0 to 4294967295. The mode ddim does not use "
-                    "it.",
+                    tooltip="Seed of the noise in mode virtual, 0 to 4294967295. Not used in mode ddim.",
                 ),
             ],
             outputs=[
                 InversionType.Output("inversion", tooltip="The path from image to noise."),
                 io.Latent.Output(
                     "noise",
-                    tooltip="The path's noisy end, in the latent's own scale. Sample it with DisableNoise "
-                    "and the same SIGMAS.",
+                    tooltip="The noisy end of the path, in the latent's own scale. Sample it with "
+                    "DisableNoise and the same SIGMAS.",
                 ),
             ],
         )

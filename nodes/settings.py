@@ -20,12 +20,12 @@ _DRAWN = (
     io.Curve.Input(
         "structure_curve",
         default=[(0.0, 0.0), (1.0, 1.0)],
-        tooltip="For the curve drawn: the structure's weight from noise to image, 0 to 1, times beta1.",
+        tooltip="With curve at drawn: the structure's weight from noise to image, 0 to 1, times beta1.",
     ),
     io.Curve.Input(
         "words_curve",
         default=[(0.0, 1.0), (1.0, 0.0)],
-        tooltip="For the curve drawn: the words' weight from noise to image, 0 to 1, times beta2.",
+        tooltip="With curve at drawn: the words' weight from noise to image, 0 to 1, times beta2.",
     ),
 )
 
@@ -41,10 +41,10 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
             display_name="Adaptive Scheduler (UnifyEdit)",
             category=CATEGORY,
             description=(
-                "Balances keeping the structure against following the words over the sampling: structure "
-                "weighs beta1 exp(-k1 (1 - p)), the words beta2 exp(-k2 p), with p from 0 at pure noise to 1 "
-                "at the image, or curves that you draw. The paper's own function is not published; these are "
-                "the pack's choice with the published shape."
+                "Balances keeping the structure against following the words over the sampling. The "
+                "structure's weight is beta1 exp(-k1 (1 - p)), the words' weight beta2 exp(-k2 p), with p "
+                "from 0 at pure noise to 1 at the image; or curves that you draw. The paper does not "
+                "publish its function. These have the published shape and are this pack's choice."
             ),
             search_aliases=[*ALIASES, "adaptive time-step scheduler", "balance"],
             inputs=[
@@ -53,8 +53,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     options=list(COMBINATIONS),
                     default=default.combination,
                     tooltip="balanced: unit-norm gradients, weights that change over time. norm: unit-norm "
-                    "gradients, constant weights. naive: the plain sum of the gradients, where one of them "
-                    "usually wins.",
+                    "gradients, constant weights. naive: the plain sum of the gradients, in which one of "
+                    "them usually dominates.",
                 ),
                 io.Float.Input(
                     "beta1",
@@ -62,8 +62,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of keeping the structure, 0 to 10, in lengths of a denoising step. 0 "
-                    "switches it off. A change of style wants about 0.3.",
+                    tooltip="Strength of keeping the structure, 0 to 10, in lengths of a denoising step. 0: "
+                    "off. Use about 0.3 for a change of style.",
                 ),
                 io.Float.Input(
                     "k1",
@@ -71,8 +71,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     min=0.0,
                     max=20.0,
                     step=0.1,
-                    tooltip="How fast the structure's weight grows towards the image, 0 to 20. 0 keeps it "
-                    "constant; high values leave it to the last steps.",
+                    tooltip="How fast the structure's weight grows towards the image, 0 to 20. 0: constant. "
+                    "High values limit it to the last steps.",
                 ),
                 io.Float.Input(
                     "beta2",
@@ -80,8 +80,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of following the words, 0 to 10, in lengths of a denoising step. 0 "
-                    "switches it off.",
+                    tooltip="Strength of following the words, 0 to 10, in lengths of a denoising step. 0: "
+                    "off.",
                 ),
                 io.Float.Input(
                     "k2",
@@ -89,8 +89,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     min=0.0,
                     max=20.0,
                     step=0.1,
-                    tooltip="How fast the words' weight falls from its start at pure noise, 0 to 20. 0 "
-                    "keeps it constant; high values leave it to the first steps.",
+                    tooltip="How fast the words' weight falls from its start at pure noise, 0 to 20. 0: "
+                    "constant. High values limit it to the first steps.",
                 ),
                 io.DynamicCombo.Input(
                     "curve",
@@ -99,8 +99,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                         io.DynamicCombo.Option("drawn", list(_DRAWN)),
                     ],
                     optional=True,
-                    tooltip="How the weights of balanced change: exponential, by k1 and k2; drawn, along two "
-                    "curves instead.",
+                    tooltip="How the weights of balanced change. exponential: by k1 and k2. drawn: along "
+                    "two curves.",
                 ),
             ],
             outputs=[
@@ -140,35 +140,34 @@ class DescEditUnifyOptions(io.ComfyNode):
             display_name="UnifyEdit Options",
             category=CATEGORY,
             description=(
-                "What few edits with UnifyEdit need to change: the losses' forms, layers and regions, the "
-                "balance's curves, when the latent is optimised, how the image is inverted, memory. For "
-                "UnifyEdit and UnifyEdit Sampler."
+                "Settings that few edits need: form, layers and region of the losses, balance curves, range "
+                "of optimised steps, inversion, memory. For UnifyEdit and UnifyEdit Sampler."
             ),
             search_aliases=[*ALIASES, "settings"],
             inputs=[
                 BalanceType.Input(
                     "balance",
                     optional=True,
-                    tooltip="Other curves, from Adaptive Scheduler. Its beta1 and beta2 take the place of "
-                    "structure and words, which then stay at their defaults.",
+                    tooltip="Other curves, from Adaptive Scheduler. Its beta1 and beta2 replace structure "
+                    "and words, which must stay at their defaults.",
                 ),
                 io.Combo.Input(
                     "alignment",
                     options=list(FORMS),
                     default=default.alignment,
                     optional=True,
-                    tooltip="What makes a word take hold. token_ratio: its share among the description's "
-                    "words inside the mask; the only one that works without a mask. spatial_ratio: the share "
-                    "of its attention that falls inside. area_ratio: inside against outside, squared, the "
-                    "form quoted from the paper, without a bound.",
+                    tooltip="Form of the word loss. token_ratio: the words' share of the attention inside "
+                    "the mask; the only one that works without a mask. spatial_ratio: the share of a word's "
+                    "attention that falls inside. area_ratio: inside against outside, squared, as quoted "
+                    "from the paper; unbounded.",
                 ),
                 io.Combo.Input(
                     "structure_region",
                     options=list(REGIONS),
                     default=default.structure_region,
                     optional=True,
-                    tooltip="Where structure is kept: outside of the mask, inside of it, or everywhere. "
-                    "Without a mask, or with one of the whole image, it is kept everywhere.",
+                    tooltip="Where structure is kept: outside the mask, inside it, or everywhere. Without a "
+                    "mask, or with one of the whole image, it is kept everywhere.",
                 ),
                 io.Int.Input(
                     "max_self_attn_res",
@@ -176,10 +175,9 @@ class DescEditUnifyOptions(io.ComfyNode):
                     optional=True,
                     min=1,
                     max=256,
-                    tooltip="Structure is kept at self-attention layers with at most this many tokens a "
-                    "side, 1 to 256. Low values keep the layout only; high ones keep detail and cost time "
-                    "and memory. Below the model's coarsest grid that grid is used: 1 is always the "
-                    "coarsest.",
+                    tooltip="Structure is kept at self-attention layers with at most this many tokens per "
+                    "side, 1 to 256. Low values keep the layout only; high ones keep detail and need more "
+                    "time and memory. 1, or any value below the model's coarsest grid: the coarsest grid.",
                 ),
                 io.Int.Input(
                     "cross_attn_res",
@@ -187,22 +185,22 @@ class DescEditUnifyOptions(io.ComfyNode):
                     optional=True,
                     min=1,
                     max=256,
-                    tooltip="Words take hold at the cross-attention layers whose grid is nearest to this "
-                    "many tokens a side, 1 to 256: 1 is the coarsest that the model has, 256 the finest.",
+                    tooltip="The word loss uses the cross-attention layers with the grid nearest to this "
+                    "many tokens per side, 1 to 256. 1: the model's coarsest grid. 256: the finest.",
                 ),
                 io.String.Input(
                     "structure_layers",
                     default=default.structure_layers,
                     optional=True,
-                    tooltip="Names of the self-attention layers to keep, such as output.3.0, or beginnings "
-                    "such as output or input.4, separated by commas; they replace max_self_attn_res. Empty: "
+                    tooltip="Names of the self-attention layers to keep, such as output.3.0, or prefixes "
+                    "such as output or input.4, separated by commas. They replace max_self_attn_res. Empty: "
                     "by resolution.",
                 ),
                 io.String.Input(
                     "word_layers",
                     default=default.word_layers,
                     optional=True,
-                    tooltip="Names of the cross-attention layers for the words, written the same way; they "
+                    tooltip="Names of the cross-attention layers for the words, written the same way. They "
                     "replace cross_attn_res. Empty: by resolution.",
                 ),
                 io.Combo.Input(
@@ -211,7 +209,7 @@ class DescEditUnifyOptions(io.ComfyNode):
                     default=default.update_target,
                     optional=True,
                     tooltip="latent: move the latent before each prediction. noise: add the gradient to the "
-                    "predicted noise instead, the paper's ablation.",
+                    "predicted noise, the paper's ablation.",
                 ),
                 io.Int.Input(
                     "inner_steps",
@@ -219,8 +217,8 @@ class DescEditUnifyOptions(io.ComfyNode):
                     optional=True,
                     min=1,
                     max=100,
-                    tooltip="Gradient steps before each prediction, 1 to 100, each as long as the balance "
-                    "says. Time grows with them. Must be 1 for update_target noise.",
+                    tooltip="Gradient steps before each prediction, 1 to 100, each with the length set by "
+                    "the balance. Time grows with them. Must be 1 with update_target noise.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -229,7 +227,7 @@ class DescEditUnifyOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Fraction of the sampling after which optimisation starts, 0 to 1. 0: from the "
+                    tooltip="Fraction of sampling after which optimisation starts, 0 to 1. 0: from the "
                     "first step.",
                 ),
                 io.Float.Input(
@@ -239,23 +237,23 @@ class DescEditUnifyOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Fraction of the sampling after which optimisation stops, above start_percent, "
+                    tooltip="Fraction of sampling after which optimisation stops, above start_percent, up "
                     "to 1. 1: to the end. Steps without optimisation cost no more than stock ones.",
                 ),
                 io.Boolean.Input(
                     "auto_mask",
                     default=default.auto_mask,
                     optional=True,
-                    tooltip="On: where no mask is connected, find one from where the edit's words and the "
-                    "words they replace look in the inverted image. A connected mask comes first.",
+                    tooltip="On: if no mask is connected, find one from where the edit's words and the "
+                    "words they replace attend in the inverted image. A connected mask has priority.",
                 ),
                 io.Combo.Input(
                     "inversion",
                     options=list(MODES),
                     default=default.inversion,
                     optional=True,
-                    tooltip="For UnifyEdit. ddim: find the image's own noise. virtual: take any noise, which "
-                    "needs no inversion pass; every step then costs one full model call more.",
+                    tooltip="For UnifyEdit. ddim: find the image's own noise. virtual: use any noise, "
+                    "without an inversion pass; every step then costs one more full model call.",
                 ),
                 io.Int.Input(
                     "refine",
@@ -272,13 +270,13 @@ class DescEditUnifyOptions(io.ComfyNode):
                     optional=True,
                     min=0,
                     max=0xFFFFFFFF,
-                    tooltip="For UnifyEdit: which noise a virtual inversion takes, 0 to 4294967295.",
+                    tooltip="For UnifyEdit: seed of a virtual inversion's noise, 0 to 4294967295.",
                 ),
                 io.Boolean.Input(
                     "checkpointing",
                     default=default.checkpointing,
                     optional=True,
-                    tooltip="On: the gradients take less memory and more time. The result is the same.",
+                    tooltip="On: less memory for the gradients, more time. Same result.",
                 ),
             ],
             outputs=[OptionsType.Output("options")],

@@ -27,7 +27,7 @@ _NEGATIVE = (
     "ConditioningZeroOut."
 )
 _MASK = (
-    "Edit region: 1 = edit, 0 = keep, of the image's size or proportions, not empty. Not connected: the "
+    "Edit region: 1 = edit, 0 = keep. Same size or aspect ratio as the image, not empty. Not connected: the "
     "whole image, which suits a change of style or background."
 )
 
@@ -43,22 +43,23 @@ class DescEditUnify(io.ComfyNode):
             display_name="UnifyEdit",
             category=CATEGORY,
             description=(
-                "Edits an image by its descriptions before and after, with no training: inverts the image to "
-                "noise, then samples it with the edit description while two losses on the attention keep the "
-                "structure and make the edit's words take hold. Used like a KSampler."
+                "Edits an image from a description of the image and a description of the result, without "
+                "training. It inverts the image to noise, then samples with the edit description. Two "
+                "losses on the attention keep the structure and make the edit's words take effect. Used "
+                "like a KSampler."
             ),
             search_aliases=[*ALIASES, "image edit", "edit image", "KSampler", "prompt-to-prompt"],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, patches included."),
+                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its patches."),
                 io.Conditioning.Input("source", tooltip="What the image shows now, from Describe Edit."),
-                io.Conditioning.Input("edit", tooltip="What it should show, from Describe Edit."),
+                io.Conditioning.Input("edit", tooltip="What the edited image shows, from Describe Edit."),
                 EditTokensType.Input(
                     "edit_tokens", tooltip="Which words carry the edit, from Describe Edit."
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="The image to edit, from VAE Encode. A noise mask in it keeps the rest "
-                    "untouched.",
+                    tooltip="The image to edit, from VAE Encode. A noise mask in it protects the area "
+                    "outside.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip=_NEGATIVE),
                 io.Mask.Input("mask", optional=True, tooltip=_MASK),
@@ -67,8 +68,8 @@ class DescEditUnify(io.ComfyNode):
                     default=50,
                     min=1,
                     max=10000,
-                    tooltip="Steps of the inversion and of the sampling, 1 or more. More follow the image "
-                    "more closely; time grows with them.",
+                    tooltip="Steps of the inversion and of the sampling, 1 or more. More steps follow the "
+                    "image more closely and take longer.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -76,14 +77,14 @@ class DescEditUnify(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="How far the text guides the edit, 0 to 100. 1: the edit description alone, "
-                    "which halves the time of a prediction. High values change more.",
+                    tooltip="Strength of the text guidance, 0 to 100. 1: the edit description alone, which "
+                    "halves the time of a prediction. High values change more.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=list(comfy.samplers.SCHEDULER_NAMES),
                     default="normal",
-                    tooltip="How the sigmas fall. The sampler is always Euler.",
+                    tooltip="Schedule of the sigmas. The sampler is always Euler.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -91,8 +92,8 @@ class DescEditUnify(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much noise the edit starts from, above 0 to 1. 1: all of it. Low values "
-                    "change less; 0 is an error, because nothing would be sampled.",
+                    tooltip="How much noise the edit starts from, above 0, up to 1. 1: all of it. Low "
+                    "values change less. 0 is an error: nothing would be sampled.",
                 ),
                 io.Float.Input(
                     "structure",
@@ -100,8 +101,8 @@ class DescEditUnify(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of keeping the structure, 0 to 10 (beta1). 0 switches it off. A change "
-                    "of style wants about 0.3.",
+                    tooltip="Strength of keeping the structure, 0 to 10 (beta1). 0: off. Use about 0.3 for "
+                    "a change of style.",
                 ),
                 io.Float.Input(
                     "words",
@@ -109,7 +110,7 @@ class DescEditUnify(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of following the edit's words, 0 to 10 (beta2). 0 switches it off.",
+                    tooltip="Strength of following the edit's words, 0 to 10 (beta2). 0: off.",
                 ),
                 OptionsType.Input(
                     "options", optional=True, tooltip="What few edits need, from UnifyEdit Options."
@@ -118,12 +119,12 @@ class DescEditUnify(io.ComfyNode):
             outputs=[
                 io.Latent.Output("latent", tooltip="The edited image, for VAE Decode."),
                 io.Mask.Output(
-                    "mask", tooltip="Where it edited: the mask that was given or found, or 1 everywhere."
+                    "mask", tooltip="The edit region used: the given or found mask, or 1 everywhere."
                 ),
                 io.Image.Output(
                     "plot",
-                    tooltip="Losses and the norms of their gradients by step, a picture for each image; each "
-                    "curve relative to its largest value. Crosses are steps without a usable gradient.",
+                    tooltip="Losses and gradient norms by step, one plot per image. Each curve is relative "
+                    "to its largest value. Crosses are steps without a usable gradient.",
                 ),
             ],
         )
@@ -177,12 +178,12 @@ class DescEditUnifySampler(io.ComfyNode):
             display_name="UnifyEdit Sampler",
             category=CATEGORY,
             description=(
-                "UnifyEdit as a SAMPLER, for graphs with a guider or SIGMAS of their own; the node UnifyEdit "
-                "does all of it at once. Before each Euler step it moves the latent down the gradient of two "
-                "losses: keep the self-attention of the source, make the edit's words take hold in the "
-                "cross-attention. It starts from the inversion's noise, so the noise input of "
-                "SamplerCustomAdvanced does not matter: use DisableNoise. Of latent_image only the size, the "
-                "number of images and the noise mask count."
+                "UnifyEdit as a SAMPLER, for graphs with their own guider or SIGMAS; the node UnifyEdit "
+                "does everything at once. Before each Euler step it moves the latent down the gradient of "
+                "two losses: one keeps the self-attention of the source, the other makes the edit's words "
+                "take effect in the cross-attention. It starts from the inversion's noise, so the noise "
+                "input of SamplerCustomAdvanced has no effect: use DisableNoise. Of latent_image only the "
+                "size, the number of images and the noise mask are used."
             ),
             search_aliases=ALIASES,
             inputs=[
@@ -197,15 +198,15 @@ class DescEditUnifySampler(io.ComfyNode):
                 BalanceType.Input(
                     "balance",
                     optional=True,
-                    tooltip="How the two losses are balanced, from Adaptive Scheduler. Not connected: as "
-                    "that node's defaults.",
+                    tooltip="How the two losses are balanced, from Adaptive Scheduler. Not connected: that "
+                    "node's defaults.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip=_MASK),
                 OptionsType.Input(
                     "options",
                     optional=True,
-                    tooltip="What few edits need, from UnifyEdit Options. Its inversion inputs do not act "
-                    "here: Invert Image has them.",
+                    tooltip="Settings that few edits need, from UnifyEdit Options. Its inversion settings "
+                    "have no effect here: set them in Invert Image.",
                 ),
             ],
             outputs=[io.Sampler.Output("sampler")],
@@ -243,14 +244,15 @@ class DescEditFindMask(io.ComfyNode):
             display_name="Find Edit Mask",
             category=CATEGORY,
             description=(
-                "Finds where an edit would happen: where the edit's words, and the words that they replace, "
-                "look in the image. Cut at 0.3 of the highest attention, as in Prompt-to-Prompt's LocalBlend."
+                "Finds where an edit would happen: where the edit's words, and the words they replace, "
+                "attend in the image. The threshold is 0.3 of the highest attention, as in "
+                "Prompt-to-Prompt's LocalBlend."
             ),
             search_aliases=[*ALIASES, "automatic mask", "LocalBlend", "segment", "DAAM"],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, patches included."),
+                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its patches."),
                 io.Conditioning.Input("source", tooltip="What the image shows now, from Describe Edit."),
-                io.Conditioning.Input("edit", tooltip="What it should show, from Describe Edit."),
+                io.Conditioning.Input("edit", tooltip="What the edited image shows, from Describe Edit."),
                 EditTokensType.Input(
                     "edit_tokens", tooltip="Which words carry the edit, from Describe Edit."
                 ),
@@ -262,12 +264,12 @@ class DescEditFindMask(io.ComfyNode):
                     max=256,
                     optional=True,
                     advanced=True,
-                    tooltip="The cross-attention layers whose grid is nearest to this many tokens a side are "
-                    "read, 1 to 256: 1 is the coarsest that the model has, 256 the finest.",
+                    tooltip="Cross-attention layers with the grid nearest to this many tokens per side are "
+                    "read, 1 to 256. 1: the model's coarsest grid. 256: the finest.",
                 ),
             ],
             outputs=[
-                io.Mask.Output("mask", tooltip="1 where the words look, 0 elsewhere, of the image's size.")
+                io.Mask.Output("mask", tooltip="1 where the words attend, 0 elsewhere, in the image's size.")
             ],
         )
 
