@@ -311,24 +311,23 @@ def workers(host: Host, arguments: Sequence[str]) -> list[str]:
 
 
 def check(host: Host, arguments: Sequence[str]) -> int:
-    if arguments:
-        raise DevError("check takes no arguments", 2)
-    rules = call(host, ["-m", "ruff", "check"], ROOT)
-    return call(host, ["-m", "ruff", "format", "--check"], ROOT) or rules
-
-
-def check_types(host: Host, arguments: Sequence[str]) -> int:
-    """Check types of the named files or folders, or of the whole tree, as a package, as the host sees it."""
+    """Check style and types of the files or folders named, or of the whole tree."""
+    paths = [Path(path).resolve().relative_to(ROOT) for path in arguments or [ROOT]]
+    # ty sees the root through a link, as the host does: as a package with a name of its own.
     link = STATE / "types" / PACKAGE
     if not link.exists():
         link.parent.mkdir(parents=True, exist_ok=True)
-        if os.name == "nt":  # where most users may create junctions but not symbolic links
+        if os.name == "nt":  # which refuses symbolic links to most users, and grants junctions to all
             importlib.import_module("_winapi").CreateJunction(str(ROOT), str(link))
         else:
             link.symlink_to(Path("..", ".."), target_is_directory=True)
-    seen = [link / path for path in arguments or ["."]]
-    search = ["--python", host.python, "--extra-search-path", host.comfyui]
-    return call(host, ["-m", "ty", "check", *search, "--output-format", "concise", *seen], ROOT)
+    types = ["ty", "check", "--python", host.python, "--extra-search-path", host.comfyui]
+    tools = (
+        ["ruff", "check", *paths],
+        ["ruff", "format", "--check", *paths],
+        [*types, "--output-format", "concise", *(link / path for path in paths)],
+    )
+    return max(call(host, ["-m", *tool], ROOT) for tool in tools)
 
 
 def check_edit(arguments: Sequence[str]) -> None:
@@ -360,9 +359,8 @@ MODULES = {
     "studio": ("lab.tiny_studio.report", "train the small model that ships; studio --report measures it"),
 }
 COMMANDS = {
-    "types": (check_types, "check types, in the whole tree or in the files named"),
     "test": (test, "run the tests; takes pytest's arguments, --page (in a browser) and --device cuda"),
-    "check": (check, "ruff's rules and its format"),
+    "check": (check, "ruff's rules and format, and types (ty), of all files or of those named"),
     "run": (run, "run MODULE: run any module of the pack inside ComfyUI's Python"),
 }
 # Checks that refuse invalid arguments before anything is set up.

@@ -122,9 +122,10 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
         drawn = None
         if curve is not None and curve["curve"] == "drawn":
             along = np.linspace(0.0, 1.0, 101)
-            drawn = tuple(
+            first, second = (
                 tuple(CurveInput.from_raw(curve[item.id]).interp_array(along).tolist()) for item in _DRAWN
             )
+            drawn = first, second
         balance = Balance(combination, beta1, k1, beta2, k2, drawn)
         return io.NodeOutput(balance, draw_balance(balance))
 

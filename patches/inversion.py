@@ -149,7 +149,8 @@ def invert_virtually(
 
 
 def _scale(model: ModelPatcher) -> int:
-    return model.get_model_object("latent_format").spacial_downscale_ratio
+    latent_format: Any = model.get_model_object("latent_format")
+    return latent_format.spacial_downscale_ratio
 
 
 def _checked(

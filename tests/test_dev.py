@@ -281,6 +281,26 @@ def test_two_workers(
     assert calls == [["-m", "pytest", *added, *arguments]]
 
 
+@pytest.mark.parametrize(("failing", "status"), [(None, 0), ("ruff", 1), ("ty", 1)])
+def test_check_runs_all_its_tools(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str | None, status: int
+) -> None:
+    """Protects: `dev.py check` runs rules, format and types, the latter through a link to the root, and fails
+    if one of them does.
+    """
+    calls: list[list[str]] = []
+
+    def call(host: Any, words: Sequence[str | Path], folder: Path) -> int:
+        calls.append([str(word) for word in words])
+        return int(words[1] == failing)
+
+    monkeypatch.setattr(dev, "call", call)
+    assert dev.check(dev.Host(tmp_path, Path(sys.executable)), [str(ROOT / "nodes")]) == status
+    assert [words[1:3] for words in calls] == [["ruff", "check"], ["ruff", "format"], ["ty", "check"]]
+    assert [words[-1] for words in calls[:2]] == ["nodes", "nodes"]
+    assert calls[2][-1] == str(dev.STATE / "types" / "descriptive_edit" / "nodes")
+
+
 def test_unknown_command(dev: ModuleType) -> None:
     """Protects: a mistyped command says which there are."""
     with pytest.raises(dev.DevError, match=r"there are edit, serve, .*, test, check, run$"):

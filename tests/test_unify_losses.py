@@ -106,7 +106,7 @@ def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
         for layer, word, head in itertools.product(LAYERS, found, range(3)):
             inside = masks[layer].expand(2, -1)[row].double()
             maps_here = target[layer][row, head].double()
-            attention = sum(maps_here[:, token] for token in word)
+            attention = maps_here[:, list(word)].sum(dim=1)
             if form == "token_ratio":
                 share = attention / maps_here[:, 1 : length + 1].sum(dim=1)
                 terms.append((1 - float((share * inside).sum() / inside.sum())) ** 2)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.sampler_helpers
 import comfy.samplers
 import pytest
 import small_models
@@ -271,7 +272,7 @@ def test_gradient_of_whole_maps(
         leaf = x.clone().requires_grad_()
         made = attention.AttentionRecorder(network, layers, layers, stop=True)
         call(model, leaf, made.attach({"transformer_options": {}}))
-        structure, words_loss = 0.0, 0.0
+        structure = words_loss = torch.zeros((), device=x.device)
         for layer in layers:
             key = layer.key
             change = whole_map(made.self_attention[key]) - whole_map(source.self_attention[key])

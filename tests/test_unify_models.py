@@ -31,12 +31,13 @@ class _SmallSD2(comfy.supported_models.SD20):
 
 def sd2() -> Any:
     """A small UNet with SD2.x's module tree and v-prediction, through the host's loader."""
-    comfy.supported_models.models.insert(0, _SmallSD2)
+    family: Any = _SmallSD2
+    comfy.supported_models.models.insert(0, family)
     try:
         with torch.inference_mode():
             model = comfy.sd.load_diffusion_model_state_dict(small_models.unet_state_dict(layout=SD2_LAYOUT))
     finally:
-        comfy.supported_models.models.remove(_SmallSD2)
+        comfy.supported_models.models.remove(family)
     assert isinstance(model.model.model_config, _SmallSD2)
     assert model.model.model_type == ModelType.V_PREDICTION
     return model

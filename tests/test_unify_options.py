@@ -201,7 +201,8 @@ def test_virtual_inversion_edits(host: Host, model: Any) -> None:
         source = edit.latent["samples"]
         torch.testing.assert_close(results[-1][..., 7:], source[..., 7:], rtol=1e-4, atol=1e-3)
         assert torch.equal(edit.run(), results[-1])
-    assert not torch.allclose(*results, atol=1e-2)
+    first, second = results
+    assert not torch.allclose(first, second, atol=1e-2)
 
 
 def test_automatic_mask(host: Host) -> None:

@@ -217,7 +217,8 @@ def _graph_node(host: Host, name: str, outputs: tuple[str, ...], values: tuple[A
         "CATEGORY": "test",
         "give": give,
     }
-    host._nodes.NODE_CLASS_MAPPINGS[name] = type(name, (), attributes)
+    mappings: dict[str, Any] = host._nodes.NODE_CLASS_MAPPINGS
+    mappings[name] = type(name, (), attributes)
 
 
 def test_through_the_executor(host: Host, model: Any) -> None:

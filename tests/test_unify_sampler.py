@@ -6,6 +6,8 @@ import logging
 import math
 from typing import Any
 
+import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import latent_preview
 import pytest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import comfy.sampler_helpers
 import comfy.samplers
 import small_models
 import torch
@@ -25,7 +26,7 @@ class Edit:
         steps: int = STEPS,
         batch: int = 1,
         seed: int = 3,
-        size: tuple[int, int] = (small_models.LATENT_SIZE,) * 2,
+        size: tuple[int, int] = (small_models.LATENT_SIZE, small_models.LATENT_SIZE),
         **inversion: Any,
     ) -> None:
         self.host, self.model = host, model

@@ -110,6 +110,7 @@ def gradient_only(model: Any, stop: bool) -> Run:
         network = network_of(guider.inner_model.diffusion_model)
         layers = network.layers.values()
         entry = active_entry(guider.conds["positive"], float(sigmas[0]))
+        assert entry is not None
         callback(mark)
         with gradients():
             leaf = x.clone().requires_grad_()

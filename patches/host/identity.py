@@ -39,7 +39,7 @@ class ModelIdentity:
         for prefix in _SAMPLED_LAYERS:
             for key, entries in model.get_key_patches(prefix).items():
                 weights.add(key, entries[0][0].detach())
-        sampling = model.get_model_object("model_sampling")
+        sampling: Any = model.get_model_object("model_sampling")
         bases = "/".join(base.__name__ for base in type(sampling).__bases__)
         return cls(
             family=type(model.model.model_config).__name__,

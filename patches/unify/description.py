@@ -213,6 +213,7 @@ class _Spelling:
             if self._mention == len(mentions):
                 return word
             written = mentions[self._mention]
+            assert written.span is not None
             self._mention += 1
             self._at = bisect_left(self._starts, written.span[1])
             return replace(written, tokens=word.tokens)
@@ -233,6 +234,8 @@ def _joined(words: list[Word], text: str) -> list[Word]:
     for word in words:
         if found and (_continues(found[-1], word) or _is_ending(found[-1], word)):
             before = found.pop()
+            assert before.span is not None
+            assert word.span is not None
             span = before.span[0], word.span[1]
             key = before.key.replace(_APOSTROPHE, "'") + word.key
             tokens, sizes = before.tokens + word.tokens, before.sizes + word.sizes
@@ -245,7 +248,8 @@ def _is_ending(before: Word, word: Word) -> bool:
     return (
         before.key == _APOSTROPHE
         and word.key in _ENDINGS
-        and None not in (before.span, word.span)
+        and before.span is not None
+        and word.span is not None
         and before.span[1] == word.span[0]
     )
 

@@ -83,11 +83,12 @@ def find_mask_of_image(
     for an edit description without an entry for the whole image.
     """
     samples = read_samples("latent", samples, model)
-    sampling = model.get_model_object("model_sampling")
+    sampling: Any = model.get_model_object("model_sampling")
     sigmas = torch.tensor([*(sampling.percent_to_sigma(percent) for percent in PROGRESS), 0.0])
     inversion = invert_virtually(model, samples, source, sigmas, seed=0)
     network = network_of(model.model.diffusion_model)
-    layers = word_layers(network.layers.values(), *samples.shape[-2:], cross_attn_res)
+    height, width = samples.shape[-2:]
+    layers = word_layers(network.layers.values(), height, width, cross_attn_res)
     plan = [Step(float(sigma), at, 0.0, 0.0) for sigma, at in zip(sigmas, PROGRESS, strict=False)]
     found = []
 
@@ -155,7 +156,7 @@ def attention_mask(attention: Sequence[torch.Tensor]) -> torch.Tensor:
     attention: maps of [rows, height, width], as many as there are readings. Returns [rows, height, width] of
     0 and 1, with at least one 1 in each row.
     """
-    return (_stretch(sum(map(_stretch, attention))) >= THRESHOLD).float()
+    return (_stretch(sum(map(_stretch, attention), torch.zeros(()))) >= THRESHOLD).float()
 
 
 def _stretch(values: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,7 @@ def open_source(
     options: dict[str, Any],
     extra_args: dict[str, Any],
     memory: float,
-) -> Iterator[tuple[Source, list[ModelPatcher]]]:
+) -> Generator[tuple[Source, list[ModelPatcher]]]:
     """The source branch, and the models that a call runs; what the source description loaded (ControlNets)
     is let go of afterwards.
 

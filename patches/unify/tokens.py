@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -130,7 +131,7 @@ def _spoken(words: list[Word]) -> list[Word]:
     return [word for word in words if word.spoken]
 
 
-def _differences(source: list[str], edit: list[str]) -> list[tuple[str, int, int, int, int]]:
+def _differences(source: list[str], edit: list[str]) -> Sequence[tuple[str, int, int, int, int]]:
     return SequenceMatcher(None, source, edit, autojunk=False).get_opcodes()
 
 
