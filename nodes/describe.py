@@ -1,4 +1,4 @@
-"""Descriptions: encoded, with the words of an edit found; and from an instruction to a description."""
+"""Nodes for descriptions: encoding, finding the words of an edit, and turning an instruction into one."""
 
 from __future__ import annotations
 

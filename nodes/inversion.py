@@ -1,4 +1,4 @@
-"""The way from an image back to noise, which UnifyEdit follows."""
+"""The node that inverts an image to noise, for UnifyEdit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of UnifyEdit that few edits change: its options and its balance."""
+"""Nodes for UnifyEdit's settings: options and balance."""
 
 from __future__ import annotations
 

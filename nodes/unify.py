@@ -1,4 +1,4 @@
-"""UnifyEdit (arXiv 2504.05594): the edit itself, as one node and as a SAMPLER."""
+"""Nodes for UnifyEdit (arXiv 2504.05594): the whole edit, its SAMPLER, and its mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inversion: the noise and the whole path that lead the host's Euler sampler back to a given image."""
+"""Inversion: the noise, and the whole path, from which the host's Euler sampler reproduces a given image."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Inversion:
     """INVERSION: an image's path from clean to noise.
 
     trajectory: [steps + 1, images, channels, height, width] float32 in host RAM, in the model's own space
-        (after `process_latent_in`); entry i belongs to `sigmas[i]`, the last one is the clean latent.
+    (after `process_latent_in`); entry i belongs to `sigmas[i]`, the last one is the clean latent.
     sigmas: [steps + 1], falling to 0.
     conditioning: the source description's CONDITIONING.
-    model: what it was made with.
+    model: identity of its model.
     virtual: whether the path is the straight line of `invert_virtually`.
-    scale: pixels of the image to one position of the latent, a side.
+    scale: image pixels per position of the latent, along each side.
     """
 
     trajectory: torch.Tensor
@@ -77,7 +77,7 @@ class Inversion:
             )
 
     def latent(self, index: int, like: torch.Tensor) -> torch.Tensor:
-        """The path's latent at `sigmas[index]`, one row for each of `like`, on its device."""
+        """The path's latent at `sigmas[index]`, one row for each row of `like`, on its device."""
         return self.trajectory[index].to(like.device, non_blocking=True).expand_as(like)
 
 
@@ -91,14 +91,17 @@ def invert(
     implicit equation x_i = x_{i+1} + (sigma_i - sigma_{i+1}) eps(x_i, sigma_i) by fixed-point iteration: one
     evaluation starts from the last step's slope, and each of `refine` more brings it closer.
 
-    What changes the network acts as in a stock run: LoRAs, attention patches, a `model_function_wrapper`, a
+    Changes of the network act as in a stock run: LoRAs, attention patches, a `model_function_wrapper`, a
     ControlNet of the description, and wrappers of the kinds OUTER_SAMPLE, PREPARE_SAMPLING, SAMPLER_SAMPLE,
-    CALC_COND_BATCH, APPLY_MODEL and DIFFUSION_MODEL. What guides does not: CFG functions, functions before
-    and after it, a `sampler_calc_cond_batch_function`, and PREDICT_NOISE wrappers.
+    CALC_COND_BATCH, APPLY_MODEL and DIFFUSION_MODEL. Guidance does not act: CFG functions, pre- and post-CFG
+    functions, a `sampler_calc_cond_batch_function`, and PREDICT_NOISE wrappers.
 
-    samples: [images, channels, height, width] as a VAE gives it. sigmas: [steps + 1], falling to 0. refine: 0
-    or more. Raises ValueError for an empty latent, a latent of another model family, sigmas that do not
-    fall to 0, a node that keeps the network from running at a step, and a path that is not finite.
+    samples: [images, channels, height, width] as a VAE gives it.
+    sigmas: [steps + 1], falling to 0.
+    refine: 0 or more.
+
+    Raises ValueError for an empty latent, a latent of another model family, sigmas that do not fall to 0, a
+    node that keeps the network from running at a step, and a path that is not finite.
     """
     refuse_cached_steps(model)
     samples, sigmas = _checked(model, samples, sigmas)
@@ -125,14 +128,14 @@ def invert_virtually(
 ) -> Inversion:
     """The straight path x_i = x_0 + sigma_i n from a clean latent to noise n, without a model call.
 
-    The idea of InfEdit's virtual inversion (arXiv 2312.04965): it is no solution of the model's ODE, but the
-    sampler knows x_0 at every step and takes the error of the source's prediction off the target's, so that
-    the same description gives the image back exactly (`unify.source.Source.read`). InfEdit draws new noise at
-    every step; here n is one for the run, and the same for all images, so that a batch gives what each image
-    gives alone.
+    The idea of InfEdit's virtual inversion (arXiv 2312.04965). The path is not a solution of the model's ODE.
+    But the sampler knows x_0 at every step and subtracts the error of the source's prediction from the
+    target's, so the same description reproduces the image exactly (`unify.source.Source.read`). InfEdit draws
+    new noise at every step; here n is one for the run, and the same for all images, so that a batch equals
+    single runs.
 
-    seed: of n, 0 or more. Other arguments and errors as `invert`; raises ValueError also for a conditioning
-    with areas or masks.
+    seed: of n, 0 or more.
+    Other arguments and errors as in `invert`. Also raises ValueError for a conditioning with areas or masks.
     """
     samples, sigmas = _checked(model, samples, sigmas)
     if any("area" in values or "mask" in values for _, values in conditioning):
@@ -156,7 +159,7 @@ def _scale(model: ModelPatcher) -> int:
 def _checked(
     model: ModelPatcher, samples: torch.Tensor, sigmas: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latent, and `sigmas` on the CPU; raises ValueError for what cannot be inverted."""
+    """The latent, and `sigmas` on the CPU. Raises ValueError for invalid inputs."""
     network_of(model.model.diffusion_model)
     samples = read_samples("latent", samples, model)
     if torch.count_nonzero(samples) == 0:

@@ -1,4 +1,4 @@
-"""What UnifyEdit's gradients take of memory on SDXL, by the estimate on SDXL's own module tree."""
+"""Memory of UnifyEdit's gradients on SDXL, estimated on SDXL's own module tree."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ UNET = {
 
 
 def unet() -> Any:
-    """SDXL's UNet on torch's meta device: layers and shapes, and no numbers."""
+    """SDXL's UNet on torch's meta device: layers and shapes without values."""
     return UNetModel(**UNET, device="meta", operations=comfy.ops.disable_weight_init)
 
 
 def gradient_gib(checkpoint: bool, side: int = 128) -> float:
-    """GiB beside the stock run that an edit of one image with the sampler's default layers takes in half
-    precision. side: the latent's, 128 for 1024x1024.
+    """GiB beside the stock run for an edit of one image with the sampler's default layers in half precision.
+
+    side: the latent's, 128 for 1024x1024.
     """
     network = network_of(unet())
     layers = network.layers.values()

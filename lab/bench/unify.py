@@ -1,9 +1,10 @@
 """Cost of a step that UnifyEdit optimises, on SD1.5's full-width UNet with random weights.
 
-A step is everything between two previews of a real sampling. For UnifyEdit: the source branch, one gradient
-step on both losses at the layers up to 16x16, and the guided prediction. For the stock run: that prediction
-alone. For attention and memory see measuring.py. Memory is measured first, the smallest first, because a
-process does not return all memory. SDXL's memory at 1024x1024 is the estimate that the host is asked for.
+A step is everything between two previews of a real sampling. For UnifyEdit these are the source branch, one
+gradient step on both losses at the layers up to 16x16, and the guided prediction; for the stock run only that
+prediction. For attention and memory see measuring.py. Memory is measured first, smallest first, because a
+process does not return all memory it once took. SDXL's memory at 1024x1024 is the estimate that is requested
+from the host.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Run:
 
 
 def inversion(model: Any, side: int, steps: int) -> Inversion:
-    """A random straight path: what a step costs does not depend on where it leads."""
+    """A random straight path: the cost of a step does not depend on the path."""
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
     clean, noise = torch.randn(2, 1, 4, side, side, generator=torch.Generator().manual_seed(2))
     path = clean + sigmas.view(-1, 1, 1, 1, 1) * noise
@@ -100,7 +101,7 @@ def stock(model: Any) -> Run:
 
 
 def gradient_only(model: Any, stop: bool) -> Run:
-    """Forward and backward of the target branch alone. stop: end the UNet after the last layer."""
+    """The target branch's forward and backward alone, with its UNet ended after the last layer or not."""
 
     def step(
         model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any, callback: Callable, **_: Any
@@ -133,7 +134,7 @@ def gradient_only(model: Any, stop: bool) -> Run:
 
 
 def timed(runs: dict[str, Run], side: int, rounds: int) -> dict[str, float]:
-    """The median step of each run over `rounds` samplings in alternating order."""
+    """Each run's median step over `rounds` samplings in alternating order, after one that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name, counted in alternating(runs, rounds):
         steps = runs[name].seconds(side)

@@ -1,4 +1,4 @@
-"""Balances of UnifyEdit that only the study needs: those chosen for each edit type, and other curves."""
+"""Balances of UnifyEdit that only the study needs: by edit type, and other curves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from ...models.tiny_studio import scenes
 from ...patches.unify.balance import Balance
 
-# Chosen on the tuning cases (`python dev.py unify-study --tune`), where only a style wanted other values than
-# the rest, and simple and complex descriptions could not be told apart.
+# Chosen on the tuning cases (`python dev.py unify-study --tune`), where only style needed other values than
+# the rest, and simple and complex descriptions showed no difference.
 CHOSEN: dict[str, Balance] = {
     edit_type: Balance(beta1=0.3 if edit_type == "style" else 1.0) for edit_type in scenes.EDIT_TYPES
 }
-# What is left of a weight at rate times distance from the end where it is whole.
+# Decay curves: f(0) = 1, u = rate * distance.
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda distance: max(0.0, 1 - distance),
     "cosine": lambda distance: (1 + math.cos(math.pi * min(1.0, distance))) / 2,

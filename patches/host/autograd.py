@@ -1,19 +1,19 @@
 """Enables autograd inside ComfyUI's inference-mode executor.
 
-The executor runs every node under `torch.inference_mode`, and the weights its loaders make are inference
+The executor runs every node under `torch.inference_mode`, and its loaders create weights as inference
 tensors, which autograd refuses to save. A deep copy of the model needs `cached_patcher_init` and twice the
 memory. Replacing the parameters changes a model that others share, and misses the weights that the host casts
 or streams in elsewhere. So nothing is replaced: inside `gradients` each inference tensor that reaches a torch
-function is passed on as a normal tensor over the same memory. No copy and no change to the model, and it
-works for parameters, conditions, ControlNets and other packs' tensors alike. The cost is about 2 microseconds
-per torch call.
+function is passed on as a normal tensor over the same memory. This needs no copy and no change to the model,
+and works for parameters, conditions, ControlNets and other packs' tensors alike. It costs about 2
+microseconds per torch call.
 
-Where memory is short, and always with dynamic VRAM, the host streams weights: a layer computes with a view of
-pages or of a buffer that the host unmaps or overwrites as soon as the layer has run
-(`comfy.ops.uncast_bias_weight`), while autograd still refers to it. There every torch function that autograd
-records gets copies of the tensors without a gradient. A tensor does not tell whose memory it is, so all are
-copied; what autograd does not save is freed when the function returns. Hooks on saved tensors would copy
-less, but torch's checkpoint has hooks of its own, which take precedence.
+If memory is short, and always with dynamic VRAM, the host streams weights. A layer then computes with a view
+of pages or of a buffer that the host unmaps or overwrites as soon as the layer has run
+(`comfy.ops.uncast_bias_weight`), while autograd still refers to it. In that case every torch function that
+autograd records gets copies of the tensors without a gradient. A tensor does not tell whose memory it is, so
+all are copied; what autograd does not save is freed when the function returns. Hooks on saved tensors would
+copy less, but torch's checkpoint has its own hooks, which take precedence.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _NormalTensors(TorchFunctionMode):
 
 
 class _OwnTensors(_NormalTensors):
-    """Where weights are streamed."""
+    """For streamed weights."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -95,12 +95,12 @@ _STREAMED: ContextVar[bool] = ContextVar("descriptive_edit.streamed", default=Fa
 
 @contextmanager
 def gradients(streamed: bool = False) -> Generator[None]:
-    """A region in which autograd works although the host runs in inference mode.
+    """A context in which autograd works although the host runs in inference mode.
 
-    A tensor to differentiate by must be made inside (`x.clone().requires_grad_()`).
+    A tensor to differentiate with respect to must be created inside (`x.clone().requires_grad_()`).
 
     streamed: whether the host may take the weights back after each layer (`weights_streamed`); what autograd
-        keeps is then copied.
+    keeps is then copied.
     """
     mode = _OwnTensors() if streamed else _NormalTensors()
     before = _STREAMED.set(streamed)
@@ -117,8 +117,9 @@ def in_streamed_region() -> bool:
 
 
 def weights_streamed(patchers: Iterable[ModelPatcher]) -> bool:
-    """Whether the host streams weights of these models or of the models attached to them: under dynamic VRAM,
-    or because not all of them are on the device.
+    """Whether the host streams weights of these models or of the models attached to them.
+
+    It does under dynamic VRAM, or if not all of them are on the device.
     """
     return any(
         model.is_dynamic() or model.loaded_size() < model.model_size()
@@ -129,8 +130,8 @@ def weights_streamed(patchers: Iterable[ModelPatcher]) -> bool:
 
 @contextmanager
 def naming_writes() -> Generator[None]:
-    """A region in which autograd's error about a tensor that was changed in place is a ValueError that says
-    what to do.
+    """A context that turns autograd's error about a tensor changed in place into a ValueError with
+    instructions.
     """
     try:
         yield
@@ -144,10 +145,10 @@ def naming_writes() -> Generator[None]:
 
 
 def differentiable_options(model_options: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `model_options` for a model call that is differentiated; the original is not touched.
+    """A copy of `model_options` for a model call that is differentiated; the original is unchanged.
 
-    Attention is computed by torch, because the host's other backends (sage, for one) have no derivative. An
-    `optimized_attention_override` that was there before is still called, with torch's attention.
+    Attention is computed by torch, because other backends of the host (such as sage) have no derivative. An
+    existing `optimized_attention_override` is still called, with torch's attention.
 
     Two kinds of tensor are changed in place after autograd has saved them, and are copied. Skip connections:
     the UNet adds ControlNet's residuals to them, and some nodes write into them. And what other nodes'
@@ -172,7 +173,7 @@ def differentiable_options(model_options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saving_copies(patch: Callable) -> Callable:
-    """The same patch, but autograd saves copies inside it, so that it may change what was saved."""
+    """The same patch, but autograd saves copies inside it, so that it may change the originals."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda copy: copy):

@@ -1,12 +1,13 @@
 """Gradient checkpointing in the host's UNet: a layer keeps only its input and is computed again for its
 gradient.
 
-The host lets the functions in `forward_timestep_embed_patch` run a layer in its place. Ours runs the same
-layer through the host's own function, inside torch's checkpoint. So the network is not changed and nothing
-has to be undone. A layer is a ResBlock or a whole transformer.
+The host lets the functions in `forward_timestep_embed_patch` run a layer. Ours runs the same layer through
+the host's own function, inside torch's checkpoint. So the network is not changed and nothing has to be
+undone. A layer is a ResBlock or a whole transformer.
 
-Attention patches run again during backward, in their order and with the first call's `transformer_options`.
-State they read must still exist then, and they must not raise inside a checkpointed layer.
+Attention patches run again during the backward pass, in the same order and with the first call's
+`transformer_options`. State they read must still exist then, and they must not raise inside a checkpointed
+layer.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def checkpointed(options: dict[str, Any]) -> dict[str, Any]:
             return x
 
         if torch.is_grad_enabled():
-            # Autograd may compute again in a thread of its own, and after the region has been left.
+            # Autograd may compute again in its own thread, and after the context has ended.
             how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             again = _Again(in_streamed_region())
             x = checkpoint(compute, x, emb, context, context_fn=lambda: (nullcontext(), again), **how)
@@ -74,6 +75,6 @@ def checkpointed(options: dict[str, Any]) -> dict[str, Any]:
         return x
 
     patches[SLOT] = [(TimestepBlock, run), (SpatialTransformer, run)]
-    # The host takes the first function that fits: other layers keep the ones they had.
+    # The host uses the first function that fits, so other layers keep theirs.
     patches[SLOT] += before
     return {**options, "patches": patches}

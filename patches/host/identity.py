@@ -31,9 +31,9 @@ class ModelIdentity:
     def of(cls, model: ModelPatcher) -> ModelIdentity:
         """Read a model's identity.
 
-        Weights are hashed without patches, so what is loaded makes no difference. Patches are hashed by
-        content, so loading the same LoRA again makes none. Both are read in the model's dtype: with dynamic
-        VRAM weights keep their file's dtype until they are used.
+        Weights are hashed without patches, so it does not matter what is loaded. Patches are hashed by
+        content, so loading the same LoRA again does not matter. Both are read in the model's dtype: with
+        dynamic VRAM weights keep their file's dtype until they are used.
         """
         weights = _Digest(model.model_dtype())
         for prefix in _SAMPLED_LAYERS:
@@ -90,9 +90,9 @@ def _bypassed(model: ModelPatcher, manager: BypassInjectionManager) -> list[Any]
 
 
 class _Digest:
-    """A hash over what values hold: tensors, plain values, containers of them, and the names of functions.
+    """A hash of nested values: tensors, plain values, containers of them, and the names of functions.
 
-    dtype: to read tensors in, unless it is too small to tell a LoRA's values apart.
+    dtype: to read tensors in, unless it is too coarse to tell a LoRA's values apart.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -103,7 +103,7 @@ class _Digest:
         return self._hash.hexdigest()[:12]
 
     def add(self, *values: Any) -> None:
-        """Take in `values`, which may be nested."""
+        """Add `values`, which may be nested, to the hash."""
         for value in values:
             if isinstance(value, torch.Tensor):
                 self._add_tensor(value)

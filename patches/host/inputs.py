@@ -1,8 +1,8 @@
 """Normalizes the masks, images and latents that users wire.
 
 A wire's type says little about its tensor: other packs give masks without a batch, with a channel or as
-booleans, images with one channel or with alpha, latents of videos. Whatever has one meaning is accepted,
-everything else is refused by the input's name.
+booleans, images with one channel or with alpha, latents of videos. Every form with one meaning is accepted;
+everything else is refused with the input's name.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-# What rounding and half precision leave beside 0 and 1 in a mask.
+# Tolerance around 0 and 1 in a mask, for rounding and half precision.
 _ROUNDING = 1e-3
-# What sharpening and resizing leave beside 0 and 1 in an image; the host clips it when it saves.
+# Tolerance around 0 and 1 in an image, for sharpening and resizing; the host clips it when it saves.
 _OVERSHOOT = 0.5
 _CHANNELS = (1, 3, 4)
 
@@ -23,9 +23,10 @@ def read_mask(name: str, mask: Any) -> torch.Tensor:
     """A mask as [masks, height, width], float32, 0 to 1.
 
     mask: [height, width], [masks, height, width], [masks, 1, height, width] or [masks, height, width, 1];
-    floats from 0 to 1, integers 0 and 1, or booleans. A mask that has the form already is returned as it is.
-    Raises ValueError, naming the input, for everything else: other shapes, values that are not finite
-    and values outside of 0 to 1.
+    floats from 0 to 1, integers 0 and 1, or booleans. A mask already in that form is returned unchanged.
+
+    Raises ValueError, naming the input, for other shapes, values that are not finite and values outside 0 to
+    1.
     """
     mask = _tensor(name, mask, "[masks, height, width]")
     shape = list(mask.shape)
@@ -49,11 +50,12 @@ def read_mask(name: str, mask: Any) -> torch.Tensor:
 def read_images(name: str, images: Any) -> torch.Tensor:
     """Images as [images, height, width, 3], float32, 0 to 1.
 
-    images: [images, height, width, channels] or [height, width, channels], floats. One channel becomes three
-    alike; a fourth one, alpha, is dropped, as the host's VAEEncode does. Values up to 0.5 outside of 0 to 1
-    are clipped, as the host's SaveImage does. Images that have the form already are returned as they are.
-    Raises ValueError, naming the input, for other shapes, whole numbers, values further outside and
-    values that are not finite.
+    images: [images, height, width, channels] or [height, width, channels], floats. One channel is repeated
+    three times; a fourth one, alpha, is dropped, as in the host's VAEEncode. Values up to 0.5 outside 0 to 1
+    are clipped, as in the host's SaveImage. Images already in that form are returned unchanged.
+
+    Raises ValueError, naming the input, for other shapes, integers, values further outside and values that
+    are not finite.
     """
     images = _tensor(name, images, "[images, height, width, channels]")
     shape = list(images.shape)
@@ -93,8 +95,8 @@ def samples_of(name: str, latent: dict[str, Any]) -> Any:
 def read_samples(name: str, samples: Any, model: Any) -> torch.Tensor:
     """A LATENT's `samples` as [images, channels, height, width] of the MODEL, float32.
 
-    Raises ValueError, naming the input, for latents of another rank (videos, audio, several in one),
-    of another family's channels, and for values that are not finite.
+    Raises ValueError, naming the input, for latents of another rank (videos, audio, several in one) or
+    another family's channels, and for values that are not finite.
     """
     channels = model.get_model_object("latent_format").latent_channels
     wanted = f"[images, {channels}, height, width]"
@@ -110,7 +112,7 @@ def read_samples(name: str, samples: Any, model: Any) -> torch.Tensor:
 
 
 def check_noise_mask(mask: torch.Tensor) -> None:
-    """Raise ValueError unless a noise mask, as the host has scaled it, is from 0 to 1."""
+    """Raise ValueError unless a noise mask, as scaled by the host, is from 0 to 1."""
     name = "the noise mask in latent_image"
     least, most = _range(name, mask, "make the mask again")
     if least < -_ROUNDING or most > 1 + _ROUNDING:

@@ -1,4 +1,4 @@
-"""Finds nodes that skip the network at some steps, where every step needs it."""
+"""Detects nodes that skip the network at some steps, for methods that need it at every step."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def refuse_cached_steps(model: Any) -> None:
 
 
 class NetworkRuns:
-    """Watches that the network runs for each prediction of a run, whatever other nodes do before it.
+    """Checks that the network runs for each prediction of a run, whatever other nodes do before it.
 
-    Of a network that TorchCompileModel compiles only its caller is watched: a graph of an earlier run is used
-    again without looking at the wrappers around the network.
+    If TorchCompileModel compiles the network, only its caller is watched: the graph of an earlier run is
+    reused without regard to the wrappers around the network.
     """
 
     def __init__(self) -> None:
         self._ran = False
 
     def attach(self, model_options: dict[str, Any]) -> dict[str, Any]:
-        """A copy of `model_options` whose model calls are watched; the original is not touched."""
+        """A copy of `model_options` whose model calls are watched; the original is unchanged."""
         options = comfy.model_patcher.create_model_options_clone(model_options)
         where = WrappersMP.APPLY_MODEL if TORCH_COMPILE_KWARGS in options else WrappersMP.DIFFUSION_MODEL
         add_wrapper_with_key(where, KEY, self._note, options, is_model_options=True)

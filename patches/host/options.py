@@ -1,4 +1,4 @@
-"""The options of model calls, read and replaced."""
+"""Reads and replaces the options of model calls."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def replace_options(
 
 
 def one_device(model_options: dict[str, Any]) -> dict[str, Any]:
-    """The same model options for calls that stay on the sampling's own device, however many it uses."""
+    """The same model options for calls that stay on the sampling's own device, even if it uses several."""
     return {name: value for name, value in model_options.items() if name != "multigpu_clones"}

@@ -15,9 +15,9 @@ class OutOfMemory(_HostsOwn):
 
 
 class memory_advice:
-    """A region whose out-of-memory errors say what to do and no longer hold the tensors of the failed calls.
+    """A context whose out-of-memory errors say what to do and no longer hold the tensors of the failed calls.
 
-    Raises OutOfMemory, once: from inside another region it passes unchanged.
+    Raises OutOfMemory, once: from inside another such context it passes unchanged.
     """
 
     def __init__(self, advice: str) -> None:

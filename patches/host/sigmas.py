@@ -1,4 +1,4 @@
-"""The noise levels of a sampling."""
+"""The sigmas of a sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def progress(model_sampling: Any, sigmas: torch.Tensor) -> torch.Tensor:
 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int, denoise: float) -> torch.Tensor:
-    """The last `steps` of a schedule, [steps + 1], as the host's BasicScheduler and KSampler count them.
+    """The sigmas of the last `steps` steps of a schedule, [steps + 1], as in the host's BasicScheduler and
+    KSampler.
 
     denoise: 0 to 1. Raises ValueError for 0.
     """

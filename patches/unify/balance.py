@@ -1,8 +1,8 @@
-"""Balancing UnifyEdit's two gradients over time (arXiv 2504.05594, Eqs. 12-15 as far as they are known).
+"""Balances UnifyEdit's two gradients over time (arXiv 2504.05594, Eqs. 12-15 as far as they are known).
 
-Published is the shape: the structure gradient's weight starts small and grows, the alignment gradient's does
-the opposite, with scaling factors beta and rate factors k. The function and its values are not published; the
-curves here are this pack's own choice.
+The paper publishes the shape: the structure gradient's weight starts small and grows, the alignment
+gradient's weight does the opposite, with scaling factors beta and rate factors k. It does not publish the
+function or its values; the curves here are this pack's own choice.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Balance:
     """How the gradients of structure (SAP) and alignment (CAA) are combined at each step.
 
     combination: `balanced`, unit-norm gradients with weights that change over time; `norm`, unit-norm
-        gradients with constant weights beta; `naive`, the direction of the plain sum, with the length that
-        `norm` would give two gradients at right angles.
+    gradients with constant weights beta; `naive`, the direction of the plain sum, with the length that `norm`
+    would give two orthogonal gradients.
     beta1, k1: of SAP, with the weight beta1 exp(-k1 (1 - p)), p from 0 at pure noise to 1 at the clean image.
     beta2, k2: of CAA, with the weight beta2 exp(-k2 p).
-    drawn: two curves in place of the exponentials, each of two or more values at equal distances from p = 0
-        to 1, which multiply beta1 and beta2; the k are not used.
+    drawn: two curves instead of the exponentials, each of two or more equally spaced values from p = 0 to 1.
+    They multiply beta1 and beta2; k1 and k2 are not used.
 
     Raises ValueError for an unknown combination, for factors that are negative or not finite, and for curves
     that are too short, negative or not finite.
@@ -69,10 +69,10 @@ class Balance:
     def direction(
         self, structure: torch.Tensor, alignment: torch.Tensor, weights: tuple[float, float]
     ) -> torch.Tensor:
-        """The combined gradient, row by row; a row whose gradient is zero or not finite adds nothing.
+        """The combined gradient, row by row. A row whose gradient is zero or not finite adds nothing.
 
-        structure, alignment: gradients of the two losses, [rows, ...]. weights: of `weights`; the result's
-        length is of their order.
+        structure, alignment: gradients of the two losses, [rows, ...].
+        weights: of `weights`; the result's length is of their order.
         """
         if self.combination == "naive":
             return math.hypot(*weights) * normalize(structure + alignment)
@@ -91,7 +91,7 @@ def row_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def normalize(gradient: torch.Tensor) -> torch.Tensor:
-    """`gradient` with every row's norm at 1; rows that are zero or not finite become zero."""
+    """`gradient` with norm 1 in every row; rows that are zero or not finite become zero."""
     norm = row_norm(gradient)
     usable = torch.isfinite(norm) & (norm > 0)
     return torch.where(usable, gradient / norm, torch.zeros_like(gradient))

@@ -1,4 +1,4 @@
-"""A description cut into words, each with its tokens, shown as the person wrote them."""
+"""Splits a description into words, each with its tokens and its original spelling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 # As the host finds them: at the beginning, behind a space, or behind the brackets of a prompt weight.
 _EMBEDDING = re.compile(r"(?<![^\s()])embedding:\s*((?:\\[()]|[^\s<\[()])*)")
 _WEIGHT = re.compile(r":[-+.\d]+$")
-# What other programs' prompts hold and the host encodes as text; weights among them that it does not read.
+# Marks of other programs that the host encodes as text, among them weights that it does not read.
 _SYNTAX = re.compile(r"<[A-Za-z]+:[^<>]*>|\bBREAK\b|(?<=:)\s*[-+]?\d*\.?\d+(?=\s*[)\]}])")
 _OPEN_WEIGHT = re.compile(r"[(\[{][^()\[\]{}:,]*:(\s*[-+]?\d*\.?\d+)(?=\s*(?:,|$))")
 _APOSTROPHE, _ENDINGS = "\u2019", ("s", "t", "re", "ve", "m", "ll", "d")
@@ -29,10 +29,14 @@ _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + n): byte for n,
 
 @dataclass(frozen=True)
 class Word:
-    """key: what makes it the same word elsewhere. text: as it was written. tokens: its positions in the
-    context, the start mark being 0. spoken: whether it says something, unlike punctuation and the marks of
-    other programs. span: where it is written, if that is known. sizes: the tokens' parts of `key`, in bytes;
-    an embedding has none.
+    """One word of a description.
+
+    key: equal for the same word elsewhere.
+    text: as written.
+    tokens: its positions in the context, the start mark being 0.
+    spoken: whether it has content, unlike punctuation and the marks of other programs.
+    span: its position in the text, if known.
+    sizes: the tokens' parts of `key`, in bytes; an embedding has none.
     """
 
     key: str
@@ -44,7 +48,7 @@ class Word:
     sizes: tuple[int, ...] = ()
 
     def part(self, text: str) -> Word | None:
-        """The tokens of the first place in this word where `text` stands, as a word; None if it does not."""
+        """The tokens of the first occurrence of `text`, as a word, in this word; None if there is none."""
         wanted = text.encode()
         begin = self.key.encode().find(wanted)
         if begin < 0:
@@ -56,14 +60,16 @@ class Word:
 
 
 def read_words(name: str, clip: Any, text: str) -> list[Word]:
-    """The words of a description; together they hold each of its tokens once.
+    """The words of a description; each token belongs to exactly one of them.
 
-    Letters, digits and accents that stand together are one word, whatever the tokenizer makes of them. A
-    textual-inversion embedding is one word, and another one is another word. Prompt weights and their
-    brackets are none.
+    Consecutive letters, digits and accents are one word, whatever the tokenizer makes of them. A
+    textual-inversion embedding is one word, different from any other embedding. Prompt weights and their
+    brackets belong to no word.
 
-    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model. Raises ValueError, naming the input, for
-    an empty text, more than one context, and an embedding that the host would leave out.
+    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model.
+
+    Raises ValueError, naming the input, for an empty text, more than one context, and an embedding that the
+    host would leave out.
     """
     if not text.strip():
         raise ValueError(f"{name} is empty: describe the image")
@@ -90,12 +96,12 @@ def read_words(name: str, clip: Any, text: str) -> list[Word]:
 
 
 def says_something(text: str) -> bool:
-    """Whether `text` holds a letter, a digit or a picture such as an emoji."""
+    """Whether `text` has a letter, a digit or a symbol such as an emoji."""
     return any(map(_says, text))
 
 
 def without_spaces(text: str) -> bool:
-    """Whether `text` is of letters without case only, such as Chinese ones, which need no spaces."""
+    """Whether `text` has only caseless letters, such as Chinese ones, which need no spaces."""
     return all(unicodedata.category(character) in ("Lo", "Lm", "Mn", "Mc") for character in text)
 
 
@@ -111,7 +117,7 @@ def _says(character: str) -> bool:
 
 
 def _cut(clip: Any, chunk: list[tuple[Any, float, int]]) -> Iterator[Word]:
-    """The tokenizer's own words, of which those with punctuation are cut where a token ends."""
+    """The tokenizer's own words; those with punctuation are split where a token ends."""
     pieces: list[tuple[int, bytes]] = []
     vectors: list[tuple[int, torch.Tensor]] = []
     last = 0
@@ -135,7 +141,7 @@ def _cut(clip: Any, chunk: list[tuple[Any, float, int]]) -> Iterator[Word]:
 
 
 def _runs(pieces: list[tuple[int, bytes]]) -> Iterator[Word]:
-    """One of the tokenizer's words, cut where tokens that say something meet tokens that do not."""
+    """One of the tokenizer's words, split between tokens with content and tokens without."""
     text = b"".join(part for _, part in pieces).decode("utf-8", "replace")
     begins, offset = {}, 0
     for character in text:
@@ -158,13 +164,13 @@ def _runs(pieces: list[tuple[int, bytes]]) -> Iterator[Word]:
 
 
 def _digest(vectors: Iterable[torch.Tensor]) -> str:
-    """What tells an embedding from another one."""
+    """Identifies an embedding."""
     parts = [vector.detach().to(device="cpu", dtype=torch.float32).contiguous() for vector in vectors]
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
 def _mentions(name: str, clip: Any, text: str) -> list[Word]:
-    """The embeddings that a text names, in its order, without tokens; none if the tokenizer knows of none."""
+    """The embeddings named in a text, in order, without tokens; none if the tokenizer has none."""
     found = []
     for match in _EMBEDDING.finditer(text):
         written = _WEIGHT.sub("", match[1]).strip(",")
@@ -181,7 +187,9 @@ def _mentions(name: str, clip: Any, text: str) -> list[Word]:
 
 
 def _check_embeddings(name: str, clip: Any, by_encoder: dict[str, Any]) -> None:
-    """Raise ValueError for vectors that the host would leave out, which moves what is behind them."""
+    """Raise ValueError for vectors that the host would leave out, which would shift the tokens behind
+    them.
+    """
     for encoder, chunks in by_encoder.items():
         wanted = getattr(getattr(clip.tokenizer, f"clip_{encoder}", None), "embedding_size", None)
         vectors = (token for chunk in chunks for token, *_ in chunk if isinstance(token, torch.Tensor))
@@ -208,7 +216,7 @@ class _Spelling:
         self._syntax += [match.span(1) for match in _OPEN_WEIGHT.finditer(text)]
 
     def find(self, word: Word, mentions: list[Word]) -> Word:
-        """`word` as it is written; one inside the marks of another program says nothing."""
+        """The spelling of `word`. A word inside a mark of another program has no content."""
         if word.embedding:
             if self._mention == len(mentions):
                 return word
@@ -227,8 +235,10 @@ class _Spelling:
 
 
 def _joined(words: list[Word], text: str) -> list[Word]:
-    """Words with those made one that are written as one: digits, what follows on an accent, and the endings
-    that the tokenizer knows behind a straight apostrophe only.
+    """Merges tokenizer words that are written as one word.
+
+    These are digits, what follows an accent, and the endings that the tokenizer recognises behind a straight
+    apostrophe only.
     """
     found: list[Word] = []
     for word in words:

@@ -1,4 +1,4 @@
-"""One edit from a latent to a latent: inversion and sampling, through the host's own guider."""
+"""Edits a latent: inversion and sampling, through the host's own guider."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def edit_latent(
     words: float,
     options: UnifyOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
-    """The edited latent; where it was edited, [rows or 1, height, width] in pixels; what the run recorded.
+    """The edited latent; the edit region, [rows or 1, height, width] in pixels; the run's Trace.
 
-    samples: [images, channels, height, width] as a VAE gives it. noise_mask: of the LATENT, or None. source,
-    edit, negative: CONDITIONING; zeros in place of a negative one.
-    mask: as in UnifySettings. structure, words: the balance's beta1 and beta2.
+    samples: [images, channels, height, width] as a VAE gives it.
+    noise_mask: of the LATENT, or None.
+    source, edit, negative: CONDITIONING; without a negative one zeros.
+    mask: as in UnifySettings.
+    structure, words: the balance's beta1 and beta2.
 
-    Raises ValueError for what the inversion or the sampler refuses, and where the balance in `options` and
-    structure or words disagree.
+    Raises ValueError for anything that the inversion or the sampler refuses, and if the balance in `options`
+    conflicts with structure or words.
     """
     settings = {
         "edit_tokens": edit_tokens,
@@ -81,7 +83,7 @@ def edit_latent(
 
 
 def _zeros(conditioning: list[Any]) -> list[Any]:
-    """Zeros in place of a text, as the host's ConditioningZeroOut makes them."""
+    """Zeros instead of a text, as in the host's ConditioningZeroOut."""
     found = []
     for text, values in conditioning:
         pooled = values.get("pooled_output")
@@ -95,7 +97,7 @@ def _zeros(conditioning: list[Any]) -> list[Any]:
 
 
 def _balance(structure: float, words: float, wired: Balance | None) -> Balance:
-    """The balance that both strengths and the one in the options ask for."""
+    """The balance from both strengths and the options."""
     for name, given in (("structure", structure), ("words", words)):
         if not math.isfinite(given) or given < 0:
             raise ValueError(f"{name} is {given} but must be 0 or a positive number")

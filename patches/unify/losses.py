@@ -1,9 +1,9 @@
-"""UnifyEdit's two losses on attention maps (arXiv 2504.05594), as this pack defines them.
+"""UnifyEdit's two losses on attention maps (arXiv 2504.05594), as defined by this pack.
 
-The paper's settings are not published in full; the docstrings say what was chosen here.
+The paper does not publish all of its settings; the docstrings say what was chosen here.
 
-Both are sums over layers. Values and derivatives by queries and keys are computed for one layer, and one
-piece of its map, at a time: never more than one piece's probabilities are in memory.
+Both are sums over layers. Values and derivatives with respect to queries and keys are computed for one layer
+and one piece of its map at a time, so only one piece's probabilities are ever in memory.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ def structure_loss(
     target: Mapping[str, Projections],
     regions: Mapping[str, torch.Tensor] | None = None,
 ) -> LossGradient:
-    """Self-attention preservation: L_SAP = sum (A_self - A*_self)^2, or, in a region M,
-    L_R-SAP = sum (M^ A_self - M^ A*_self)^2 with M^ = M M^T.
+    """Self-attention preservation: L_SAP = sum (A_self - A*_self)^2.
 
-    Summed over queries and keys, so that every resolution weighs the same; averaged over heads and layers.
-    source, target: the same layers, each with as many queries as keys. regions: M at each layer, [rows or 1,
-    tokens], 0 to 1; None for everywhere. Values are at least 0.
+    In a region M: L_R-SAP = sum (M^ A_self - M^ A*_self)^2 with M^ = M M^T. Summed over queries and keys, so
+    that every resolution has the same weight; averaged over heads and layers. Values are at least 0.
+
+    source, target: the same layers, each with as many queries as keys.
+    regions: M at each layer, [rows or 1, tokens], 0 to 1; None for everywhere.
     """
 
     def part(key: str, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
@@ -55,19 +56,20 @@ def alignment_loss(
 ) -> LossGradient:
     """Cross-attention alignment, averaged over heads, layers and words.
 
-    With A a word's attention (the sum over its tokens) and M the mask as weight of each image token:
+    With A a word's attention (the sum over its tokens) and M the mask as a weight of each image token:
 
-    token_ratio    (1 - R)^2, R = mean over M of A / (attention that the description's own tokens get): the
-                   token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding,
-                   which take most of the attention and are not part of the edit. 0 to 1. It needs no
-                   outside: without a mask it is the loss for an edit of the whole image.
-    spatial_ratio  3 - 4 R, R = sum over M of A / sum over all tokens of A: the spatial ratio of MAG-Edit.
-                   -1 to 3.
-    area_ratio     -R^2, R = mean over M of A / mean over 1 - M of A: UnifyEdit's ratio in the form that a
-                   summary of the paper gives; without a lower bound.
+    token_ratio: (1 - R)^2, R = mean over M of A / (attention that the description's own tokens get). The
+    token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding, which get most of the
+    attention and are not part of the edit. 0 to 1. It needs no outside: without a mask it is the loss for an
+    edit of the whole image.
+    spatial_ratio: 3 - 4 R, R = sum over M of A / sum over all tokens of A. The spatial ratio of MAG-Edit. -1
+    to 3.
+    area_ratio: -R^2, R = mean over M of A / mean over 1 - M of A. UnifyEdit's ratio in the form that a
+    summary of the paper gives; without a lower bound.
 
-    target: queries are the image's tokens, keys the text's. masks: [rows or 1, tokens] at each layer, 0 to 1,
-    not all zero, and not all one where the form compares inside and outside.
+    target: queries are the image's tokens, keys the text's.
+    masks: [rows or 1, tokens] at each layer, 0 to 1, not all zero, and not all one if the form compares
+    inside and outside.
     """
 
     def part(key: str, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
@@ -87,7 +89,7 @@ def alignment_loss(
 
 
 def _derive(target: Mapping[str, Projections], part: _Part, whole_heads: bool = False) -> LossGradient:
-    """The sum of all parts, and its derivatives by those queries and keys that have a gradient."""
+    """The sum of all parts, and its derivatives with respect to the queries and keys that have a gradient."""
     values, parts = [], []
     for key, layer in target.items():
         ends = [tensor for tensor in (layer.q, layer.k) if tensor.requires_grad]

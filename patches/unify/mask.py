@@ -1,4 +1,4 @@
-"""An edit mask from where the edit's words look (the idea of Prompt-to-Prompt's LocalBlend)."""
+"""Finds an edit mask from where the edit's words attend (the idea of Prompt-to-Prompt's LocalBlend)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tokens import EditTokens
 from .words import Words, edit_words, source_words
 
 THRESHOLD = 0.3  # LocalBlend's
-# Where the path is read: the picture is there, and still moves with the words.
+# Where the path is read: the image exists there and still follows the words.
 PROGRESS = (0.5, 0.7, 0.9)
 
 
@@ -35,12 +35,14 @@ def find_mask(
     plan: Sequence[Step],
     x: torch.Tensor,
 ) -> torch.Tensor:
-    """Where the edit's words look in the inverted image, and where their partners of the source description
-    do.
+    """Where the edit's words, and the words they replace in the source description, attend in the inverted
+    image.
 
-    target: the edit description as the model takes it. tokens: one for all rows, or one for each. layers:
-    cross-attentions to read. plan: the steps of the inversion. x: any latent of the sampling,
-    [rows, channels, height, width].
+    target: the edit description as the model takes it.
+    tokens: one for all rows, or one for each.
+    layers: cross-attentions to read.
+    plan: the steps of the inversion.
+    x: any latent of the sampling, [rows, channels, height, width].
 
     Returns [rows, height, width] of 0 and 1 on the latent's grid.
     """
@@ -77,10 +79,13 @@ def find_mask_of_image(
 ) -> torch.Tensor:
     """`find_mask` of an image that is not inverted: noise is added to it.
 
-    samples: [images, channels, height, width] as a VAE gives it. source, edit: CONDITIONING. cross_attn_res:
-    tokens a side; the nearest grid that the model has is read. Returns
-    [images, height, width] of 0 and 1 in pixels. Raises ValueError as `invert_virtually` does, and
-    for an edit description without an entry for the whole image.
+    samples: [images, channels, height, width] as a VAE gives it.
+    source, edit: CONDITIONING.
+    cross_attn_res: tokens per side; the model's nearest grid is read.
+
+    Returns [images, height, width] of 0 and 1 in pixels.
+    Raises ValueError as `invert_virtually` does, and for an edit description without an entry for the whole
+    image.
     """
     samples = read_samples("latent", samples, model)
     sampling: Any = model.get_model_object("model_sampling")
@@ -131,17 +136,18 @@ def word_attention(
     height: int,
     width: int,
 ) -> torch.Tensor:
-    """Where the words look: their share of the attention that their description gets, averaged over heads,
-    words and layers.
+    """The words' share of the attention that their description gets, averaged over heads, words and layers.
 
-    attention: at each of `layers`, queries are the image's tokens and keys the text's. height, width: the
-    latent's. Returns [rows, height, width], 0 to 1; 0 for a row without words.
+    attention: at each of `layers`; queries are the image's tokens and keys the text's.
+    height, width: the latent's.
+
+    Returns [rows, height, width], 0 to 1; 0 for a row without words.
     """
     found = []
     for layer in layers:
         probabilities = attention[layer.key].mean()
         described = einsum(probabilities, words.description, "b p t, b t -> b p")
-        # A sum over words that are weighted: what a row is padded with has no weight.
+        # A weighted sum over words: padding has no weight.
         looks = einsum(probabilities, words.tokens, words.weights, "b p t, b w t, b w -> b p")
         rows, columns = layer.grid(height, width)
         share = rearrange(looks / described, "b (h w) -> b 1 h w", h=rows, w=columns)
@@ -150,11 +156,14 @@ def word_attention(
 
 
 def attention_mask(attention: Sequence[torch.Tensor]) -> torch.Tensor:
-    """1 where attention is high: each map brought to 0..1 image by image, their average brought to 0..1
-    again, and cut at THRESHOLD.
+    """1 where attention is high.
 
-    attention: maps of [rows, height, width], as many as there are readings. Returns [rows, height, width] of
-    0 and 1, with at least one 1 in each row.
+    Each map is scaled to 0 to 1 image by image, their average is scaled to 0 to 1 again, and cut at
+    THRESHOLD.
+
+    attention: maps of [rows, height, width], one for each reading.
+
+    Returns [rows, height, width] of 0 and 1, with at least one 1 in each row.
     """
     return (_stretch(sum(map(_stretch, attention), torch.zeros(()))) >= THRESHOLD).float()
 

@@ -1,16 +1,16 @@
-"""Memory of UnifyEdit's gradients, which the host is asked to make room for.
+"""Estimates the memory of UnifyEdit's gradients, which is requested from the host.
 
-Counted is the peak, for a forward whose weights have no gradient:
+The estimate is the peak, for a forward whose weights have no gradient:
 
 - What autograd keeps. Of a ResBlock: the inputs of both norms, activations and convolutions. Of a
-  transformer: its input, those of its convolutions, and of each of its blocks 21 times its tokens (inputs of
-  three norms; queries, keys, values and results of attention; 12 for the gated feed-forward). With
-  checkpointing: the layers' inputs, and the recorded queries and keys.
+transformer: its input, those of its convolutions, and of each of its blocks 21 times its tokens (inputs of
+three norms; queries, keys, values and results of attention; 12 for the gated feed-forward). With
+checkpointing: the layers' inputs, and the recorded queries and keys.
 - The source's queries and keys.
-- The larger one of two phases. A loss: its derivatives by queries and keys in float32, and one piece of a
-  map: its probabilities, the source's, their difference, and two more for its gradient. The way back: those
-  derivatives in the network's dtype, what exists on the way back through one block of a transformer, and,
-  with checkpointing, the inside of one block.
+- The larger of two phases. A loss: its derivatives with respect to queries and keys in float32, and one piece
+of a map: its probabilities, the source's, their difference, and two more for its gradient. The backward pass:
+those derivatives in the network's dtype, what exists during the backward pass through one block of a
+transformer, and, with checkpointing, the inside of one block.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ _BLOCK, _BACK, _MAPS = 21, 16, 5
 def plan_memory(
     guider: comfy.samplers.CFGGuider, x: torch.Tensor, layers: Layers, checkpoint: bool
 ) -> tuple[float, bool]:
-    """Bytes that a gradient takes, and whether blocks are computed again for it: where `checkpoint` says so,
-    and where weights are streamed and their copies do not fit otherwise.
+    """Bytes of a gradient, and whether blocks are computed again for it.
 
-    guider: the host's, in a run. x: the latent that is sampled.
+    They are if `checkpoint` says so, or if weights are streamed and their copies do not fit otherwise.
+
+    guider: the host's, in a run.
+    x: the sampled latent.
     """
     patcher, model, network = guider.model_patcher, guider.inner_model, layers.network
     itemsize, streamed = model.get_dtype_inference().itemsize, weights_streamed([patcher])
@@ -67,7 +69,7 @@ def backward_bytes(
     itemsize: int,
     checkpoint: bool,
 ) -> int:
-    """Bytes that the graph from a latent to the recorded attentions, their losses and gradients take.
+    """Bytes of the graph from a latent to the recorded attentions, with their losses and gradients.
 
     shape: the latent's, [rows, channels, height, width].
     itemsize: bytes of a number in the network.
@@ -94,8 +96,10 @@ def backward_bytes(
 
 
 def _graph(network: Network, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:
-    """Numbers of a row up to the last of `paths`: what autograd keeps of the blocks' inputs, and of the
-    inside of each block; and what is on the way back through the largest block of a transformer.
+    """Numbers per row up to the last of `paths`.
+
+    They are what autograd keeps of the blocks' inputs and of the inside of each block, and what exists during
+    the backward pass through the largest block of a transformer.
     """
     kept, inside, back = 0, [], 0
     for block in network.blocks(height, width):
@@ -115,9 +119,10 @@ def _graph(network: Network, paths: set[str], height: int, width: int) -> tuple[
 def copied_bytes(
     network: Network, layers: Collection[AttentionLayer], itemsize: int, checkpoint: bool
 ) -> int:
-    """Bytes of the weights that a gradient keeps copies of where the host streams them (`gradients`): of
-    every block up to the last of `layers`, or of the largest one, where blocks are computed again one at a
-    time.
+    """Bytes of the weights that a gradient keeps copies of if the host streams them (`gradients`).
+
+    They are the weights of every block up to the last of `layers`, or of the largest one if blocks are
+    computed again one at a time.
     """
     paths, weights = {layer.path for layer in layers}, [0]
     for block in network.blocks(1, 1):

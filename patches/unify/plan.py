@@ -1,4 +1,4 @@
-"""What UnifyEdit does at each step of a sampling, and at which layers; planned before the first step."""
+"""Plans UnifyEdit's steps and layers before the first step of a sampling."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from .settings import UnifySettings
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the sampling. progress: 0 at pure noise, 1 at the clean image. structure, alignment: the
-    weights of both losses, 0 where the latent is not optimised.
+    """One step of the sampling.
+
+    progress: 0 at pure noise, 1 at the clean image.
+    structure, alignment: the weights of both losses, 0 where the latent is not optimised.
     """
 
     sigma: float
@@ -29,7 +31,7 @@ class Step:
 def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tensor) -> list[Step]:
     """The steps of a sampling through `sigmas`, [steps + 1].
 
-    Raises ValueError if there is something to optimise and no step in which to do so.
+    Raises ValueError if there is something to optimise but no step for it.
     """
     balance, options = settings.balance, settings.options
     first, last = (
@@ -51,7 +53,7 @@ def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tenso
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """Where the losses look: self-attention for structure, cross-attention for words."""
+    """Layers that the losses read: self-attention for structure, cross-attention for words."""
 
     network: Network
     structure: tuple[AttentionLayer, ...]
@@ -59,7 +61,7 @@ class Layers:
 
 
 def choose_layers(settings: UnifySettings, plan: Sequence[Step], network: Network, x: torch.Tensor) -> Layers:
-    """The layers at which the losses that have a weight look, for a latent `x`."""
+    """The layers read by the losses that have a weight, for a latent `x`."""
     options, (height, width), layers = settings.options, x.shape[-2:], network.layers.values()
     structure, words = (), ()
     if any(step.structure for step in plan):

@@ -1,10 +1,9 @@
-"""UnifyEdit's sampler (arXiv 2504.05594): Euler steps whose latent is moved, before each, by two attention
-losses.
+"""UnifyEdit's sampler (arXiv 2504.05594): before each Euler step two attention losses move the latent.
 
-Source branch: the inversion's latents, run with the source description. Target branch: the latent that is
-sampled, run with the guider's positive conditioning. At each step the target latent takes gradient steps on
-structure (SAP) and alignment (CAA), then the guider predicts as usual and the latent goes one Euler step
-down, which is a DDIM step without noise of its own.
+Source branch: the inversion's latents, run with the source description. Target branch: the sampled latent,
+run with the guider's positive conditioning. At each step the target latent takes gradient steps on structure
+(SAP) and alignment (CAA). Then the guider predicts as usual and the latent takes one Euler step, which is a
+DDIM step without added noise.
 """
 
 from __future__ import annotations
@@ -42,14 +41,15 @@ ADVICE = (
 class UnifySampler(comfy.samplers.KSAMPLER):
     """SAMPLER that edits an inverted image.
 
-    It starts from the inversion's noise and keeps the inverted image outside a noise mask. Of the latent it
-    is given only the size, the number of images and the noise mask count.
+    It starts from the inversion's noise and keeps the inverted image outside a noise mask. Of the given
+    latent only the size, the number of images and the noise mask are used.
 
-    door: entered around the pack's own code in a run. report: is given the run's Trace.
+    door: context that is entered around the pack's own code in a run.
+    report: called with the run's Trace.
 
     Raises ValueError before the first step if the inversion does not belong to the guider's model, the
-    latent's size or the sigmas, or if the settings do not fit them; and after the last if an image had no
-    usable gradient in any step.
+    latent's size or the sigmas, or if the settings do not fit them. Raises ValueError after the last step if
+    an image had no usable gradient in any step.
     """
 
     def __init__(

@@ -18,27 +18,28 @@ TARGETS = ("latent", "noise")
 
 @dataclass(frozen=True, kw_only=True)
 class UnifyOptions:
-    """What few edits need to change.
+    """Settings that few edits need.
 
     balance: how both gradients are weighted, or None for the default curves.
     alignment: form of the alignment loss, one of FORMS.
     structure_region: where structure is kept, one of REGIONS of the mask; everywhere if there is no mask or
-        it covers the whole image.
-    max_self_attn_res: structure is kept at the self-attention layers with at most this many tokens a side,
-        or at the coarsest.
-    cross_attn_res: words are aligned at the cross-attention layers whose grid is closest to this many tokens
-        a side.
-    structure_layers, word_layers: names of layers, separated by commas, in place of the two.
+    it covers the whole image.
+    max_self_attn_res: structure is kept at the self-attention layers with at most this many tokens per side,
+    or at the coarsest.
+    cross_attn_res: words are aligned at the cross-attention layers with the grid closest to this many tokens
+    per side.
+    structure_layers, word_layers: names of layers, separated by commas, instead of the two above.
     update_target: `latent` moves the latent before each prediction; `noise` adds the gradient to the
-        predicted noise instead.
+    predicted noise.
     inner_steps: gradient steps before each prediction, 1 or more.
     start_percent, end_percent: the part of the sampling in which the latent is optimised, 0 to 1.
-    auto_mask: find a mask in the cross-attention where none is given.
-    inversion: mode of the inversion, one of MODES; virtual_seed: of the mode `virtual`; refine: of the mode
-        `ddim`. For a run that inverts the image itself.
-    checkpointing: compute the layers again in the backward pass: less memory, more time, the same result.
+    auto_mask: find a mask in the cross-attention if none is given.
+    inversion: mode of the inversion, one of MODES, for a run that inverts the image itself.
+    virtual_seed: of the mode `virtual`.
+    refine: of the mode `ddim`.
+    checkpointing: compute the layers again in the backward pass: less memory, more time, same result.
 
-    Raises ValueError for values out of range and for what does not go together.
+    Raises ValueError for values out of range and for invalid combinations.
     """
 
     balance: Balance | None = None
@@ -83,12 +84,12 @@ class UnifyOptions:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UnifySettings:
-    """What one edit is told.
+    """Settings of one edit.
 
     edit_tokens: one for all images, or one for each.
-    mask: [rows or 1, height, width], 1 where the edit happens, or None for the whole image.
+    mask: [rows or 1, height, width], 1 in the edit region, or None for the whole image.
 
-    Raises ValueError for a mask that does not fit the inverted image, and for what does not go together.
+    Raises ValueError for a mask that does not fit the inverted image, and for invalid combinations.
     """
 
     inversion: Inversion
@@ -110,11 +111,11 @@ class UnifySettings:
 
     @property
     def compares(self) -> bool:
-        """Whether a loss compares inside and outside of the mask."""
+        """Whether a loss compares inside and outside the mask."""
         return self.options.alignment != FORMS[0] and self.balance.beta2 > 0
 
     def check_cover(self, mask: torch.Tensor, name: str = "mask") -> None:
-        """Raise ValueError if a mask covers nothing, or everything where an outside is needed."""
+        """Raise ValueError if a mask covers nothing, or everything although an outside is needed."""
         where = "" if len(mask) == 1 else " of image {}"
         ends = torch.stack(mask.flatten(1).aminmax(dim=1), dim=1).tolist()
         for number, (least, most) in enumerate(ends, start=1):

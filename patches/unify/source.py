@@ -45,12 +45,13 @@ class Source:
     ) -> tuple[Mapping[str, Projections], torch.Tensor | float]:
         """The self-attention at `layers`, and what to add to the denoised prediction of the target.
 
-        x: the target latent, [rows, ...]; sigma: [rows].
+        x: the target latent, [rows, ...].
+        sigma: [rows].
 
-        Stored inversion: nothing to add, and no call at all if there are no layers. Virtual inversion: the
-        source's own prediction should be the clean image x_0; its error is taken off the target's,
-        D* + (x_0 - D_s), which is InfEdit's x_0 + (x*_t - x^s_t) - sigma (eps* - eps_s) (arXiv 2312.04965) in
-        denoised space. A target that is predicted as the source comes out as x_0, exactly.
+        Stored inversion: nothing is added, and without layers there is no model call. Virtual inversion: the
+        source's own prediction should be the clean image x_0; its error is subtracted from the target's, D* +
+        (x_0 - D_s). This is InfEdit's x_0 + (x*_t - x^s_t) - sigma (eps* - eps_s) (arXiv 2312.04965) in
+        denoised space. If the target is predicted like the source, the result is x_0, exactly.
         """
         entry, virtual = self.entry(step), self.inversion.virtual
         if entry is None or not (layers or virtual):
@@ -74,12 +75,15 @@ def open_source(
     extra_args: dict[str, Any],
     memory: float,
 ) -> Generator[tuple[Source, list[ModelPatcher]]]:
-    """The source branch, and the models that a call runs; what the source description loaded (ControlNets)
-    is let go of afterwards.
+    """The source branch, and the models that a call runs. Models loaded by the source description
+    (ControlNets) are released afterwards.
 
-    guider: the host's, in a run. x: the latent that is sampled, [rows, ...]. options: the model options of
-    every call. memory: bytes that the run needs beside what the host has made room for. Raises ValueError if
-    the inversion is virtual and its description is silent at a step.
+    guider: the host's, in a run.
+    x: the sampled latent, [rows, ...].
+    options: the model options of every call.
+    memory: bytes that the run needs beyond what the host has reserved.
+
+    Raises ValueError if the inversion is virtual and its description is inactive at a step.
     """
     conds = {"positive": comfy.sampler_helpers.convert_cond(inversion.conditioning)}
     comfy.samplers.preprocess_conds_hooks(conds)

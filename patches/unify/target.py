@@ -1,4 +1,4 @@
-"""UnifyEdit's target branch: the latent that is sampled, run with the edit description for its gradients."""
+"""UnifyEdit's target branch: the sampled latent, run with the edit description for its gradients."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ from .words import Words, edit_words
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """What one latent's losses give.
+    """Gradients of both losses at one latent.
 
-    structure, alignment: gradients at the latent, [rows, channels, height, width], float32; zero for a loss
-        without a weight.
+    structure, alignment: [rows, channels, height, width], float32; zero for a loss without a weight.
     values: [4, rows], as in a Trace.
-    reordered: what must be checked after the run, of `check_order`.
+    reordered: to be checked after the run by `check_order`.
     """
 
     structure: torch.Tensor
@@ -52,7 +51,8 @@ class Target:
     words: the edit's words by the number of tokens in the context.
     masks: the edit mask at each layer for words, [rows or 1, tokens].
     regions: where structure is kept at each layer for it, [rows or 1, tokens]; None for everywhere.
-    alignment: form of the alignment loss. checkpointing: whether layers are computed again in the backward.
+    alignment: form of the alignment loss.
+    checkpointing: whether layers are computed again in the backward pass.
     """
 
     model: BaseModel
@@ -75,8 +75,9 @@ class Target:
     ) -> Gradients | None:
         """Both losses' gradients at the latent `x`; None if there is nothing to differentiate.
 
-        x: [rows, channels, height, width]. reference: the source's self-attention, empty if structure has no
-        weight. words: whether alignment has a weight.
+        x: [rows, channels, height, width].
+        reference: the source's self-attention, empty if structure has no weight.
+        words: whether alignment has a weight.
         """
         entry = active_entry(self.entries, sigma)
         if entry is None or not (words or reference):
@@ -141,8 +142,9 @@ def make_target(
 ) -> Target:
     """The target branch of the sampling of `x`, [rows, channels, height, width].
 
-    guider: the host's, in a run. tokens: one for all rows, or one for each. mask: where the edit happens,
-    [rows or 1, any height, any width], or None for the whole image.
+    guider: the host's, in a run.
+    tokens: one for all rows, or one for each.
+    mask: 1 in the edit region, [rows or 1, any height, any width], or None for the whole image.
     """
     return Target(
         model=guider.inner_model,
@@ -161,7 +163,7 @@ def make_target(
 def _regions(
     region: str, mask: torch.Tensor | None, layers: Sequence[AttentionLayer], x: torch.Tensor
 ) -> dict[str, torch.Tensor] | None:
-    """Where structure is kept; None for everywhere, as without a mask or with one of the whole image."""
+    """Where structure is kept; None for everywhere, as without a mask or with a mask of the whole image."""
     if region == "everywhere" or mask is None:
         return None
     whole = (mask >= 1).flatten(1).all(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Which tokens of the edit description carry the edit, as positions in the context that the UNet sees."""
+"""Finds the tokens of the edit description that carry the edit, as positions in the context of the UNet."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ _COMMAS = re.compile("[,\uff0c\u3001\u060c]")
 class EditWord:
     """One word or phrase of the edit description.
 
-    tokens: its positions in the context, the start mark being 0. source_tokens: positions in the source
-    description's context of what it replaces or repeats; empty if nothing there corresponds.
+    tokens: its positions in the context, the start mark being 0.
+    source_tokens: positions in the source description's context of what it replaces or repeats; empty if
+    there is no counterpart.
     """
 
     text: str
@@ -29,10 +30,10 @@ class EditWord:
 
 @dataclass(frozen=True)
 class EditTokens:
-    """EDIT_TOKENS: the words that carry the edit, and how the two descriptions lie beside each other.
+    """EDIT_TOKENS: the words that carry the edit, and the alignment of the two descriptions.
 
-    edit_length, source_length: tokens between start and end mark. alignment: pairs (edit position, source
-    position) of the tokens that both descriptions share.
+    edit_length, source_length: tokens between start and end mark.
+    alignment: pairs (edit position, source position) of the tokens that both descriptions share.
     """
 
     words: tuple[EditWord, ...]
@@ -42,7 +43,7 @@ class EditTokens:
     note: str = ""
 
     def describe(self) -> str:
-        """The words and their positions, one a line, for people."""
+        """The words and their positions as text, one per line."""
         lines = []
         for word in self.words:
             line = f"{word.text}: token {_listing(word.tokens)}"
@@ -53,15 +54,14 @@ class EditTokens:
 def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditTokens:
     """Find the edit's tokens: the words of `edit` that are not in `source`, or the given ones.
 
-    If `edit` only leaves words out, the words that stood beside them are taken, and the result says so.
-    Punctuation, case, spaces and prompt weights such as "(red:1.3)" make no difference.
+    If `edit` only removes words, their neighbours are taken, and the result says so. Punctuation, case,
+    spaces and prompt weights such as "(red:1.3)" do not count.
 
-    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model. words: separated by commas, phrases allowed; all
-    occurrences count.
+    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model.
+    words: separated by commas, phrases allowed; all occurrences count.
 
-    Raises ValueError for an empty description, descriptions of the same words where none are named, a
-    description longer than one context, an embedding that is not there, and a word that is not in the edit
-    description.
+    Raises ValueError for an empty description, descriptions with the same words if none are named, a
+    description longer than one context, a missing embedding, and a word that is not in the edit description.
     """
     all_source, all_edit = (_read(clip, source, "source_description"), _read(clip, edit, "edit_description"))
     source_words, edit_words = _spoken(all_source), _spoken(all_edit)
@@ -116,7 +116,7 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
 
 
 def _read(clip: Any, text: str, name: str) -> list[Word]:
-    """The words of a description, punctuation among them; one of them says something."""
+    """The words of a description, punctuation included; at least one of them has content."""
     found = read_words(name, clip, text)
     if not _spoken(found):
         raise ValueError(f"{name} {text!r} holds no word: describe the image")
@@ -141,7 +141,7 @@ def _telling(words: list[Word]) -> list[Word]:
 
 
 def _beside(gaps: list[int], words: list[Word]) -> list[Word]:
-    """For each gap, the next word that is no article, or else the last one before it."""
+    """For each gap, the next word that is not an article, or else the last one before it."""
     telling = _telling(words)
     places = [place for place, word in enumerate(words) if word in telling]
     found = sorted({next((place for place in places if place >= gap), places[-1]) for gap in gaps})
@@ -149,8 +149,10 @@ def _beside(gaps: list[int], words: list[Word]) -> list[Word]:
 
 
 def _occurrences(clip: Any, phrase: str, there: list[Word], edit: str) -> list[Word]:
-    """The words of `there` that `phrase` names, with its punctuation or, if it is not there so, without; in
-    scripts without spaces also a part of a word.
+    """The words of `there` that `phrase` names.
+
+    Matched with its punctuation, or without if there is no match; in scripts without spaces also a part of a
+    word.
     """
     wanted = read_words("words", clip, phrase) if phrase.strip() else []
     for sought, words in ((wanted, there), (_spoken(wanted), _spoken(there))):

@@ -1,4 +1,4 @@
-"""What a run of UnifyEdit's sampler records of itself."""
+"""The record of a run of UnifyEdit's sampler."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOSSES = ("structure", "alignment")
 class Record:
     """One gradient step.
 
-    at: the step of the sampling, with inner steps at equal distances up to the next one.
+    at: the step of the sampling; inner steps are equally spaced up to the next one.
     values: [4, images], both losses and then the norms of their gradients, in LOSSES' order; NaN for a loss
-        that had no weight or was not finite.
+    that had no weight or was not finite.
     usable: [images], whether the latent was moved.
-    reordered: layers whose tokens another node replaced, as `check_order` takes them.
+    reordered: layers whose tokens another node replaced, for `check_order`.
     """
 
     at: float
@@ -36,9 +36,9 @@ class Record:
 class Trace:
     """One run, with a record for each gradient step.
 
-    steps: how many the sampling had.
+    steps: number of steps of the sampling.
     at, values, usable: of each record; [records], [records, 4, images] and [records, images].
-    mask: [rows or 1, height, width] of where the edit happened, given or found; None for the whole image.
+    mask: [rows or 1, height, width], the given or found edit region; None for the whole image.
     """
 
     steps: int
@@ -48,8 +48,11 @@ class Trace:
     mask: torch.Tensor | None
 
     def draw(self) -> torch.Tensor:
-        """Losses and gradient norms by step, as in the paper's Fig. 5, each curve relative to its own
-        largest value, which is in its name. Crosses are skipped gradient steps. IMAGE, one for each image.
+        """Plots losses and gradient norms by step, as in the paper's Fig. 5. Returns an IMAGE, one for each
+        image.
+
+        Each curve is relative to its own largest value, which its label gives. Crosses are skipped gradient
+        steps.
         """
         pictures = []
         for curves, moves in zip(self.values.permute(2, 1, 0).tolist(), self.usable.T.tolist(), strict=True):
@@ -65,10 +68,10 @@ class Trace:
 def make_trace(
     plan: Sequence[Step], records: Sequence[Record], images: int, mask: torch.Tensor | None
 ) -> Trace:
-    """What a run leaves. Warns of gradient steps that were not usable.
+    """The Trace of a run. Warns of gradient steps that were not usable.
 
     Raises ValueError if the latent should have been optimised and an image was not, or if another node had
-    put tokens into another order.
+    reordered tokens.
     """
     mask = None if mask is None else mask.cpu()
     if not records:

@@ -1,4 +1,4 @@
-"""The edit's words as weights over a context's positions, image by image."""
+"""The edit's words as weights over the positions of a context, image by image."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .tokens import EditTokens
 class Words:
     """The words of each row of a batch.
 
-    tokens: [rows or 1, words, context], 1 at each word's tokens. description: [rows or 1, context], 1 at the
-    description's own tokens: neither the start mark nor the padding. weights: [rows or 1, words], each word's
-    part in its row, which sum to 1; 0 for what pads a row that has fewer words than another, and all 0 for
-    a row without words.
+    tokens: [rows or 1, words, context], 1 at each word's tokens.
+    description: [rows or 1, context], 1 at the description's own tokens: not the start mark, not the padding.
+    weights: [rows or 1, words], each word's weight in its row, which sum to 1; 0 for padding in a row that
+    has fewer words than another, and all 0 for a row without words.
     """
 
     tokens: torch.Tensor
@@ -48,8 +48,8 @@ def edit_words(rows: Sequence[EditTokens], context: int) -> Words:
 
 
 def source_words(rows: Sequence[EditTokens], context: int) -> Words:
-    """What each row's edit words replace or repeat in the source description; words without such a partner
-    are left out.
+    """The source description's words that each row's edit words replace or repeat; words without a
+    counterpart are left out.
 
     Raises ValueError for a position that is not in the context.
     """
@@ -79,7 +79,7 @@ def _words(
         torch.zeros(len(rows), most),
     )
     for row, (words, length) in enumerate(zip(rows, lengths, strict=True)):
-        # What pads a row repeats a word: losses stay finite, and the weight 0 takes it out.
+        # Padding repeats a word, so that losses stay finite; its weight 0 removes it.
         padding = [words[0]] * (most - len(words)) if words else []
         for place, word in enumerate([*words, *padding]):
             for token in word:
