@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -306,6 +307,32 @@ def test_two_objects_are_learned_from_the_shipped_weights_on(
     save_file({**other, "text.tokens": host_words}, packed)
     with pytest.raises(ValueError, match="was trained on other words"):
         train_two.train_diffusion.packed(packed)
+
+
+def test_a_bridge_learns_on_from_the_shipped_one(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the bridge when the model itself has learned more: it starts as the shipped bridge, on pairs
+    of two objects too.
+    """
+    from safetensors.torch import load_file
+
+    train_bridge, studio = map(
+        host.pack_module, ("lab.tiny_studio.train_bridge", "models.tiny_studio.studio")
+    )
+    shipped = load_file(studio.BRIDGE)
+    file = tmp_path / "bridge.safetensors"
+    file.write_bytes(studio.BRIDGE.read_bytes())
+    monkeypatch.setattr(studio, "BRIDGE", file)
+    monkeypatch.setattr(train_bridge, "PAIRS_A_TYPE", 1)
+    assert {pair.name for pair in train_bridge.drawn_pairs()} >= {"two objects-0", "colour-0"}
+    variant = train_bridge.VARIANTS[train_bridge.AGAIN]
+    for steps, same in ((0, True), (2, False)):
+        monkeypatch.setitem(train_bridge.VARIANTS, train_bridge.AGAIN, replace(variant, steps=steps))
+        with torch.inference_mode(False):
+            train_bridge.train(train_bridge.AGAIN, tmp_path)
+        learned = load_file(file)
+        assert all(torch.equal(learned[name], value) for name, value in shipped.items()) == same
 
 
 def test_training_resumes_after_a_kill(host: Any, scenes: ModuleType, tmp_path: Path) -> None:
