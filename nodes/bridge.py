@@ -7,6 +7,7 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, new_bridge
@@ -147,7 +148,13 @@ class DescEditNewBridge(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, rank: int, alpha: float, direction: str, fusion: str, reference_self_bridge: bool
+        cls,
+        model: ModelPatcher,
+        rank: int,
+        alpha: float,
+        direction: str,
+        fusion: str,
+        reference_self_bridge: bool,
     ) -> io.NodeOutput:
         widths = network_of(model.model.diffusion_model).widths
         base = type(model.model.model_config).__name__
@@ -183,7 +190,7 @@ class DescEditSaveBridge(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, bridge: Any, name: str) -> io.NodeOutput:
+    def execute(cls, bridge: ModelPatcher, name: str) -> io.NodeOutput:
         return io.NodeOutput(keep_bridge(bridge.model, checked_name(name)))
 
 
@@ -265,8 +272,8 @@ class DescEditApplyBridge(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        bridge: Any,
+        model: ModelPatcher,
+        bridge: ModelPatcher,
         reference: dict[str, Any],
         strength: float,
         start_percent: float,

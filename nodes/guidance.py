@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.input import CurveInput
 from comfy_api.latest import io
 
@@ -57,10 +58,6 @@ def _inputs() -> list[Any]:
     ]
 
 
-def _guidance(image: float, text: float, formula: str, schedule: Any) -> DualGuidance:
-    return DualGuidance(image, text, formula, schedule)
-
-
 class DescEditDualGuider(io.ComfyNode):
     """Node: `patches.bridge.guidance.DualGuider`."""
 
@@ -91,7 +88,7 @@ class DescEditDualGuider(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         edit: list[Any],
         unconditional: list[Any],
         image_guidance: float,
@@ -99,7 +96,7 @@ class DescEditDualGuider(io.ComfyNode):
         formula: str,
         schedule: GuidanceSchedule | None = None,
     ) -> io.NodeOutput:
-        guidance = _guidance(image_guidance, text_guidance, formula, schedule)
+        guidance = DualGuidance(image_guidance, text_guidance, formula, schedule)
         guider = DualGuider(model, guidance, naming(cls))
         guider.set_conds(edit, unconditional)
         return io.NodeOutput(guider)
@@ -129,13 +126,13 @@ class DescEditDualGuidance(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         image_guidance: float,
         text_guidance: float,
         formula: str,
         schedule: GuidanceSchedule | None = None,
     ) -> io.NodeOutput:
-        guidance = _guidance(image_guidance, text_guidance, formula, schedule)
+        guidance = DualGuidance(image_guidance, text_guidance, formula, schedule)
         return io.NodeOutput(apply_guidance(model, guidance, naming(cls)))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
-from einops import rearrange
 
-from ..patches.attention.maps import LatentSource, capture_attention, overlay
+from ..patches.attention.maps import LatentSource, capture_attention, draw_maps
 from ..patches.host.inputs import read_images, samples_of
 from ..patches.inversion import Inversion
 from ..patches.unify.tokens import EditTokens
@@ -119,7 +119,7 @@ class DescEditAttentionMaps(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         conditioning: list[Any],
         edit_tokens: EditTokens,
         percent: float,
@@ -135,22 +135,7 @@ class DescEditAttentionMaps(io.ComfyNode):
         samples = None if latent is None else samples_of("latent", latent)
         source = LatentSource(percent, samples, inversion, seed)
         maps = capture_attention(model, conditioning, edit_tokens, source, word_side, structure_side)
-        rows = len(maps.structure)
-        if image is not None and len(image) not in (1, rows):
-            raise ValueError(f"image has {len(image)} images but {rows} are looked at: give one, or {rows}")
-        shown = [] if image is None else [("image", image)]
-        for word, found in maps.words.items():
-            below = found.new_zeros(1, *_size(found, side), 3) if image is None else image
-            shown.append((word, overlay(found, below)))
-        structure = rearrange(maps.structure, "b h w c -> b c h w")
-        structure = torch.nn.functional.interpolate(structure, _size(maps.structure, side), mode="nearest")
-        return io.NodeOutput(draw_sheet(shown, side), rearrange(structure, "b c h w -> b h w c"))
-
-
-def _size(maps: torch.Tensor, side: int) -> tuple[int, int]:
-    """Height and width of maps [images, rows, columns, ...] whose longer side is `side` pixels."""
-    rows, columns = maps.shape[1:3]
-    return max(1, round(rows * side / max(rows, columns))), max(1, round(columns * side / max(rows, columns)))
+        return io.NodeOutput(*draw_maps(maps, image, side))
 
 
 class DescEditCompare(io.ComfyNode):
@@ -161,7 +146,7 @@ class DescEditCompare(io.ComfyNode):
         image = io.Image.Input("image", tooltip="One image, or one for each row.")
         return io.Schema(
             node_id="DescEditCompare",
-            display_name="Compare Images",
+            display_name="Contact Sheet (labelled)",
             category=CATEGORY,
             description=(
                 "Puts images side by side under labels in one image: a column for each input, a row for "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -111,6 +112,13 @@ def small_unet(
         comfy.supported_models.models.remove(family)
     assert model is not None
     return model
+
+
+# A random network of each kind, by a function without arguments.
+KINDS: dict[str, Callable[[], Any]] = {
+    "SD1.5": small_unet,
+    "SDXL": lambda: small_unet(layout=SDXL_LAYOUT),
+}
 
 
 def loaded(model: Any) -> Any:

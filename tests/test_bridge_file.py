@@ -86,6 +86,22 @@ def test_round_trip(host: Host, model: Any, folder: Path, inputs: dict, parts: i
     assert metadata["layers"].split(",")[0] == "input.1.0"
 
 
+def test_a_file_that_lists_sites(host: Host, model: Any, folder: Path) -> None:
+    """Protects: the first files, whose metadata lists their layers as `sites`, still load."""
+    bridge = random_bridge(host, model)
+    host.execute("DescEditSaveBridge", bridge=bridge, name="new")
+    with safetensors.safe_open(folder / "new_00001_.safetensors", "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    metadata["sites"] = metadata.pop("layers")
+    safetensors.torch.save_file(tensors, folder / "old.safetensors", metadata=metadata)
+    again = load(host, "old.safetensors").model
+    assert again.settings == bridge.model.settings
+    assert all(
+        torch.equal(weight, tensors[name.removesuffix(".weight")])
+        for name, weight in again.state_dict().items()
+    )
+
+
 def test_a_file_in_half_precision(host: Host, model: Any, folder: Path) -> None:
     """Protects: a file's precision is kept, so that it takes the memory of the file."""
     bridge = random_bridge(host, model)
@@ -293,6 +309,10 @@ def _edit(name: str) -> Any:
                 metadata["direction"] = "sideways"
             case "no rank":
                 del metadata["rank"]
+            case "no layers":
+                del metadata["layers"]
+            case "names of the module's own":
+                metadata["layers"] += ",double.3.0"
         return tensors, metadata
 
     return change
@@ -308,6 +328,8 @@ def _edit(name: str) -> Any:
         ("version", r"version '99'"),
         ("metadata", r"damaged metadata: direction is 'sideways'"),
         ("no rank", r"damaged metadata: no or wrong entry 'rank'"),
+        ("no layers", r"damaged metadata: no or wrong entry 'layers'"),
+        ("names of the module's own", r"damaged metadata: a layer is called 'double.3.0'"),
     ],
 )
 def test_broken_files(host: Host, model: Any, folder: Path, broken: str, message: str) -> None:

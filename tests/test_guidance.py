@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 import bridge_edit
-import comfy.model_management
 import numpy as np
 import pytest
 import small_models
@@ -122,15 +121,11 @@ def test_guider_and_patch_agree(host: Host, bridged: Any, formula: str, schedule
 
 
 @pytest.mark.parametrize("layout", bridge_edit.LAYOUTS)
-def test_layouts(host: Host, model: Any, bridged: Any, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    """Protects: in every layout of conditionings, rows in one batch or one by one give the same latents, the
-    patch the same as the guider, and a clone or a second run the same bits.
-    """
+def test_layouts(host: Host, bridged: Any, layout: str) -> None:
+    """Protects: in every layout of conditionings the patch gives the same latents as the guider."""
     positive, negative, images = bridge_edit.layouts(host)[layout]
     latent = torch.zeros(images, 4, 16, 16)
-    which = patch(host, bridged, 1.5, 3.0)
-    together = sample(host, which, positive, negative, latent=latent)
-    assert torch.equal(sample(host, which.clone(), positive, negative, latent=latent), together)
+    together = sample(host, patch(host, bridged, 1.5, 3.0), positive, negative, latent=latent)
     (guider,) = host.execute(
         "DescEditDualGuider",
         model=bridged,
@@ -140,31 +135,6 @@ def test_layouts(host: Host, model: Any, bridged: Any, monkeypatch: pytest.Monke
         text_guidance=3.0,
     )
     close(guided(host, guider, latent=latent), together.double())
-    monkeypatch.setattr(type(model), "get_free_memory", lambda *_: 0)
-    with counted(model) as calls:
-        close(sample(host, which, positive, negative, latent=latent), together.double())
-    assert max(calls.rows) == images
-
-
-def test_models_are_left_alone(host: Host, model: Any, bridged: Any) -> None:
-    """Protects: guidance leaves nothing on the model or the patched model, also when a run is interrupted,
-    and the next run gives the same bits.
-    """
-    which = patch(host, bridged, 1.5, 3.0)
-    before = small_models.fingerprint(model), small_models.fingerprint(which)
-    expected = sample(host, which)
-
-    def stop(*_: Any) -> None:
-        comfy.model_management.interrupt_current_processing()
-
-    handle = model.model.diffusion_model.register_forward_pre_hook(stop)
-    try:
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            sample(host, which)
-    finally:
-        handle.remove()
-    assert torch.equal(sample(host, which), expected)
-    assert (small_models.fingerprint(model), small_models.fingerprint(which)) == before
 
 
 def test_without_a_bridge_it_is_dual_cfg(host: Host, model: Any) -> None:

@@ -129,7 +129,7 @@ def test_wrapping(host: Host, folder: Path) -> None:
 
 
 def test_compare_shows_labels(host: Host, folder: Path) -> None:
-    """Protects: Compare Images draws the label that the font has."""
+    """Protects: Contact Sheet (labelled) draws the label that the font has."""
     shutil.copy(DEJAVU, folder)
     image = torch.zeros(1, 64, 64, 3)
 

@@ -246,9 +246,11 @@ def test_compare_in_a_graph(host: Host) -> None:
     assert sheet.shape[2] == 2 * 70 + 6
     assert sheet[0, -20, 20].tolist() == [0.0, 0.0, 1.0]
     graph["sheet"]["inputs"]["labels"] = "one\ntwo\nthree"
-    with pytest.raises(NodeError, match=r"Compare Images: labels has 3 lines but 2 images"):
+    with pytest.raises(NodeError, match=r"Contact Sheet \(labelled\): labels has 3 lines but 2 images"):
         host.run_graph(graph)
     graph["sheet"]["inputs"]["labels"] = "one"
     graph["a"]["inputs"]["batch_size"] = 3
-    with pytest.raises(NodeError, match=r"Compare Images: one input has 3 images but input 2 has 2"):
+    with pytest.raises(
+        NodeError, match=r"Contact Sheet \(labelled\): one input has 3 images but input 2 has 2"
+    ):
         host.run_graph(graph)

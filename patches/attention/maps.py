@@ -14,6 +14,7 @@ from einops import rearrange, reduce
 from kornia.color import ColorMap
 from kornia.geometry.transform import resize
 
+from ...pictures.contact_sheet import draw_sheet
 from ..host.inputs import read_samples
 from ..host.sigmas import progress
 from ..inversion import Inversion
@@ -181,6 +182,34 @@ def _components(attention: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
     scores = (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
     return rearrange(scores, "b (h w) c -> b h w c", h=grid[0], w=grid[1]).cpu()
+
+
+def draw_maps(
+    maps: AttentionMaps, image: torch.Tensor | None, side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps as two IMAGEs: the words' maps on a contact sheet, and the structure.
+
+    image: what the words' maps are laid over, [images or 1, height, width, 3], 0 to 1; None for black.
+    side: of each map's longer side, in pixels.
+
+    Raises ValueError for another number of images than there are maps.
+    """
+    rows, height, width, _ = maps.structure.shape
+    if image is not None and len(image) not in (1, rows):
+        raise ValueError(f"image has {len(image)} images but {rows} are looked at: give one, or {rows}")
+    columns = [] if image is None else [("image", image)]
+    for word, found in maps.words.items():
+        below = found.new_zeros(1, *_size(*found.shape[1:], side), 3) if image is None else image
+        columns.append((word, overlay(found, below)))
+    structure = rearrange(maps.structure, "b h w c -> b c h w")
+    structure = torch.nn.functional.interpolate(structure, _size(height, width, side), mode="nearest")
+    return draw_sheet(columns, side), rearrange(structure, "b c h w -> b h w c")
+
+
+def _size(rows: int, columns: int, side: int) -> tuple[int, int]:
+    """Height and width of a map whose longer side is `side` pixels."""
+    longer = max(rows, columns)
+    return max(1, round(rows * side / longer)), max(1, round(columns * side / longer))
 
 
 def overlay(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
