@@ -68,7 +68,7 @@ class DescEditAttentionMaps(io.ComfyNode):
                     tooltip="Point of the sampling, 0 to 0.99: 0 is pure noise, 0.99 almost the clean image.",
                 ),
                 io.Int.Input(
-                    "word_side",
+                    "cross_attn_res",
                     default=16,
                     min=1,
                     max=64,
@@ -77,7 +77,7 @@ class DescEditAttentionMaps(io.ComfyNode):
                     "the model's coarsest grid.",
                 ),
                 io.Int.Input(
-                    "structure_side",
+                    "self_attn_res",
                     default=32,
                     min=1,
                     max=32,
@@ -123,8 +123,8 @@ class DescEditAttentionMaps(io.ComfyNode):
         conditioning: list[Any],
         edit_tokens: EditTokens,
         percent: float,
-        word_side: int,
-        structure_side: int,
+        cross_attn_res: int,
+        self_attn_res: int,
         seed: int,
         side: int,
         latent: dict[str, Any] | None = None,
@@ -134,7 +134,7 @@ class DescEditAttentionMaps(io.ComfyNode):
         image = None if image is None else read_images("image", image)
         samples = None if latent is None else samples_of("latent", latent)
         source = LatentSource(percent, samples, inversion, seed)
-        maps = capture_attention(model, conditioning, edit_tokens, source, word_side, structure_side)
+        maps = capture_attention(model, conditioning, edit_tokens, source, cross_attn_res, self_attn_res)
         return io.NodeOutput(*draw_maps(maps, image, side))
 
 

@@ -241,7 +241,7 @@ def test_a_bridge_names_itself_inside_of_unify_edit(host: Host, bridged: Any) ->
     UnifyEdit's sampler.
     """
     edit = Edit(host, bridged)
-    edit.sampler_inputs.update(structure_side=4, word_side=4)  # layers that HyperTile leaves alone
+    edit.sampler_inputs.update(max_self_attn_res=4, cross_attn_res=4)  # layers that HyperTile leaves alone
     (edit.model,) = host.execute(
         "HyperTile", model=bridged, tile_size=64, swap_size=2, max_depth=0, scale_depth=False
     )

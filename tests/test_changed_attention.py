@@ -135,7 +135,7 @@ def test_a_smaller_grid(host: Host, model: Any) -> None:
     with pytest.raises(ValueError, match=f"UnifyEdit Sampler: {message}"):
         edited(host, model, shrink, mask=box_mask())
     with pytest.raises(ValueError, match=f"Attention Maps: {message}"):
-        looked(host, shrink(model), structure_side=4)
+        looked(host, shrink(model), self_attn_res=4)
 
 
 def test_words_alone_beside_hypertile(host: Host, model: Any) -> None:
