@@ -270,7 +270,7 @@ def existing_host(comfyui: Path) -> Host:
     python = next((place for place in places if place.is_file()), Path(sys.executable))
     say(f"using ComfyUI {version} in {comfyui} with the Python {python}")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < tuple(map(int, COMFYUI_VERSION.split(".")[:2])):
-        say(f"warning: the pack asks for ComfyUI {COMFYUI_VERSION} or newer")
+        say(f"warning: the pack needs ComfyUI {COMFYUI_VERSION} or newer")
     return Host(comfyui, python)
 
 
@@ -347,7 +347,7 @@ def check_module(arguments: Sequence[str]) -> None:
 
 # Commands that are a module of the pack, run inside ComfyUI's Python.
 MODULES = {
-    "edit": ("lab.edit", "edit the sample scenes, or a picture of yours; edit --help"),
+    "edit": ("lab.edit", "edit the sample scenes, or your own image; edit --help"),
     "serve": ("lab.server", "ComfyUI's web page with the pack in it, on http://127.0.0.1:8188"),
     "bench": ("lab.bench.command", "speed and memory: bench bridge, unify or training"),
     "train": ("training.command", "train a bridge: --config FILE, or --print-config for all settings"),

@@ -20,7 +20,7 @@ from ..models.tiny_studio import drawing, scenes
 from .edit_options import EditOptions, parse
 from .server import NodeError, Prompt, Server, ServerError, device_arguments
 from .studies.balances import CHOSEN
-from .tiny_studio import attribute_classifier as judge
+from .tiny_studio import attribute_classifier
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "UnifyEdit - start here.json"
 # The sample scenes: this one of each edit type.
@@ -184,7 +184,7 @@ def psnr_outside(edit: Edited) -> float | None:
 
 def succeeded(edits: Sequence[Edited]) -> list[bool]:
     """Whether the classifier reads what should have changed as changed, and everything else as it was."""
-    read = judge.load().read(np.stack([edit.edited for edit in edits]))
+    read = attribute_classifier.load().read(np.stack([edit.edited for edit in edits]))
     wanted = [edit.pair.target.values for edit in edits if edit.pair is not None]
     return [
         all(seen.get(name) == value for name, value in values.items())
@@ -227,7 +227,7 @@ def report(edits: Sequence[Edited]) -> dict[str, float | None]:
     print(f"{'edit':<14}{'kept outside mask':>20}{'edit made':>14}")
     for edit in edits:
         decibel = kept.get(edit.name)
-        made = {True: "yes", False: "no", None: "not judged"}[success.get(edit.name)]
+        made = {True: "yes", False: "no", None: "not checked"}[success.get(edit.name)]
         print(f"{edit.name:<14}{'-' if decibel is None else f'{decibel:.1f} dB':>20}{made:>14}")
     measured = [decibel for decibel in kept.values() if decibel is not None]
     return {
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str]) -> int:
     figures = report(edits)
     paths = save_pictures(edits, options.out)
     for name, value in figures.items():
-        print(f"{name}: {'not judged' if value is None else value}")
+        print(f"{name}: {'not checked' if value is None else value}")
     for path in paths.values():
         print(path)
     if options.json is not None:

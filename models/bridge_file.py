@@ -273,9 +273,9 @@ def _only(path: Path, candidates: Iterable[Path], fits: Callable[[list[str]], An
             problem = error
     if len(found) > 1:
         raise ValueError(
-            f"{path.name} is one half of a DescriptiveEdit release, and which files belong together cannot "
-            f"be told: {' and '.join(other.name for other in found)} all have the {what}. Keep each release "
-            "in a folder of its own"
+            f"{path.name} is one half of a DescriptiveEdit release, and its other half is ambiguous: "
+            f"{' and '.join(other.name for other in found)} all have the {what}. Keep each release in its "
+            "own folder"
         )
     if not found:
         raise problem or _half(path, what)
@@ -295,8 +295,8 @@ def _check_same(path: Path, other: Path, lora: Tensors, same: Tensors) -> None:
         mine = lora.get(name)
         if mine is None or mine.shape != weight.shape or not _near(mine.float(), weight.float()):
             raise ValueError(
-                f"{path.name} and {other.name} are of two releases: the LoRA in the second is another one. "
-                "Keep each release in a folder of its own"
+                f"{path.name} and {other.name} are of two releases: their LoRAs differ. Keep each release "
+                "in its own folder"
             )
 
 

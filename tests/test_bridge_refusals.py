@@ -148,7 +148,7 @@ def test_reference_queries_need_the_same_grid(host: Host, model: Any) -> None:
         y=0,
         strength=1.0,
     )
-    with pytest.raises(ValueError, match=r"needs the picture's own grid"):
+    with pytest.raises(ValueError, match=r"needs the grid of the whole image"):
         sample(host, apply_bridge(host, model, bridge, REFERENCE), area)
 
 

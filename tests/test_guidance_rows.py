@@ -364,7 +364,7 @@ def test_guiders_that_predict_in_their_own_way_are_refused(host: Host, model: An
         guider = kind(which)
         guider.set_conds(positive, negative)
         if kind is Scheduled:
-            with pytest.raises(ValueError, match=r"the guider Scheduled predicts in a way of its own"):
+            with pytest.raises(ValueError, match=r"the guider Scheduled has its own prediction"):
                 guided(host, guider)
         else:
             close(guided(host, guider), sample(host, which, positive, negative))

@@ -25,7 +25,7 @@ def main() -> None:
         bench_training.main()
         return
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
-    training = "training has arguments of its own: dev.py bench training --help"
+    training = "training has its own arguments: dev.py bench training --help"
     parser.add_argument("what", choices=(*WHAT, "training"), help=training)
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of each measurement, in alternating order"

@@ -168,13 +168,13 @@ class _Predict:
             raise ValueError(
                 f"needs a sampler with one positive and one negative conditioning (KSampler, "
                 f"CFGGuider), but the guider is {type(guider).__name__} with "
-                f"{', '.join(guider.conds) or 'none'}: take this node away, or use another guider"
+                f"{', '.join(guider.conds) or 'none'}: remove this node, or use another guider"
             )
         if getattr(own, "__func__", own) is not CFGGuider.predict_noise:
             raise ValueError(
-                f"the guider {type(guider).__name__} predicts in a way of its own (as "
-                "DualModelGuider and guiders with a schedule do), which dual guidance would put aside: take "
-                "this node away, or use KSampler or CFGGuider"
+                f"the guider {type(guider).__name__} has its own prediction (as DualModelGuider "
+                "and guiders with a schedule have), which dual guidance would replace: remove this node, or "
+                "use KSampler or CFGGuider"
             )
 
 

@@ -261,7 +261,7 @@ class BridgeRun:
         from_edit = self._setup.settings.direction == "edit_queries"
         if not from_edit and size != whole and any(areas):
             raise ValueError(
-                f"a bridge with the direction reference_queries needs the picture's own grid, "
+                f"a bridge with the direction reference_queries needs the grid of the whole image, "
                 f"{whole[1]}x{whole[0]}, but a conditioning has an area of {size[1]}x{size[0]}: take the "
                 "area away, or use a bridge with edit_queries"
             )
@@ -271,7 +271,7 @@ class BridgeRun:
             reasons += [] if from_edit else ["it has reference_queries"]
         if not in_order:
             several = not self._setup.joined and len(self._setup.reference) > 1
-            reasons += ["each image has a reference of its own"] if several else []
+            reasons += ["each image has its own reference"] if several else []
             reasons += ["some rows of dual guidance see no reference"] if seen < len(areas) else []
             if self._mask is not None and (len(self._mask) > 1 or any(areas)):
                 reasons += ["it has a mask for each image or area"]

@@ -58,14 +58,14 @@ def alignment_loss(
 
     With A a word's attention (the sum over its tokens) and M the mask as a weight of each image token:
 
-    token_ratio: (1 - R)^2, R = mean over M of A / (attention that the description's own tokens get). The
-    token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding, which get most of the
-    attention and are not part of the edit. 0 to 1. It needs no outside: without a mask it is the loss for an
-    edit of the whole image.
-    spatial_ratio: 3 - 4 R, R = sum over M of A / sum over all tokens of A. The spatial ratio of MAG-Edit. -1
-    to 3.
-    area_ratio: -R^2, R = mean over M of A / mean over 1 - M of A. UnifyEdit's ratio in the form that a
-    summary of the paper gives; without a lower bound.
+    - token_ratio: (1 - R)^2, R = mean over M of A / (attention that the description's own tokens get).
+      0 to 1. The token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding, which get most
+      of the attention and are not part of the edit. Without a mask it is the loss for an edit of the whole
+      image.
+    - spatial_ratio: 3 - 4 R, R = sum over M of A / sum over all tokens of A. -1 to 3. The spatial ratio of
+      MAG-Edit.
+    - area_ratio: -R^2, R = mean over M of A / mean over 1 - M of A. No lower bound. UnifyEdit's ratio in the
+      form that a summary of the paper gives.
 
     target: queries are the image's tokens, keys the text's.
     masks: [rows or 1, tokens] at each layer, 0 to 1, not all zero, and not all one if the form compares
