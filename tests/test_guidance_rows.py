@@ -346,7 +346,7 @@ def test_guiders_that_predict_in_their_own_way_are_refused(host: Host, model: An
         cfg=3.0,
     )
     with pytest.raises(
-        ValueError, match=r"Dual Guidance .for KSampler.: the guider Guider_DualModel predicts in a way"
+        ValueError, match=r"Dual Guidance .for KSampler.: the guider Guider_DualModel has its own"
     ):
         guided(host, double)
 

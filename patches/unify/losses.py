@@ -59,9 +59,9 @@ def alignment_loss(
     With A a word's attention (the sum over its tokens) and M the mask as a weight of each image token:
 
     - token_ratio: (1 - R)^2, R = mean over M of A / (attention that the description's own tokens get).
-      0 to 1. The token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding, which get most
-      of the attention and are not part of the edit. Without a mask it is the loss for an edit of the whole
-      image.
+      0 to 1. The token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding, which
+      get most of the attention and are not part of the edit. Without a mask it is the loss for an edit of the
+      whole image.
     - spatial_ratio: 3 - 4 R, R = sum over M of A / sum over all tokens of A. -1 to 3. The spatial ratio of
       MAG-Edit.
     - area_ratio: -R^2, R = mean over M of A / mean over 1 - M of A. No lower bound. UnifyEdit's ratio in the
