@@ -35,12 +35,14 @@ class DescEditAttentionMaps(io.ComfyNode):
             ),
             search_aliases=["cross attention", "self attention", "heat map", "DAAM", "daam"],
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion model with a UNet, patches included."),
+                io.Model.Input("model", tooltip="A Stable Diffusion model with a UNet, with its patches."),
                 io.Conditioning.Input(
                     "conditioning",
                     tooltip="The encoded description in which the tokens were found.",
                 ),
-                EditTokensType.Input("edit_tokens", tooltip="The words to show, from Find Edit Tokens."),
+                EditTokensType.Input(
+                    "edit_tokens", tooltip="The words to show, from Describe Edit or Find Edit Tokens."
+                ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
