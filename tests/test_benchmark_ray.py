@@ -76,7 +76,7 @@ def test_worker_killed_in_the_middle(tmp_path: Path) -> None:
     command += ["--ray", "--workers", "2", "--batch", "2"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", MARK: str(out)}
     environment["RAY_worker_niceness"] = "0"  # not the 15 that Ray takes, which starve on a busy machine
-    # Ray gives itself half a minute to start, which a busy machine may not: the same command goes on.
+    # Ray gives itself half a minute to start, too short on a busy machine: the same command continues.
     for _ in range(3):
         job = subprocess.Popen(
             list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -34,7 +34,7 @@ def result(method: str, case: str, swept: Any = None, kind: str = "t", **metrics
 
 
 def test_torn_line_is_dropped(results: Any, tmp_path: Path) -> None:
-    """Protects: a run that was killed while it wrote a line goes on and does that edit again."""
+    """Protects: a run that was killed while it wrote a line continues and repeats that edit."""
     run = results.Results(tmp_path)
     run.append(result("m", "a", psnr=20.0))
     run.append(result("m", "b", psnr=21.0))

@@ -63,7 +63,7 @@ def run(bench: SimpleNamespace, setting: SimpleNamespace, start: Any) -> list[di
 
 
 def test_run_on_a_server(live_server: Any, bench: SimpleNamespace, setting: SimpleNamespace) -> None:
-    """Protects: every case goes through every method, figures fit the pictures, a missing picture is told."""
+    """Protects: every case goes through every method, metrics fit the images, a missing image is reported."""
     lines = run(bench, setting, lambda: bench.worker.Client(live_server.address))
     assert {(line["method"], line["case"]) for line in lines} == {
         (f"m blend={value}", case) for value in (0, 1) for case in "abc"

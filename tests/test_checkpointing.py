@@ -125,7 +125,7 @@ def test_with_a_bridge(
 
 def test_others_in_the_slots(model: Any, pack: Any) -> None:
     """Protects: another pack's function in the slot still runs the layers it asked for, an attention patch
-    sees the block that it is in, when it runs again as well, and the host goes on counting transformers.
+    sees the block that it is in, when it runs again as well, and the host keeps counting transformers.
     """
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 

@@ -120,7 +120,7 @@ def test_generated_files_are_up_to_date(host: Host) -> None:
 
 
 def test_docs_command(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Protects: `dev.py docs` writes a new page and stale lists anew, keeps what people wrote, and names each
+    """Protects: `dev.py docs` writes new pages and stale lists, keeps what people wrote, and names each
     Chinese text that is missing or left over.
     """
     for name in ("locales", "web"):

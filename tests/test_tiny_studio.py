@@ -280,7 +280,7 @@ def test_a_missing_file_is_named(host: Any, tmp_path: Path) -> None:
 def test_two_objects_are_learned_from_the_shipped_weights_on(
     host: Any, scenes: ModuleType, tmp_path: Path
 ) -> None:
-    """Protects what is known already: training goes on from the shipped weights, with latents as the stock
+    """Protects what is known already: training continues from the shipped weights, with latents as the stock
     node gives them, and what is packed again before the first step is the shipped file.
     """
     from safetensors.torch import load_file, save_file
@@ -336,7 +336,7 @@ def test_a_bridge_learns_on_from_the_shipped_one(
 
 
 def test_training_resumes_after_a_kill(host: Any, scenes: ModuleType, tmp_path: Path) -> None:
-    """Protects long trainings: each stage goes on from its last checkpoint and half a file is never left."""
+    """Protects long trainings: each stage continues from its last checkpoint and never leaves half a file."""
     train = host.pack_module("lab.tiny_studio.train")
     pool = train.pool_scenes()[:8]
     pictures = np.stack([np.round(scene.draw() * 255).astype(np.uint8) for scene in pool])

@@ -160,7 +160,7 @@ def words_of(host: Host, clip: Any, source: str, edit: str, words: str = "") -> 
     ],
 )
 def test_punctuation_is_no_edit(host: Host, clip: Any, edit: str) -> None:
-    """Protects: an edit that changes no word is refused where it is made, and told what to do."""
+    """Protects: an edit that changes no word is refused where it is made, with advice."""
     with pytest.raises(Exception, match=r"Find Edit Tokens: .*says the same.*name in words what") as caught:
         find(host, clip, "a red circle", edit)
     assert "describe the image as it should become" in str(caught.value)

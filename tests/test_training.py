@@ -289,7 +289,7 @@ def test_only_the_bridge_learns(
 def test_resume(
     host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any, settings: dict
 ) -> None:
-    """Protects: a run that stops and goes on from its checkpoint takes the same steps, to the last bit."""
+    """Protects: a run that stops and continues from its checkpoint takes the same steps, to the last bit."""
     pairs = encoded(training, tmp_path)
     whole = trainer(host, training, model, pairs, **settings)
     part = trainer(host, training, model, pairs, **settings)
@@ -446,7 +446,7 @@ def test_a_gradient_that_is_not_finite(
 
 def test_no_image_at_all(host: Host, training: Any, gradients: Any, tmp_path: Path, model: Any) -> None:
     """Protects: a step whose every image is dropped, in which the bridge has no part, is taken: it teaches
-    nothing, and weight decay goes on.
+    nothing, and weight decay continues.
     """
     learning = trainer(host, training, model, encoded(training, tmp_path), batch=1, weight_decay=0.1)
     start = {name: weight.clone() for name, weight in learning.bridge.state_dict().items()}

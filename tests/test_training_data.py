@@ -155,7 +155,7 @@ def test_encodings(host: Host, folder: Path, encoding: str) -> None:
 
 
 def test_a_text_in_another_encoding(host: Host, folder: Path) -> None:
-    """Protects: a text in an encoding that cannot be told is a bad pair that says so, never learned wrong."""
+    """Protects: a text in an unknown encoding is a bad pair that says so, never learned wrong."""
     write_pair(folder, "a")
     (folder / "a.json").write_bytes('{"source": "a naïve", "edit": "b"}'.encode("cp1252"))
     with pytest.raises(ValueError, match=r"the first is a: .*it is not UTF-8 \(.*\): save it as UTF-8"):

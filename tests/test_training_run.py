@@ -250,7 +250,7 @@ def test_killed_at_any_moment(tmp_path: Path, data: Path, whole: Path) -> None:
 def test_told_to_stop(
     training: Any, tmp_path: Path, data: Path, whole: Path, capsys: Any, number: signal.Signals
 ) -> None:
-    """Protects: Ctrl-C and SIGTERM end the step, save it and say so; the run then goes on to the same end,
+    """Protects: Ctrl-C and SIGTERM end the step, save it and say so; the run then continues to the same end,
     and the process has its own handlers back.
     """
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
@@ -275,7 +275,7 @@ def test_told_to_stop(
 
 def test_broken_checkpoints(training: Any, tmp_path: Path, data: Path, caplog: Any) -> None:
     """Protects: a checkpoint that was cut off is skipped with a warning for the one before; where none can be
-    read, the run stops instead of beginning anew.
+    read, the run stops instead of starting again.
     """
     assert make_run(training, tmp_path, data, steps=2).train()
     folder = tmp_path / "run" / "checkpoints"
@@ -303,14 +303,14 @@ def test_broken_checkpoints(training: Any, tmp_path: Path, data: Path, caplog: A
 def test_another_configuration(
     training: Any, tmp_path: Path, data: Path, changes: dict[str, Any], message: str
 ) -> None:
-    """Protects: a run does not go on from a checkpoint that was made otherwise, and says what differs."""
+    """Protects: a run does not continue from a checkpoint with other settings, and says what differs."""
     assert make_run(training, tmp_path, data, steps=1).train()
     with pytest.raises(ValueError, match=f"step-000001.pt is .* of another configuration: {message}"):
         make_run(training, tmp_path, data, **changes).train()
 
 
 def test_what_may_change(training: Any, tmp_path: Path, data: Path) -> None:
-    """Protects: a run goes on with more steps, in a folder that was moved, with other logging, other
+    """Protects: a run continues with more steps, in a folder that was moved, with other logging, other
     pictures, and layers computed again instead of kept.
     """
     assert make_run(training, tmp_path, data, steps=1).train()
@@ -475,7 +475,7 @@ def test_base_from_a_checkpoint(host: Host, tmp_path: Path, monkeypatch: pytest.
 
 def test_tiny_base_in_the_dtype(host: Host) -> None:
     """Protects: the Tiny Studio comes in the dtype that is asked for, as a checkpoint's UNet does, wherever
-    the host would choose another, and so does what the host loads anew in its place.
+    the host would choose another, and so does what the host loads in its place.
     """
     base = host.pack_module("training.base_model").BaseModelLoader("tiny_studio")
     for dtype in (torch.float32, torch.bfloat16):

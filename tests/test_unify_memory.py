@@ -109,7 +109,7 @@ def test_sdxl_at_1024(pack: Any, checkpoint: bool, aim: float) -> None:
 
 @pytest.mark.parametrize("side", [1, 16, 32])
 def test_sdxl_has_a_coarsest_grid(pack: Any, side: int) -> None:
-    """Protects: a side below SDXL's coarsest grid chooses that grid: 32x32 tokens at 1024x1024, ten blocks in
+    """Protects: below SDXL's coarsest grid that grid is chosen: 32x32 tokens at 1024x1024, ten blocks in
     each of six transformers.
     """
     layers = pack.network_of(pack.sdxl.unet()).layers.values()

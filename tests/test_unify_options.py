@@ -68,7 +68,7 @@ def test_range_of_steps(host: Host, model: Any) -> None:
 
 
 def test_curve_that_ends_early(host: Host, model: Any) -> None:
-    """Protects: a loss whose curve has come to 0 is not computed any more, nor the source branch for it."""
+    """Protects: a loss whose curve has come to 0 is no longer computed, nor the source branch for it."""
     edit = Edit(host, model, steps=4)
     curves = {"structure_curve": [(0.0, 0.0), (0.5, 0.0), (1.0, 1.0)]}
     curves["words_curve"] = [(0.0, 1.0), (0.5, 0.0), (1.0, 0.0)]
@@ -116,7 +116,7 @@ def test_named_layers(host: Host, model: Any) -> None:
 
 
 def test_side_below_the_coarsest_grid(host: Host, model: Any) -> None:
-    """Protects: a side below every grid of the model takes the coarsest, 4x4 here, and is no error."""
+    """Protects: a resolution below every grid of the model takes the coarsest, 4x4 here, without an error."""
     edit = Edit(host, model, steps=1)
     found = []
     for side in (1, 3, 4, 8):

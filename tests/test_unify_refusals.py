@@ -192,7 +192,7 @@ def test_tokens_of_another_text(host: Host, model: Any) -> None:
 
 
 def test_unet_that_does_not_run(host: Host, model: Any) -> None:
-    """Protects: a node that skips the UNet is told of, instead of losses on nothing."""
+    """Protects: a node that skips the UNet is reported, instead of losses on nothing."""
 
     def skip(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros_like(args[0])
