@@ -27,6 +27,10 @@ class Step:
     structure: float
     alignment: float
 
+    @property
+    def weights(self) -> tuple[float, float]:
+        return self.structure, self.alignment
+
 
 def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tensor) -> list[Step]:
     """The steps of a sampling through `sigmas`, [steps + 1].
@@ -42,7 +46,7 @@ def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tenso
         Step(sigma, at, *(balance.weights(at) if last <= sigma <= first else (0.0, 0.0)))
         for sigma, at in zip(sigmas[:-1].tolist(), along, strict=True)
     ]
-    if (balance.beta1 or balance.beta2) and not any(step.structure or step.alignment for step in plan):
+    if (balance.beta1 or balance.beta2) and not any(any(step.weights) for step in plan):
         raise ValueError(
             f"no step is optimised: start_percent {options.start_percent} to end_percent "
             f"{options.end_percent} holds none of the {len(plan)} steps, or the balance's curves are 0 "

@@ -96,7 +96,11 @@ def sample_unify(
     settings: UnifySettings,
     report: Callable[[Trace], None] | None = None,
 ) -> torch.Tensor:
-    """The algorithm, as a sampler function of the host. settings and report: as in UnifySampler."""
+    """The algorithm, as a sampler function of the host.
+
+    x: [rows, channels, height, width]; only its shape counts. sigmas: [steps + 1]. settings and report: as in
+    UnifySampler. Returns the edited latent in the model's own space.
+    """
     extra_args = extra_args or {}
     guider, options, inversion = model.inner_model, settings.options, settings.inversion
     model_options, denoise_mask = one_device(extra_args["model_options"]), extra_args.get("denoise_mask")
@@ -127,10 +131,8 @@ def sample_unify(
                 found = target.gradients(x, step.sigma, reference, step.alignment > 0)
                 if found is None:
                     break
-                direction = settings.balance.direction(
-                    found.structure, found.alignment, (step.structure, step.alignment)
-                )
-                # The unit of length: the source branch's own step, image by image.
+                direction = settings.balance.direction(found.structure, found.alignment, step.weights)
+                # The unit of length is the source branch's own step, image by image.
                 length = row_norm(inversion.latent(i, x) - inversion.latent(i + 1, x))
                 move = direction * length * reach
                 if options.update_target == "latent":

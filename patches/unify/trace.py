@@ -75,7 +75,7 @@ def make_trace(
     """
     mask = None if mask is None else mask.cpu()
     if not records:
-        if any(step.structure or step.alignment for step in plan):
+        if any(any(step.weights) for step in plan):
             raise ValueError(
                 "no step was optimised: the guider's positive conditioning has no entry for the whole image "
                 "in the steps to optimise: widen its time range, or start_percent to end_percent"
