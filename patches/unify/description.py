@@ -34,7 +34,7 @@ class Word:
     key: equal for the same word elsewhere.
     text: as written.
     tokens: its positions in the context, the start mark being 0.
-    spoken: whether it has content, unlike punctuation and the marks of other programs.
+    is_word: whether it has content, unlike punctuation and the marks of other programs.
     span: its position in the text, if known.
     sizes: the tokens' parts of `key`, in bytes; an embedding has none.
     """
@@ -42,7 +42,7 @@ class Word:
     key: str
     text: str
     tokens: tuple[int, ...]
-    spoken: bool
+    is_word: bool
     span: tuple[int, int] | None = None
     embedding: bool = False
     sizes: tuple[int, ...] = ()
@@ -125,8 +125,8 @@ def _cut(clip: Any, chunk: list[tuple[Any, float, int]]) -> Iterator[Word]:
         if word_id != last:
             yield from _runs(pieces)
             if vectors:
-                places, tensors = zip(*vectors, strict=True)
-                yield Word(_digest(tensors), "embedding", places, spoken=True, embedding=True)
+                tokens, tensors = zip(*vectors, strict=True)
+                yield Word(_digest(tensors), "embedding", tokens, is_word=True, embedding=True)
             pieces, vectors, last = [], [], word_id
         if word_id == 0:
             continue
@@ -150,17 +150,17 @@ def _runs(pieces: list[tuple[int, bytes]]) -> Iterator[Word]:
     runs: list[tuple[str, list[int], bool]] = []
     offset = 0
     for position, part in pieces:
-        here = "".join(begins.get(place, "") for place in range(offset, offset + len(part)))
+        here = "".join(begins.get(byte, "") for byte in range(offset, offset + len(part)))
         offset += len(part)
-        spoken = says_something(here)
-        if runs and (not here or runs[-1][2] == spoken):
-            before, tokens, spoken = runs.pop()
-            runs.append((before + here, [*tokens, position], spoken))
+        is_word = says_something(here)
+        if runs and (not here or runs[-1][2] == is_word):
+            before, tokens, is_word = runs.pop()
+            runs.append((before + here, [*tokens, position], is_word))
         else:
-            runs.append((here, [position], spoken))
+            runs.append((here, [position], is_word))
     sizes = {position: len(part) for position, part in pieces}
-    for key, tokens, spoken in runs:
-        yield Word(key, key, tuple(tokens), spoken, sizes=tuple(sizes[token] for token in tokens))
+    for key, tokens, is_word in runs:
+        yield Word(key, key, tuple(tokens), is_word, sizes=tuple(sizes[token] for token in tokens))
 
 
 def _digest(vectors: Iterable[torch.Tensor]) -> str:
@@ -225,13 +225,13 @@ class _Spelling:
             self._mention += 1
             self._at = bisect_left(self._starts, written.span[1])
             return replace(written, tokens=word.tokens)
-        place = self._plain.find(word.key, self._at)
-        if place < 0 or not word.key:
+        index = self._plain.find(word.key, self._at)
+        if index < 0 or not word.key:
             return word
-        self._at = place + len(word.key)
-        start, end = self._starts[place], self._ends[self._at - 1]
-        spoken = word.spoken and not any(low <= start and end <= high for low, high in self._syntax)
-        return replace(word, text=self._text[start:end], span=(start, end), spoken=spoken)
+        self._at = index + len(word.key)
+        start, end = self._starts[index], self._ends[self._at - 1]
+        is_word = word.is_word and not any(low <= start and end <= high for low, high in self._syntax)
+        return replace(word, text=self._text[start:end], span=(start, end), is_word=is_word)
 
 
 def _joined(words: list[Word], text: str) -> list[Word]:
@@ -249,7 +249,7 @@ def _joined(words: list[Word], text: str) -> list[Word]:
             span = before.span[0], word.span[1]
             key = before.key.replace(_APOSTROPHE, "'") + word.key
             tokens, sizes = before.tokens + word.tokens, before.sizes + word.sizes
-            word = Word(key, text[slice(*span)], tokens, word.spoken, span, sizes=sizes)
+            word = Word(key, text[slice(*span)], tokens, word.is_word, span, sizes=sizes)
         found.append(word)
     return found
 
@@ -268,5 +268,5 @@ def _continues(before: Word, word: Word) -> bool:
     if before.embedding or word.embedding or before.span is None or word.span is None:
         return False
     begins = unicodedata.category(word.key[0])[0] in "LNM" or word.key[0] in _JOINERS
-    together = word.span[0] <= before.span[1] and before.spoken == word.spoken
+    together = word.span[0] <= before.span[1] and before.is_word == word.is_word
     return together and begins and any(map(str.isalnum, before.key))

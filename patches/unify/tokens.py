@@ -64,7 +64,7 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
     description longer than one context, a missing embedding, and a word that is not in the edit description.
     """
     all_source, all_edit = (_read(clip, source, "source_description"), _read(clip, edit, "edit_description"))
-    source_words, edit_words = _spoken(all_source), _spoken(all_edit)
+    source_words, edit_words = _words_only(all_source), _words_only(all_edit)
     source_keys, edit_keys = _keys(source_words), _keys(edit_words)
     if source_keys == edit_keys and not words.strip():
         raise ValueError(
@@ -94,11 +94,11 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
         phrases = _COMMAS.split(words)
         groups = [(phrase.strip(), _occurrences(clip, phrase, all_edit, edit)) for phrase in phrases]
     else:
-        telling = _telling(changed)
-        if not telling:
-            telling = _beside(gaps, edit_words)
+        chosen = _content_words(changed)
+        if not chosen:
+            chosen = _neighbours(gaps, edit_words)
             note = "(edit_description only leaves words out: these stand beside them)"
-        groups = [(word.text, [word]) for word in telling]
+        groups = [(word.text, [word]) for word in chosen]
     return EditTokens(
         words=tuple(
             EditWord(
@@ -118,7 +118,7 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
 def _read(clip: Any, text: str, name: str) -> list[Word]:
     """The words of a description, punctuation included; at least one of them has content."""
     found = read_words(name, clip, text)
-    if not _spoken(found):
+    if not _words_only(found):
         raise ValueError(f"{name} {text!r} holds no word: describe the image")
     return found
 
@@ -127,25 +127,25 @@ def _keys(words: list[Word]) -> list[str]:
     return [word.key for word in words]
 
 
-def _spoken(words: list[Word]) -> list[Word]:
-    return [word for word in words if word.spoken]
+def _words_only(words: list[Word]) -> list[Word]:
+    return [word for word in words if word.is_word]
 
 
 def _differences(source: list[str], edit: list[str]) -> Sequence[tuple[str, int, int, int, int]]:
     return SequenceMatcher(None, source, edit, autojunk=False).get_opcodes()
 
 
-def _telling(words: list[Word]) -> list[Word]:
+def _content_words(words: list[Word]) -> list[Word]:
     """`words` without articles, unless there is nothing else."""
     return [word for word in words if word.key not in ARTICLES] or words
 
 
-def _beside(gaps: list[int], words: list[Word]) -> list[Word]:
+def _neighbours(gaps: list[int], words: list[Word]) -> list[Word]:
     """For each gap, the next word that is not an article, or else the last one before it."""
-    telling = _telling(words)
-    places = [place for place, word in enumerate(words) if word in telling]
-    found = sorted({next((place for place in places if place >= gap), places[-1]) for gap in gaps})
-    return [words[place] for place in found]
+    content = _content_words(words)
+    indices = [index for index, word in enumerate(words) if word in content]
+    found = sorted({next((index for index in indices if index >= gap), indices[-1]) for gap in gaps})
+    return [words[index] for index in found]
 
 
 def _occurrences(clip: Any, phrase: str, there: list[Word], edit: str) -> list[Word]:
@@ -155,7 +155,7 @@ def _occurrences(clip: Any, phrase: str, there: list[Word], edit: str) -> list[W
     word.
     """
     wanted = read_words("words", clip, phrase) if phrase.strip() else []
-    for sought, words in ((wanted, there), (_spoken(wanted), _spoken(there))):
+    for sought, words in ((wanted, there), (_words_only(wanted), _words_only(there))):
         size = len(sought)
         starts = [
             start

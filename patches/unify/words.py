@@ -81,14 +81,14 @@ def _words(
     for row, (words, length) in enumerate(zip(rows, lengths, strict=True)):
         # Padding repeats a word, so that losses stay finite; its weight 0 removes it.
         padding = [words[0]] * (most - len(words)) if words else []
-        for place, word in enumerate([*words, *padding]):
+        for number, word in enumerate([*words, *padding]):
             for token in word:
                 if not 0 < token < context:
                     raise ValueError(
                         f"{name} has token {token} but {conditioning} has {context} tokens: encode the "
                         f"{description} description that the tokens were found in"
                     )
-                found.tokens[row, place, token] = 1
-            found.weights[row, place] = 1 / len(words) if place < len(words) else 0
+                found.tokens[row, number, token] = 1
+            found.weights[row, number] = 1 / len(words) if number < len(words) else 0
         found.description[row, 1 : length + 1] = 1
     return found
