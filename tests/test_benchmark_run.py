@@ -125,7 +125,7 @@ def test_unknown_node(live_server: Any, bench: SimpleNamespace, setting: SimpleN
 
 
 def test_missing_networks_have_reasons(bench: SimpleNamespace, setting: SimpleNamespace) -> None:
-    """Protects: each network that is not there is named with the reason, and its figures are left out."""
+    """Protects: each network that is not there is named with the reason, and its metrics are left out."""
     scorer = bench.scorer.Scorer()
     assert {"dino_i", "structure_distance", "clip_i", "clip_t"} <= set(scorer.missing)
     assert all(scorer.missing.values())

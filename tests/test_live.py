@@ -208,7 +208,7 @@ def test_bad_input_is_a_node_error(live_server: Any, prompt: Prompt, spoil: Any)
 
 
 def test_dev_edit(tmp_path: Path) -> None:
-    """Protects: `dev.py edit` edits the sample scenes, writes pictures and figures, and stops its server."""
+    """Protects: `dev.py edit` edits the sample scenes, writes images and metrics, and stops its server."""
     command = [sys.executable, str(ROOT / "dev.py"), "edit", "--out", "pictures", "--json", "figures.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

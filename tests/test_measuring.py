@@ -17,7 +17,7 @@ def measuring(host: Host) -> Any:
 
 def test_a_card(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: on a card the clock is read after it has finished, memory is its allocator's peak in
-    that run, models are float16, attention stays the host's choice, and the figures name the card.
+    that run, models are float16, attention stays the host's choice, and the results name the card.
     """
     card = torch.device("cuda", 0)
     done: list[str] = []

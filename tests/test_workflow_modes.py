@@ -88,7 +88,7 @@ def test_graphs(host: Host, files: None, name: str) -> None:
 
 
 def other_nodes(host: Host) -> list[torch.Tensor]:
-    """What the nodes that no shipped graph holds give: a picture, maps and figures."""
+    """What the nodes that no shipped graph holds give: an image, maps and metrics."""
     model, clip, vae, bridge = host.execute("DescEditTinyStudio")
     scene, *_ = host.execute("DescEditTinyScene", seed=8)
     (latent,) = host.execute("VAEEncode", pixels=scene, vae=vae)
