@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,32 +13,42 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
+from ..metrics.image import measure
 from ..models.tiny_studio import drawing, scenes
+from ..pictures.contact_sheet import draw_sheet, save_image, to_image
 from .edit_options import EditOptions, parse
+from .output import write_json
 from .server import NodeError, Prompt, Server, ServerError, device_arguments
 from .studies.balances import CHOSEN
-from .tiny_studio import attribute_classifier
+from .tiny_studio.attribute_classifier import shows
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "UnifyEdit - start here.json"
 # The sample scenes: this one of each edit type.
 SEED, WORDING = 1, "complex"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Edited:
-    """One edit that ran: pictures in 0..1 of shape [128, 128, 3], the mask in 0..1 or None."""
+    """One edit.
+
+    texts: source and edit description.
+    source, edited: [128, 128, 3], 0 to 1. mask: [128, 128], 1 where the edit happens, or None.
+    target: the scene of the true edit, None for the user's image.
+    """
 
     name: str
-    source: np.ndarray
-    edited: np.ndarray
-    mask: np.ndarray | None
-    pair: scenes.EditPair | None
+    texts: tuple[str, str]
+    source: torch.Tensor
+    edited: torch.Tensor
+    mask: torch.Tensor | None
+    target: scenes.Scene | None
 
 
 def set_inputs(prompt: Prompt, class_type: str, **inputs: Any) -> None:
-    """Set widgets of every node of a type; the workflow must have one."""
+    """Set widgets of every node of a type. Raises LookupError if the workflow has none."""
     found = [node for node in prompt.values() if node["class_type"] == class_type]
     if not found:
         raise LookupError(f"the workflow has no {class_type}")
@@ -48,10 +57,9 @@ def set_inputs(prompt: Prompt, class_type: str, **inputs: Any) -> None:
 
 
 def replace_node(prompt: Prompt, node_id: str, outputs: dict[int, Any]) -> None:
-    """Remove a node from a prompt: an input that read its output i gets `outputs[i]`, or is removed if that
-    is None.
+    """Remove a node: inputs linked to its output i get `outputs[i]`, or are removed if that is None.
 
-    A node that loses its only input is removed too.
+    A node that loses its only input is removed, too.
     """
     del prompt[node_id]
     for key, node in list(prompt.items()):
@@ -97,13 +105,17 @@ def refuse(message: str) -> NoReturn:
 
 
 class ProgressLine:
-    """Shows which node runs and its progress: one updating line on a terminal, a few lines elsewhere."""
+    """Shows the running node's title and step: one updating line on a terminal, a few lines elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: Prompt) -> None:
+        self._titles = {
+            node["class_type"]: node.get("_meta", {}).get("title", node["class_type"])
+            for node in prompt.values()
+        }
         self._moves = sys.stdout.isatty()
 
     def __call__(self, node: str, step: int, steps: int) -> None:
-        text = f"  {node} {step}/{steps}" if steps else f"  {node}"
+        text = f"  {self._titles[node]} {step}/{steps}" if steps else f"  {self._titles[node]}"
         if self._moves:
             print(f"\r{text:<60}", end="", flush=True)
         elif steps and step in (steps // 2, steps):
@@ -112,15 +124,6 @@ class ProgressLine:
     def end(self) -> None:
         if self._moves:
             print("\r" + " " * 60 + "\r", end="", flush=True)
-
-
-def result(server: Server, prompt: Prompt, outputs: dict[str, Any]) -> np.ndarray:
-    """The image that the workflow's SaveImage wrote."""
-    for node_id, output in outputs.items():
-        if prompt[node_id]["class_type"] == "SaveImage":
-            with Image.open(io.BytesIO(server.image(output["images"][0]))) as picture:
-                return np.asarray(picture.convert("RGB"), np.float32) / 255
-    raise LookupError("the workflow saved no picture")
 
 
 def run_samples(server: Server, workflow: Prompt) -> list[Edited]:
@@ -133,8 +136,10 @@ def run_samples(server: Server, workflow: Prompt) -> list[Edited]:
         set_inputs(prompt, "DescEditTinyScene", edit_type=edit_type, seed=SEED, wording=WORDING)
         balance = CHOSEN[edit_type]
         set_inputs(prompt, "DescEditUnify", structure=balance.beta1, words=balance.beta2)
-        edited = run_one(server, prompt)
-        edits.append(Edited(edit_type, pair.source.draw(), edited, pair.mask(), pair))
+        texts, mask = (pair.source_text, pair.edit_text), pair.mask()
+        region = None if mask is None else torch.from_numpy(mask)
+        source = torch.from_numpy(pair.source.draw())
+        edits.append(Edited(edit_type, texts, source, run_one(server, prompt), region, pair.target))
     return edits
 
 
@@ -159,80 +164,66 @@ def run_image(
     names = server.object_info()["DescEditTinyScene"]["output_name"]
     replace_node(prompt, scene, {index: links[name] for index, name in enumerate(names)})
     print(f"{options.image}: {options.source} -> {options.edit}", flush=True)
-    edited = run_one(server, prompt)
-    arrays = {name: np.asarray(picture, np.float32) / 255 for name, picture in pictures.items()}
-    return Edited("picture", arrays["source"], edited, arrays.get("mask"), None)
+    arrays = {name: torch.from_numpy(_values(picture)) for name, picture in pictures.items()}
+    texts = (options.source, options.edit)
+    return Edited("picture", texts, arrays["source"], run_one(server, prompt), arrays.get("mask"), None)
 
 
-def run_one(server: Server, prompt: Prompt) -> np.ndarray:
-    progress = ProgressLine()
+def run_one(server: Server, prompt: Prompt) -> torch.Tensor:
+    """The image that the workflow's SaveImage wrote."""
+    progress = ProgressLine(prompt)
     try:
         outputs = server.run(prompt, progress)
     finally:
         progress.end()
-    return result(server, prompt, outputs)
+    saved = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
+    with Image.open(io.BytesIO(server.image(outputs[saved]["images"][0]))) as picture:
+        return torch.from_numpy(_values(picture.convert("RGB")))
+
+
+def _values(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, np.float32) / 255
 
 
 def psnr_outside(edit: Edited) -> float | None:
-    """PSNR in dB of the edited image against the source where the mask is black, at most 100."""
-    keep = np.ones(edit.source.shape[:2], bool) if edit.mask is None else edit.mask <= 0
-    if not keep.any():
+    """PSNR in dB against the source where the mask is black, at most 100; None if nothing is."""
+    if edit.mask is None or bool((edit.mask > 0).all()):
         return None
-    error = float(np.mean((edit.source[keep] - edit.edited[keep]) ** 2))
-    return -10 * math.log10(max(error, 1e-10))
-
-
-def succeeded(edits: Sequence[Edited]) -> list[bool]:
-    """Whether the classifier reads what should have changed as changed, and everything else as it was."""
-    read = attribute_classifier.load().read(np.stack([edit.edited for edit in edits]))
-    wanted = [edit.pair.target.values for edit in edits if edit.pair is not None]
-    return [
-        all(seen.get(name) == value for name, value in values.items())
-        for seen, values in zip(read, wanted, strict=True)
-    ]
+    region = (edit.mask > 0).float()[None]
+    return measure(edit.edited[None], edit.source[None], region)["psnr_outside"].item()
 
 
 def save_pictures(edits: Sequence[Edited], out: Path) -> dict[str, str]:
     """Write source and edited image of each edit and an overview; returns the paths by name."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths, rows = {}, []
+    paths = {}
     for edit in edits:
-        columns = {"source": edit.source, "edited": edit.edited}
-        for kind, pixels in columns.items():
+        for kind, pixels in (("source", edit.source), ("edited", edit.edited)):
             file = out / f"{edit.name}-{kind}.png"
-            as_image(pixels).save(file)
+            save_image(to_image(pixels), file)
             paths[f"{edit.name}_{kind}"] = str(file)
-        if edit.pair is not None:
-            columns["true"] = edit.pair.target.draw()
-        rows.append(
-            np.concatenate(
-                [np.pad(c, ((4, 4), (4, 4), (0, 0)), constant_values=1) for c in columns.values()], 1
-            )
-        )
+    columns = [("source", [edit.source for edit in edits]), ("edited", [edit.edited for edit in edits])]
+    targets = [torch.from_numpy(edit.target.draw()) for edit in edits if edit.target is not None]
+    columns += [("true edit", targets)] if targets else []
+    captions = [[*edit.texts, ""][: len(columns)] for edit in edits]
     overview = out / "overview.png"
-    as_image(np.concatenate(rows)).save(overview)
+    save_image(to_image(draw_sheet(columns, drawing.SIZE, captions)[0]), overview)
     return {**paths, "overview": str(overview)}
 
 
-def as_image(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
-
-
 def report(edits: Sequence[Edited]) -> dict[str, float | None]:
-    """Print a line for each edit; returns the figures over all, None where there is nothing to measure."""
-    known = [edit for edit in edits if edit.pair is not None]
-    success = dict(zip((edit.name for edit in known), succeeded(known), strict=True)) if known else {}
-    # A change of style has no mask: nothing must stay the same.
-    kept = {edit.name: psnr_outside(edit) for edit in edits if edit.mask is not None or edit.pair is None}
-    print(f"{'edit':<14}{'kept outside mask':>20}{'edit made':>14}")
-    for edit in edits:
-        decibel = kept.get(edit.name)
-        made = {True: "yes", False: "no", None: "not checked"}[success.get(edit.name)]
-        print(f"{edit.name:<14}{'-' if decibel is None else f'{decibel:.1f} dB':>20}{made:>14}")
-    measured = [decibel for decibel in kept.values() if decibel is not None]
+    """Print a line for each edit that is measured; returns the means, None where nothing is measured."""
+    pictures = [(edit.edited, edit.target) for edit in edits if edit.target is not None]
+    success = shows(torch.stack([p for p, _ in pictures]), [t for _, t in pictures]) if pictures else []
+    kept = [psnr_outside(edit) for edit in edits]
+    measured = [decibel for decibel in kept if decibel is not None]
+    for edit, decibel, made in zip(edits, kept, success or [None] * len(edits), strict=True):
+        cells = [] if made is None else ["edit made" if made else "edit not made"]
+        cells += [] if decibel is None else [f"{decibel:.1f} dB kept outside the mask"]
+        if cells:
+            print(f"{edit.name:<14}{', '.join(cells)}")
     return {
         "source_psnr_outside_mask_db": round(sum(measured) / len(measured), 2) if measured else None,
-        "edit_success": sum(success.values()) / len(success) if success else None,
+        "edit_success": sum(success) / len(success) if success else None,
     }
 
 
@@ -254,15 +245,14 @@ def main(arguments: Sequence[str]) -> int:
     except ServerError as error:
         print(f"dev.py edit: {error}", file=sys.stderr)
         return 1
-    figures = report(edits)
+    metrics = report(edits)
     paths = save_pictures(edits, options.out)
-    for name, value in figures.items():
-        print(f"{name}: {'not checked' if value is None else value}")
+    for name, value in metrics.items():
+        if value is not None:
+            print(f"{name}: {value}")
     for path in paths.values():
         print(path)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**figures, **paths}, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, {**metrics, **paths})
     return 0
 
 

@@ -224,7 +224,9 @@ def test_dev_edit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
 def test_dev_edit_own_picture(tmp_path: Path, masked: bool) -> None:
-    """Protects: `dev.py edit --image` takes a picture of any size, two descriptions, and a mask or none."""
+    """Protects: `dev.py edit --image` takes a picture of any size, two descriptions, and a mask or none; it
+    shows progress by the node's title, and says nothing of a mask where none leaves something to keep.
+    """
     Image.new("RGB", (200, 150), "red").save(tmp_path / "my picture.png")
     Image.new("L", (200, 150), 255).save(tmp_path / "mask.png")
     command = [sys.executable, str(ROOT / "dev.py"), "edit", "--image", "my picture.png"]
@@ -237,5 +239,7 @@ def test_dev_edit_own_picture(tmp_path: Path, masked: bool) -> None:
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "UnifyEdit 25/25" in done.stdout
+    assert "mask" not in done.stdout  # a mask of the whole image has no outside
     with Image.open(tmp_path / "output" / "edit" / "picture-edited.png") as picture:
         assert picture.size == (128, 128)
