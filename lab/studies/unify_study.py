@@ -54,23 +54,18 @@ def edited(edits: Edits, **values: Any) -> StudioMethod:
     return unify({edit_type: replace(edit, **values) for edit_type, edit in edits.items()})
 
 
-def balanced(edits: Edits, change: Callable[[Balance], Mapping[str, Any]]) -> StudioMethod:
-    """UnifyEdit with `edits` and some values of the balance replaced."""
-    return unify(
-        {
-            edit_type: replace(edit, balance=replace(edit.balance, **change(edit.balance)))
-            for edit_type, edit in edits.items()
-        }
-    )
+def balanced(edits: Edits, change: Callable[[Balance], Balance]) -> StudioMethod:
+    """UnifyEdit with `edits` and a change of their balances."""
+    return unify({kind: replace(edit, balance=change(edit.balance)) for kind, edit in edits.items()})
 
 
 def losses(edits: Edits) -> Rows:
     """Both losses, each of them alone, and neither."""
     return {
         "both": unify(edits),
-        "SAP only": balanced(edits, lambda _: {"beta2": 0.0}),
-        "CAA only": balanced(edits, lambda _: {"beta1": 0.0}),
-        "neither": balanced(edits, lambda _: {"beta1": 0.0, "beta2": 0.0}),
+        "SAP only": balanced(edits, lambda balance: replace(balance, beta2=0.0)),
+        "CAA only": balanced(edits, lambda balance: replace(balance, beta1=0.0)),
+        "neither": balanced(edits, lambda balance: replace(balance, beta1=0.0, beta2=0.0)),
     }
 
 
@@ -82,15 +77,15 @@ def injection(fractions: tuple[float, float]) -> Rows:
 def tables() -> dict[str, Rows]:
     """The rows of the tables, by the name that the page gives them."""
     lower = unify(LOWER_LEVELS)
-
-    def choices(name: str, first: str, *others: str) -> Rows:
-        found = {value: balanced(LOWER_LEVELS, partial(_with, name, value)) for value in others}
-        return {first: lower, **found}
-
     factors = {"as chosen": lower}
     for symbol, name in (("β1", "beta1"), ("β2", "beta2"), ("k1", "k1"), ("k2", "k2")):
         for word, factor in (("half", 0.5), ("double", 2.0)):
             factors[f"{symbol} {word}"] = balanced(LOWER_LEVELS, partial(_scaled, name, factor))
+    combinations, curves = {"balanced": lower}, {"exponential": lower}
+    for combination in ("norm", "naive"):
+        combinations[combination] = balanced(LOWER_LEVELS, partial(replace, combination=combination))
+    for decay in DECAYS:
+        curves[decay] = balanced(LOWER_LEVELS, partial(_drawn, decay))
     text, image, inversion = bridge_study.baselines().items()
     return {
         "methods": {
@@ -104,27 +99,20 @@ def tables() -> dict[str, Rows]:
         "losses": losses(PRESET_EDITS),
         "wide_losses": losses(ALL_LEVELS),
         "lower_losses": losses(LOWER_LEVELS),
-        "lower_combinations": choices("combination", "balanced", "norm", "naive"),
+        "lower_combinations": combinations,
         "lower_ways": {"latent": lower, "noise": edited(LOWER_LEVELS, update_target="noise")},
-        "lower_curves": {
-            "exponential": lower,
-            **{decay: balanced(LOWER_LEVELS, partial(_drawn, decay)) for decay in DECAYS},
-        },
+        "lower_curves": curves,
         "lower_factors": factors,
         "lower_inversions": {"ddim": lower, "virtual": edited(LOWER_LEVELS, mode="virtual")},
     }
 
 
-def _with(name: str, value: Any, balance: Balance) -> dict[str, Any]:
-    return {name: value}
+def _drawn(decay: str, balance: Balance) -> Balance:
+    return replace(balance, drawn=drawn(balance, decay))
 
 
-def _drawn(decay: str, balance: Balance) -> dict[str, Any]:
-    return {"drawn": drawn(balance, decay)}
-
-
-def _scaled(name: str, factor: float, balance: Balance) -> dict[str, float]:
-    return {name: factor * getattr(balance, name)}
+def _scaled(name: str, factor: float, balance: Balance) -> Balance:
+    return replace(balance, **{name: factor * getattr(balance, name)})
 
 
 def metrics(study: Study, rows: Mapping[str, Rows]) -> dict[str, float]:
