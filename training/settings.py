@@ -152,7 +152,9 @@ class DataConfig:
     step: int = Field(
         64, ge=8, multiple_of=8, description="Heights and widths are multiples of it; a multiple of 8."
     )
-    limit: int = Field(0, ge=0, description="Use the first so many samples, good or bad; 0 for all.")
+    limit: int = Field(
+        0, ge=0, description="Number of samples to use, from the first, good or bad; 0 for all."
+    )
 
     def __post_init__(self) -> None:
         if self.kind == "folder" and not isinstance(self.path, str):
