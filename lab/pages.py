@@ -94,7 +94,8 @@ def output_line(item: Any, text: dict[str, str]) -> str:
 def page(schema: Any, text: dict[str, Any], language: str, old: str) -> str:
     """A node's help page: `old` with the current title, description and lists.
 
-    text: the node's entry in the translation file. old: empty for a new page.
+    text: the node's entry in the translation file.
+    old: empty for a new page.
     """
     words = WORDS[language]
     sections = old.find(f"\n## {words['sections'][0]}\n")

@@ -109,7 +109,8 @@ def _measure_region(
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean, [images]; nan where all weights are 0.
 
-    values: [images, height, width, 3]. weights: [images, height, width].
+    values: [images, height, width, 3].
+    weights: [images, height, width].
     """
     return (values.mean(dim=-1) * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
 

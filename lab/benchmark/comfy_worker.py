@@ -73,7 +73,10 @@ class ComfyWorker:
         return client
 
     def close(self, retire: bool = False) -> None:
-        """Stop the ComfyUI if this process started it. retire: never start it again."""
+        """Stop the ComfyUI if this process started it.
+
+        retire: never start it again.
+        """
         self._retired |= retire
         client, self._client = self._client, None
         if isinstance(client, Server):

@@ -27,7 +27,11 @@ _KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}
 
 
 def layer_name(kind: str, key: str) -> str:
-    """`the self-attention of layer output.3.0`. kind: the host's, `attn1` or `attn2`. key: the layer's."""
+    """`the self-attention of layer output.3.0`.
+
+    kind: the host's, `attn1` or `attn2`.
+    key: the layer's.
+    """
     return f"the {_KINDS[kind]} of layer {key}"
 
 

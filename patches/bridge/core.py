@@ -88,7 +88,11 @@ class ReferenceCache:
             )
 
     def fused(self, layer: AttentionLayer, attended: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """F(Z'), [rows, tokens, width]. attended: Z' before its output projection. own: Z."""
+        """F(Z'), [rows, tokens, width].
+
+        attended: Z' before its output projection.
+        own: Z.
+        """
         merged, learned = self.features[layer.key].merged, self.bridge.layer(layer.key)
         if merged is not None:
             return torch.nn.functional.linear(attended, *merged)

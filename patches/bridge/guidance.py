@@ -129,7 +129,10 @@ def _merged(weights: dict[Row, Scale], bridged: bool) -> dict[Row, Scale]:
 
 
 class DualGuider(CFGGuider):
-    """GUIDER with dual guidance; `set_conds(edit, unconditional)`. door: entered in every step."""
+    """GUIDER with dual guidance; `set_conds(edit, unconditional)`.
+
+    door: context that is entered in every step.
+    """
 
     def __init__(self, model: ModelPatcher, guidance: DualGuidance, door: Door | None = None) -> None:
         super().__init__(model)
