@@ -228,6 +228,28 @@ def test_compare(host: Host) -> None:
     assert [bool((head[:, 6 + 70 * n : 70 + 70 * n] < 0.5).any()) for n in range(3)] == [True, True, False]
 
 
+def test_captions_and_frames(host: Host) -> None:
+    """Protects: a text stands below its own picture in a row that is high enough for it, and a red frame
+    around the pictures that get one; without either a sheet is as before.
+    """
+    draw = host.pack_module("pictures.contact_sheet").draw_sheet
+    grey = torch.full((2, 64, 64, 3), 0.5)
+    plain = draw([("a", grey), ("b", grey)], 64)[0]
+    captions = [["a text of several words, thus of several lines", ""], ["", "two"]]
+    sheet = draw([("a", grey), ("b", grey)], 64, captions, [[False, True], [False, False]])[0]
+    assert len(sheet) > len(plain)
+    top = len(plain) - 140
+    assert torch.equal(sheet[: top + 64, :76], plain[: top + 64, :76])
+    frame = sheet[top : top + 64, 76:140]
+    assert torch.equal(frame[0], torch.tensor([1.0, 0.0, 0.0]).expand(64, 3))
+    torch.testing.assert_close(frame[3:-3, 3:-3], grey[0, 3:-3, 3:-3], rtol=0, atol=1 / 255)
+    second = len(sheet) - (len(plain) - top - 70) - 14  # one line of text below the second row
+    assert (sheet[top + 64 : second, 6:70] < 0.5).any()
+    assert (sheet[top + 64 : second, 76:140] == 1).all()
+    assert (sheet[second + 64 :, 76:140] < 0.5).any()
+    assert (sheet[second + 64 :, 6:70] == 1).all()
+
+
 def test_compare_in_a_graph(host: Host) -> None:
     """Protects: the growing inputs work in a queued prompt, and wrong labels and batches name the node."""
     graph = {
