@@ -21,6 +21,8 @@ from closeness import same
 from host import Host
 from unify_edit import Edit, euler
 
+Inputs = tuple[dict[str, Any], ...]
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -43,12 +45,12 @@ class Bridge:
 
     direction = "edit_queries"
     # Inputs with which it changes nothing, and inputs with which it does what it does without them.
-    neutral: ClassVar = (
+    neutral: ClassVar[Inputs] = (
         {"strength": 0.0},
         {"mask": torch.zeros(1, 128, 128)},
         {"start_percent": 0.4, "end_percent": 0.45},  # between two steps
     )
-    redundant: ClassVar = ({"mask": torch.ones(1, 128, 128)},)
+    redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts: tuple[str, ...] = bridge_edit.LAYOUTS
 
     def __init__(self, host: Host, model: Any) -> None:
@@ -80,8 +82,8 @@ class BridgeOfReference(Bridge):
 class MaskedBridge(Bridge):
     """The same, where a mask says so."""
 
-    neutral: ClassVar = ()
-    redundant: ClassVar = ()
+    neutral: ClassVar[Inputs] = ()
+    redundant: ClassVar[Inputs] = ()
 
     def patched(self, graph: Graph, **inputs: Any) -> Any:
         """MODEL with the patch."""
@@ -94,8 +96,8 @@ class MaskedBridge(Bridge):
 class DualGuidance(Bridge):
     """Dual Guidance with a bridge: three predictions a step."""
 
-    neutral: ClassVar = ({"strength": 0.0, "image_guidance": 1.0, "text_guidance": 3.0},)
-    redundant: ClassVar = ()
+    neutral: ClassVar[Inputs] = ({"strength": 0.0, "image_guidance": 1.0, "text_guidance": 3.0},)
+    redundant: ClassVar[Inputs] = ()
 
     def patched(self, graph: Graph, **inputs: Any) -> Any:
         """MODEL with the patch."""
@@ -112,8 +114,8 @@ class DualGuidance(Bridge):
 class Recorder(Bridge):
     """The attention recorder around every call, which must change nothing at all."""
 
-    neutral: ClassVar = ({},)
-    redundant: ClassVar = ()
+    neutral: ClassVar[Inputs] = ({},)
+    redundant: ClassVar[Inputs] = ()
 
     def __init__(self, host: Host, model: Any) -> None:
         self.host, self.model = host, model
@@ -131,8 +133,8 @@ class Recorder(Bridge):
 class UnifyEdit(Bridge):
     """UnifyEdit's sampler, from an inverted latent."""
 
-    neutral: ClassVar = ()
-    redundant: ClassVar = ({"mask": torch.ones(1, 128, 128)},)
+    neutral: ClassVar[Inputs] = ()
+    redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts = ("three images", "an area")
 
     def __init__(self, host: Host, model: Any) -> None:
@@ -156,11 +158,15 @@ class UnifyEdit(Bridge):
 
 
 METHODS = (Bridge, BridgeOfReference, MaskedBridge, DualGuidance, Recorder, UnifyEdit)
-# Every method on every kind of network; and those that have weights of their own, however the host keeps
-# weights (the others: test_streamed.py).
+# Every method on every kind of network; and what has weights of its own, however the host keeps weights.
 CASES = [
     *((method, kind, "resident") for kind in small_models.KINDS for method in METHODS),
-    *((method, "SD1.5", mode) for mode in memory_modes.MODES for method in METHODS[:4] if mode != "resident"),
+    *(
+        (method, "SD1.5", mode)
+        for mode in memory_modes.MODES
+        for method in (Bridge, DualGuidance)
+        if mode != "resident"
+    ),
 ]
 
 
@@ -221,7 +227,7 @@ def test_split_for_memory(host: Host, method: Bridge, monkeypatch: pytest.Monkey
     """Protects: in every layout of conditionings, one batch or one by one give the same latents."""
     layouts = bridge_edit.layouts(host)
     for name in method.layouts:
-        graph = Graph(*layouts[name])
+        graph = Graph(*layouts[name], steps=1)
         together = method.run(graph)
         with monkeypatch.context() as patch, counted(method.model) as calls:
             patch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda *_: 0)

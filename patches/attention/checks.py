@@ -15,7 +15,6 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .layers import AttentionLayer
-from .token_order import first_moved
 
 TAKE_OUT = "Take that node out of the MODEL's chain."
 COMPILED = (
@@ -98,16 +97,28 @@ def check_gradient(layer: str, *tensors: torch.Tensor) -> None:
         )
 
 
-def check_order(moved: Collection[tuple[str, torch.Tensor]]) -> None:
-    """Raise ValueError if tokens were moved. Waits for the device if another node replaced any.
-
-    moved: of `AttentionRecorder`.
+@torch.no_grad()
+def moved_tokens(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Whether the tokens of any row, [rows, tokens, width], are the same ones in another order; a bool
+    tensor. Merged tokens are detected by their number, which shuffled ones keep.
     """
-    if name := first_moved(moved):
-        raise ValueError(
-            f"{layer_name('attn1', name)} gets its tokens in another order: a node shuffles them, or "
-            f"merges tokens (ToMe). {TAKE_OUT}"
-        )
+    before, after = before[..., 0], after[..., 0]
+    same = (before.sort(dim=1).values == after.sort(dim=1).values).all(dim=1)
+    return (same & (before != after).any(dim=1)).any()
+
+
+def check_order(found: Collection[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError, naming the first layer whose tokens were moved.
+
+    found: layers' keys with the result of `moved_tokens`. Waits for the device if there are any.
+    """
+    flags = torch.stack([moved for _, moved in found]).tolist() if found else []
+    for (key, _), moved in zip(found, flags, strict=True):
+        if moved:
+            raise ValueError(
+                f"{layer_name('attn1', key)} gets its tokens in another order: a node shuffles them, or "
+                f"merges tokens (ToMe). {TAKE_OUT}"
+            )
 
 
 def check_call(x: torch.Tensor, rows: int, size: Sequence[int]) -> None:

@@ -34,11 +34,11 @@ from .checks import (
     check_rows,
     check_text,
     layer_name,
+    moved_tokens,
 )
 from .hooks import Attention, ForwardEnded
 from .layers import AttentionLayer
 from .networks import Network
-from .token_order import moved
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
 PIECE = 2**24  # probabilities at a time: 64 MiB
@@ -250,7 +250,7 @@ class AttentionRecorder:
             normed = at.inputs.normed
             for now in (at.inputs.hidden, at.inputs.context):
                 if now is not normed and now.shape == normed.shape:
-                    self.moved.append((key, moved(normed, now)))
+                    self.moved.append((key, moved_tokens(normed, now)))
         if self._expected is not None:
             self._check(self._expected, at)
         seen = self.self_attention if at.kind == "attn1" else self.cross_attention

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +24,10 @@ from ..attention.networks import Network, network_of
 from ..host.inputs import read_samples
 from ..host.options import read_options, replace_options
 from ..host.out_of_memory import memory_advice
+from .core import Door
 from .run import KEY, BridgeRun, BridgeSetup
 
 ADVICE = "sample a smaller image or fewer at a time, or give fewer references"
-Door = AbstractContextManager[Any]
 
 
 def apply_bridge(model: ModelPatcher, setup: BridgeSetup, door: Door | None = None) -> ModelPatcher:
@@ -115,31 +115,28 @@ class _Sample:
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
         with self.door:
-            return self._sample(executor, *args, **kwargs)
-
-    def _sample(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
-        if comfy.model_management.in_training:
-            raise ValueError(
-                "another node trains this MODEL (Train LoRA, for one), and the reference, read once "
-                "before, would not follow what is learned: wire the MODEL from before this node into the "
-                "training, and apply the bridge to the trained MODEL"
-            )
-        guider, sigmas, extra_args, _, noise, *_ = args
-        if "multigpu_clones" in extra_args["model_options"]:
-            raise ValueError(
-                "the sampling is spread over several GPUs (MultiGPU CFG Split), but what a bridge "
-                "keeps of the reference is on one: take that node out of the model's chain"
-            )
-        run = BridgeRun(self.setup, guider, noise, sigmas, self.door)
-        extra_args["model_options"]["transformer_options"][KEY] = run
-        try:
-            with memory_advice(ADVICE):
-                run.read_reference()
-                result = executor(*args, **kwargs)
-            run.finish()
-            return result
-        finally:
-            run.close()
+            if comfy.model_management.in_training:
+                raise ValueError(
+                    "another node trains this MODEL (Train LoRA, for one), and the reference, read once "
+                    "before, would not follow what is learned: wire the MODEL from before this node into the "
+                    "training, and apply the bridge to the trained MODEL"
+                )
+            guider, sigmas, extra_args, _, noise, *_ = args
+            if "multigpu_clones" in extra_args["model_options"]:
+                raise ValueError(
+                    "the sampling is spread over several GPUs (MultiGPU CFG Split), but what a bridge "
+                    "keeps of the reference is on one: take that node out of the model's chain"
+                )
+            run = BridgeRun(self.setup, guider, noise, sigmas, self.door)
+            extra_args["model_options"]["transformer_options"][KEY] = run
+            try:
+                with memory_advice(ADVICE):
+                    run.read_reference()
+                    result = executor(*args, **kwargs)
+                run.finish()
+                return result
+            finally:
+                run.close()
 
 
 def _note_areas(executor: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -25,6 +25,8 @@ from ..attention.hooks import Attention, ForwardEnded, attend
 from ..attention.layers import AttentionLayer
 from ..attention.networks import Network
 
+# What names the errors of a node; `nodes.errors.naming`.
+Door = AbstractContextManager[Any]
 Matrix = tuple[torch.Tensor, torch.Tensor]
 Merge = Callable[[AttentionLayer, torch.Tensor], Matrix | None]
 
@@ -160,7 +162,7 @@ class DenoisePatches:
         expand_to_rows: Callable[[torch.Tensor], torch.Tensor],
         strength: float = 1.0,
         masks: Mapping[str, torch.Tensor] | None = None,
-        door: AbstractContextManager[Any] | None = None,
+        door: Door | None = None,
     ) -> None:
         self.rows, self.fired = rows, set[str]()
         self._cache, self._expand_to_rows = cache, expand_to_rows

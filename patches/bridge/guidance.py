@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from comfy.samplers import CFGGuider
 
 from ..host.sigmas import progress
 from .apply import has_bridge
+from .core import Door
 from .guidance_rows import EDIT, UNCONDITIONAL, Row, predict_rows
 
 KEY = "descriptive_edit.guidance"
@@ -40,7 +41,6 @@ _PAIRED = (
     "disable_cfg1_optimization",
 )
 Scale = float | torch.Tensor
-Door = AbstractContextManager[Any]
 
 
 @dataclass(frozen=True, eq=False)

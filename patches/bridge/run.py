@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..attention.masks import check_mask, layer_masks
 from ..attention.networks import network_of
 from ..attention.recorder import WRAPPER_KEY
 from ..host.inputs import read_mask
-from .core import DenoisePatches, Matrix, ReferenceCache
+from .core import DenoisePatches, Door, Matrix, ReferenceCache
 
 KEY = "descriptive_edit.bridge"
 # In transformer_options, by a guider: the uuids of the rows that do not see the reference.
@@ -103,7 +102,7 @@ class BridgeRun:
         guider: CFGGuider,
         noise: torch.Tensor,
         sigmas: torch.Tensor,
-        door: AbstractContextManager[Any],
+        door: Door,
     ) -> None:
         model = guider.inner_model
         self.cache = ReferenceCache(setup.bridge.model, network_of(model.diffusion_model))
