@@ -73,10 +73,10 @@ class Bridge:
 
 
 class BridgeOfReference(Bridge):
-    """The same, with the other direction, which cannot follow an area."""
+    """The same, with the other direction, which cannot follow the area of a conditioning or of its mask."""
 
     direction = "reference_queries"
-    layouts = tuple(name for name in bridge_edit.LAYOUTS if name != "an area")
+    layouts = tuple(name for name in bridge_edit.LAYOUTS if name not in ("an area", "a mask"))
 
 
 class MaskedBridge(Bridge):
