@@ -157,10 +157,10 @@ class DescEditUnifyOptions(io.ComfyNode):
                     options=list(FORMS),
                     default=default.alignment,
                     optional=True,
-                    tooltip="Form of the word loss. token_ratio: the words' share of the attention inside "
-                    "the mask; the only one that works without a mask. spatial_ratio: the share of a word's "
-                    "attention that falls inside. area_ratio: inside against outside, squared, as quoted "
-                    "from the paper; unbounded.",
+                    tooltip="Form of the word loss. token_ratio: the words' share of the description's "
+                    "attention inside the mask. absolute: their attention inside the mask. spatial_ratio: "
+                    "the share of their attention that lies inside. area_ratio: inside against outside, "
+                    "squared, as quoted from the paper; unbounded. The last two need a mask.",
                 ),
                 io.Combo.Input(
                     "structure_region",

@@ -89,7 +89,7 @@ def edit_tokens(host: Host, length: int, *words: tuple[int, ...]) -> Any:
     return tokens.EditTokens(found, length, length + 1, ())
 
 
-@pytest.mark.parametrize("form", ["token_ratio", "spatial_ratio", "area_ratio"])
+@pytest.mark.parametrize("form", ["token_ratio", "absolute", "spatial_ratio", "area_ratio"])
 def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
     """Protects: each form's formula, averaged over heads, layers and words, for rows with words and lengths
     of their own.
@@ -110,6 +110,8 @@ def test_alignment_loss(host: Host, losses: Any, form: str) -> None:
             if form == "token_ratio":
                 share = attention / maps_here[:, 1 : length + 1].sum(dim=1)
                 terms.append((1 - float((share * inside).sum() / inside.sum())) ** 2)
+            elif form == "absolute":
+                terms.append((1 - float((attention * inside).sum() / inside.sum())) ** 2)
             elif form == "spatial_ratio":
                 terms.append(3 - 4 * float((attention * inside).sum() / attention.sum()))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import comfy.samplers
@@ -80,10 +81,10 @@ def test_curve_that_ends_early(host: Host, model: Any) -> None:
 
 @pytest.mark.parametrize("option", ["structure_region", "alignment"])
 def test_regions_and_forms(host: Host, model: Any, option: str) -> None:
-    """Protects: each choice reaches its loss: three choices, three edits."""
+    """Protects: each choice reaches its loss: as many edits as choices."""
     choices = {
         "structure_region": ("everywhere", "inside", "outside"),
-        "alignment": ("token_ratio", "spatial_ratio", "area_ratio"),
+        "alignment": ("token_ratio", "absolute", "spatial_ratio", "area_ratio"),
     }
     edit = Edit(host, model, steps=1)
     edit.sampler_inputs["mask"] = box_mask()
@@ -92,8 +93,8 @@ def test_regions_and_forms(host: Host, model: Any, option: str) -> None:
         edit.sampler_inputs[option] = choice
         found.append(edit.run())
         assert bool(torch.isfinite(found[-1]).all())
-    for one, two in ((0, 1), (0, 2), (1, 2)):
-        assert float((found[one] - found[two]).abs().max()) > 1e-3
+    for one, two in itertools.combinations(found, 2):
+        assert float((one - two).abs().max()) > 1e-3
 
 
 def test_named_layers(host: Host, model: Any) -> None:

@@ -16,6 +16,7 @@ from kornia.geometry.transform import resize
 
 from ...pictures.contact_sheet import draw_sheet
 from ..host.inputs import read_samples
+from ..host.options import one_device
 from ..host.sigmas import progress
 from ..inversion import Inversion
 from ..unify.tokens import EditTokens
@@ -136,7 +137,7 @@ def _record_once(
             "conditioning has no entry for the whole image at this percent: wire the description "
             "without an area, a mask or a range of steps"
         )
-    options = {name: value for name, value in options.items() if name != "multigpu_clones"}
+    options = one_device(options)
     record(guider.inner_model, recorder, entry, x, sigmas[0] * x.new_ones([len(x)]), options, own_grid=True)
     check_order(recorder.moved)
     return x

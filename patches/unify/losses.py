@@ -16,7 +16,8 @@ from einops import einsum, rearrange, reduce
 from ..attention.recorder import LossGradient, Piece, Projections
 from .words import Words
 
-FORMS = ("token_ratio", "spatial_ratio", "area_ratio")
+FORMS = ("token_ratio", "absolute", "spatial_ratio", "area_ratio")
+COMPARING = ("spatial_ratio", "area_ratio")  # inside of the mask with outside
 
 
 # From one layer's and one piece's probabilities to their part of a loss, [rows].
@@ -62,6 +63,8 @@ def alignment_loss(
       0 to 1. The token ratio of MAG-Edit (arXiv 2312.11396), without the start mark and the padding, which
       get most of the attention and are not part of the edit. Without a mask it is the loss for an edit of the
       whole image.
+    - absolute: (1 - R)^2, R = mean over M of A. 0 to 1. What MAG-Edit's code computes: it divides by the
+      attention of all tokens, which is 1.
     - spatial_ratio: 3 - 4 R, R = sum over M of A / sum over all tokens of A. -1 to 3. The spatial ratio of
       MAG-Edit.
     - area_ratio: -R^2, R = mean over M of A / mean over 1 - M of A. No lower bound. UnifyEdit's ratio in the
@@ -79,6 +82,8 @@ def alignment_loss(
             described = einsum(probabilities, words.description, "b h p t, b t -> b h p")
             share = attention / rearrange(described, "b h p -> b h 1 p")
             loss = (1 - _mean(share, mask)).square()
+        elif form == "absolute":
+            loss = (1 - _mean(attention, mask)).square()
         elif form == "spatial_ratio":
             loss = 3 - 4 * (attention * mask).sum(dim=-1) / attention.sum(dim=-1)
         else:

@@ -9,7 +9,7 @@ import torch
 from ..attention.masks import check_mask
 from ..inversion import MODES, Inversion
 from .balance import Balance
-from .losses import FORMS
+from .losses import COMPARING, FORMS
 from .tokens import EditTokens
 
 REGIONS = ("outside", "inside", "everywhere")
@@ -112,7 +112,7 @@ class UnifySettings:
     @property
     def compares(self) -> bool:
         """Whether a loss compares inside and outside the mask."""
-        return self.options.alignment != FORMS[0] and self.balance.beta2 > 0
+        return self.options.alignment in COMPARING and self.balance.beta2 > 0
 
     def check_cover(self, mask: torch.Tensor, name: str = "mask") -> None:
         """Raise ValueError if a mask covers nothing, or everything although an outside is needed."""
