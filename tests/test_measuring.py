@@ -48,6 +48,8 @@ def test_a_step_and_its_memory(measuring: Any, host: Host, monkeypatch: pytest.M
         model = unet.random_sd15(dtype=measuring.dtype())
         measuring.choose_attention(model)
         (seconds,) = unify.unify(model, 8).seconds(8)
+        backward = {stop: unify.gradient_only(model, stop) for stop in (True, False)}
+        assert min(unify.timed(backward, 8, 1).values()) > 0
         clock = bridge.timed({"dual": bridge.dual(bridge.bridged(model, 8))}, 8, 1)["dual"]
         assert min(seconds, *clock.step, *clock.before) > 0
         assert unify.peak(unify.stock(model), 8, 2) > 2**20
