@@ -144,9 +144,8 @@ class _Watched:
             self.kept += [weakref.ref(run)]
             self.kept += [
                 weakref.ref(item)
-                for kept in run.cache.features.values()
-                for item in kept
-                if torch.is_tensor(item)
+                for features in run.cache.features.values()
+                for item in (*features.kept, *(features.merged or ()))
             ]
             if self.then is not None:
                 self.then()
