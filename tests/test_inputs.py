@@ -97,6 +97,23 @@ class Graphs:
         edit.sampler_inputs = {"mask": mask}
         return edit.run()
 
+    def unify_node(self, **inputs: Any) -> torch.Tensor:
+        return self.host.execute("DescEditUnify", **{**self._edit_inputs(), "steps": 1, **inputs})[0][
+            "samples"
+        ]
+
+    def find_mask(self, latent: Any) -> torch.Tensor:
+        return self.host.execute("DescEditFindMask", **{**self._edit_inputs(), "latent": latent})[0]
+
+    def _edit_inputs(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "source": small_models.conditioning(1),
+            "edit": self.edit.positive,
+            "edit_tokens": self.edit.tokens,
+            "latent": self.latent,
+        }
+
     def measure(self, **inputs: Any) -> str:
         images = {"edited": self.image.flip(1), "source": self.image}
         return self.host.execute("DescEditMetrics", **{**images, **inputs})[0]
@@ -139,6 +156,7 @@ def mask_runs(graphs: Graphs) -> dict[tuple[str, str], tuple[Callable[[Any], Any
     return {
         ("DescEditApplyBridge", "mask"): (graphs.apply, box_mask()),
         ("DescEditUnifySampler", "mask"): (graphs.unify, box_mask()),
+        ("DescEditUnify", "mask"): (lambda mask: graphs.unify_node(mask=mask), box_mask()),
         ("DescEditMetrics", "mask"): (lambda mask: graphs.measure(mask=mask), small),
     }
 
@@ -160,7 +178,8 @@ def latent_runs(graphs: Graphs) -> dict[tuple[str, str], Callable[[Any], Any]]:
         ("DescEditApplyBridge", "reference"): graphs.reference,
         ("DescEditInvert", "latent"): graphs.invert,
         ("DescEditAttentionMaps", "latent"): lambda latent: graphs.maps(latent=latent),
-        ("DescEditTrace", "latent"): lambda latent: graphs.host.execute("DescEditTrace", latent=latent)[0],
+        ("DescEditUnify", "latent"): lambda latent: graphs.unify_node(latent=latent),
+        ("DescEditFindMask", "latent"): graphs.find_mask,
     }
 
 
@@ -168,9 +187,14 @@ def same(found: Any, wanted: Any) -> bool:
     return found == wanted if isinstance(wanted, str) else torch.equal(found, wanted)
 
 
+def title(graphs: Graphs, node: str) -> str:
+    """What a user reads on the node."""
+    return graphs.host.node(node).GET_SCHEMA().display_name
+
+
 def refusal(run: Callable[[Any], Any], value: Any) -> str:
     """What `run` says of `value`."""
-    with pytest.raises(Exception, match="DescEdit") as caught:
+    with pytest.raises(Exception, match=r"^[A-Z][\w ()]+: ") as caught:
         run(value)
     return str(caught.value)
 
@@ -212,7 +236,7 @@ def test_bad_masks(graphs: Graphs) -> None:
     """Protects: no node takes a mask that would give garbage."""
     for (node, name), (run, mask) in mask_runs(graphs).items():
         for message, change in BAD_MASKS.items():
-            assert f"{node}: {name} {message}" in refusal(run, change(mask)), message
+            assert f"{title(graphs, node)}: {name} {message}" in refusal(run, change(mask)), message
 
 
 def test_images(graphs: Graphs) -> None:
@@ -231,27 +255,18 @@ def test_bad_images(graphs: Graphs) -> None:
     """Protects: no node shows or measures what is no image."""
     for (node, name), run in image_runs(graphs).items():
         for message, change in BAD_IMAGES.items():
-            assert f"{node}: {name} {message}" in refusal(run, change(graphs.image)), message
+            assert f"{title(graphs, node)}: {name} {message}" in refusal(run, change(graphs.image)), message
 
 
 def test_bad_latents(graphs: Graphs) -> None:
     """Protects: latents of another rank, family or kind, and broken ones, are named."""
     for (node, name), run in latent_runs(graphs).items():
-        if node == "DescEditTrace":
-            continue
         half = {"samples": graphs.latent["samples"].half(), "batch_index": [0], "another pack's": object()}
         rounded = {"samples": half["samples"].float()}
         assert same(run(half), run(rounded)), node
         for message, change in BAD_LATENTS.items():
             said = refusal(run, change(graphs.latent["samples"]))
-            assert f"{node}: {name} {message}" in said, message
-
-
-def test_trace_takes_no_other_latent(graphs: Graphs) -> None:
-    """Protects: a latent without a trace is refused, whatever its form."""
-    run = latent_runs(graphs)["DescEditTrace", "latent"]
-    for change in BAD_LATENTS.values():
-        assert "Trace (UnifyEdit): latent has no trace" in refusal(run, change(graphs.latent["samples"]))
+            assert f"{title(graphs, node)}: {name} {message}" in said, message
 
 
 @pytest.mark.parametrize(

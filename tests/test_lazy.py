@@ -22,7 +22,7 @@ def test_layers_are_whole(host: Host, memory_mode: str, dtype: torch.dtype) -> N
     start values; so have the Tiny Studio's networks. The host's own layers have none here.
     """
     bridges = host.pack_module("models.bridge")
-    settings = bridges.BridgeSettings("SD15", {("middle", 0, 0): 32}, rank=4)
+    settings = bridges.BridgeSettings("SD15", {"middle.0.0": 32}, rank=4)
     bridge = bridges.AttentionBridge(settings, dtype, torch.device("meta"))
     shapes = sorted(tuple(weight.shape) for weight in bridge.parameters())
     assert shapes == [(4, 32)] * 4 + [(32, 4)] * 4 + [(32, 32)]
@@ -40,7 +40,7 @@ def test_layers_are_whole(host: Host, memory_mode: str, dtype: torch.dtype) -> N
 def test_managed_weights_have_no_gradient(host: Host) -> None:
     """Protects: what the host copies into buffers that it uses again cannot become part of a graph."""
     bridges = host.pack_module("models.bridge")
-    bridge = bridges.new_bridge(bridges.BridgeSettings("SD15", {("middle", 0, 0): 32}, rank=4))
+    bridge = bridges.new_bridge(bridges.BridgeSettings("SD15", {"middle.0.0": 32}, rank=4))
     assert not any(weight.requires_grad for weight in bridge.model.parameters())
 
 
@@ -86,7 +86,7 @@ def test_a_bridge_is_a_copy_of_its_file(
 ) -> None:
     """Protects: the file's dtype is kept, and a file that is written over does not change a loaded bridge."""
     bridges, files_ = host.pack_module("models.bridge"), host.pack_module("models.bridge_file")
-    settings = bridges.BridgeSettings("SD15", {("middle", 0, 0): 32}, rank=4)
+    settings = bridges.BridgeSettings("SD15", {"middle.0.0": 32}, rank=4)
     path = tmp_path / "bridge.safetensors"
     files_.save_bridge(bridges.AttentionBridge(settings, dtype).reset(), path)
     loaded = files_.load_bridge(path).model.state_dict()

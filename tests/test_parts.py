@@ -75,7 +75,7 @@ def test_tiles_one_by_one(host: Host, model: Any, bridge: Any) -> None:
     [
         ({"mask": half_mask()}, "edit_queries", "it has a mask"),
         ({}, "reference_queries", "it has reference_queries"),
-        ({"reference": small_models.latent(9, batch=2)}, "edit_queries", "each image has a reference"),
+        ({"reference": small_models.latent(9, batch=2)}, "edit_queries", "each image has its own"),
     ],
 )
 def test_tiles_that_are_refused(host: Host, model: Any, inputs: dict, direction: str, reason: str) -> None:

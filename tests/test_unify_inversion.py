@@ -113,7 +113,7 @@ def test_batch_is_two_singles(host: Host, model: Any) -> None:
         (torch.ones(1, 16, 16, 16), [2.0, 1.0, 0.0], "latent has shape .* needs .images, 4"),
         (torch.ones(1, 4, 16, 16), [2.0, 1.0, 0.5], "sigmas must fall step by step to 0 but are"),
         (torch.ones(1, 4, 16, 16), [1.0, 2.0, 0.0], "sigmas must fall step by step to 0 but are"),
-        (torch.ones(1, 4, 16, 16), [], "sigmas must fall step by step to 0 but are"),
+        (torch.ones(1, 4, 16, 16), [], "sigmas are none: the scheduler's denoise is 0"),
     ],
 )
 def test_bad_input(host: Host, model: Any, samples: torch.Tensor, sigmas: list[float], message: str) -> None:
