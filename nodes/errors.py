@@ -51,7 +51,7 @@ class naming:
         assert traceback is not None
         while traceback.tb_next is not None:
             traceback = traceback.tb_next
-        if not traceback.tb_frame.f_globals["__name__"].startswith(_PACK):
+        if not traceback.tb_frame.f_globals.get("__name__", "").startswith(_PACK):
             return
         named = _NodeOutOfMemory if isinstance(error, OutOfMemory) else _NodeError
         raise named(f"{self._node.define_schema().display_name}: {error}") from None
