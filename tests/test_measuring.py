@@ -49,7 +49,65 @@ def test_a_step_and_its_memory(measuring: Any, host: Host, monkeypatch: pytest.M
         measuring.choose_attention(model)
         (seconds,) = unify.unify(model, 8).seconds(8)
         backward = {stop: unify.gradient_only(model, stop) for stop in (True, False)}
-        assert min(unify.timed(backward, 8, 1).values()) > 0
+        assert min(min(steps) for steps in unify.timed(backward, 8, 1).values()) > 0
         clock = bridge.timed({"dual": bridge.dual(bridge.bridged(model, 8))}, 8, 1)["dual"]
         assert min(seconds, *clock.step, *clock.before) > 0
         assert unify.peak(unify.stock(model), 8, 2) > 2**20
+
+
+def test_operations(host: Host) -> None:
+    """Protects: computing operations are told apart from views, casts, memory and waits, in a forward and in a
+    backward pass, and what does nothing counts as a view.
+    """
+    counter = host.pack_module("lab.bench.operations").Operations()
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with torch.inference_mode(), counter:
+        y = torch.nn.functional.linear(x, weight).relu()
+        y.view(-1)[:2].to(torch.float64)
+        torch.dropout(y.to(torch.float32), 0.5, train=False).reshape(8)
+        y.t().reshape(8)
+        y.copy_(torch.empty(2, 4).zero_())
+        y[0, 0].item()
+    assert counter.names == {"linear": 1, "relu": 1, "zero_": 1}
+    assert counter.kinds == {"computed": 3, "casts": 3, "views": 8, "memory": 1, "waits": 1}
+    leaf = torch.ones(3, requires_grad=True)
+    with counter:
+        torch.autograd.grad(leaf.sin().sum(), leaf)
+    assert counter.names["cos"] == counter.names["sin"] == 1
+
+
+def test_narrow(host: Host) -> None:
+    """Protects: the narrow regime measures SD1.5's whole depth with the layers that 64x64 latents choose, and
+    counts the operations of one step: a bridge adds one attention in each of the 16 layers.
+    """
+    bridge, unify, unet, layers, networks = (
+        host.pack_module(name)
+        for name in (
+            "lab.bench.bridge",
+            "lab.bench.unify",
+            "lab.bench.random_sd15",
+            "patches.attention.layers",
+            "patches.attention.networks",
+        )
+    )
+    with torch.inference_mode():
+        model = unet.random_sd15(width=unet.NARROW)
+        found = networks.network_of(model.model.diffusion_model).layers.values()
+        for choose in (layers.structure_layers, layers.word_layers):
+            expected = choose(found, 64, 64, unify.SIDE)
+            assert choose(found, unet.NARROW_SIDE, unet.NARROW_SIDE, unify.NARROW_TOKENS) == expected
+        lab = host.pack_module("lab.bench.measuring")
+        lab.choose_attention(model)
+        counts = [
+            bridge.operations(guider, 8).names["scaled_dot_product_attention"]
+            for guider in (bridge.stock_dual(model), bridge.dual(bridge.bridged(model, 8)))
+        ]
+    assert counts == [32, 48]
+    assert bridge.narrow(1).keys() == {
+        "overhead_dual_ratio",
+        "overhead_reference_pass_forwards",
+        "ops_dual_extra",
+    }
+    measured = unify.narrow(1)
+    assert measured["overhead_unify_ratio_checkpointed"] > measured["overhead_unify_ratio"] > 1
+    assert measured["ops_unify_ratio"] > 1

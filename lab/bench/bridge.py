@@ -1,4 +1,4 @@
-"""Cost of a bridge and dual guidance, on SD1.5's full-width UNet with random weights.
+"""Cost of a bridge and dual guidance, on SD1.5's UNet with random weights, at full width and narrow.
 
 Steps are single model predictions inside a real sampling, timed by the sampler function, so that a run's
 preparation is excluded. For attention and memory see measuring.py.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,9 @@ from ...patches.attention.networks import network_of
 from ...patches.bridge.apply import apply_bridge
 from ...patches.bridge.guidance import DualGuidance, DualGuider
 from ...patches.bridge.run import BridgeSetup
-from .measuring import alternating, choose_attention, dtype, now, peak_memory
-from .random_sd15 import random_sd15
+from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory
+from .operations import Operations, print_operations
+from .random_sd15 import NARROW, NARROW_SIDE, random_sd15
 
 STEPS = 20
 AIMS = {
@@ -33,6 +35,9 @@ AIMS = {
     "peak_memory_ratio_64": 1.25,
     "peak_memory_ratio_50_to_5_steps": 1.0,
     "strength0_ratio": 1.02,
+    "overhead_dual_ratio": 1.08,
+    "overhead_reference_pass_forwards": 1.10,
+    "ops_dual_extra": 112,
 }
 Conditioning = list[list[Any]]
 
@@ -147,7 +152,41 @@ def count_rows(model: Any, guider: Any, side: int) -> int:
     return rows
 
 
-def measure(rounds: int) -> dict[str, float]:
+def operations(guider: Any, side: int) -> Operations:
+    """Those of one step, the run's second."""
+    found = Operations()
+
+    def run(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any, **_: Any) -> torch.Tensor:
+        for context in (nullcontext(), found):
+            with context:
+                model(x, sigmas[0] * x.new_ones([len(x)]), **extra_args)
+        return x
+
+    sample(guider, side, comfy.samplers.KSAMPLER(run))
+    return found
+
+
+def narrow(rounds: int) -> dict[str, float]:
+    """The overhead: SD1.5's whole depth with hardly any arithmetic."""
+    with torch.inference_mode(), one_thread():
+        model = random_sd15(dtype=dtype(), width=NARROW)
+        choose_attention(model)
+        side = NARROW_SIDE
+        guiders = {"stock": stock_dual(model), "dual": dual(bridged(model, side)), "row": single(model)}
+        clocks = timed(guiders, side, rounds)
+        counts = {name: operations(guiders[name], side) for name in ("stock", "dual")}
+    for name, clock in clocks.items():
+        print(f"narrow, {name}: {statistics.median(clock.step) * 1e3:.1f} ms a step", flush=True)
+    print_operations(counts)
+    return {
+        "overhead_dual_ratio": median_ratio(clocks["dual"].step, clocks["stock"].step),
+        "overhead_reference_pass_forwards": median_ratio(clocks["dual"].before, clocks["row"].step),
+        "ops_dual_extra": counts["dual"].computed - counts["stock"].computed,
+    }
+
+
+def wide(rounds: int) -> dict[str, float]:
+    """The arithmetic: the full width."""
     found: dict[str, float] = {}
     euler = comfy.samplers.sampler_object("euler")
     heads = ("stock step", "dual step", "one row", "reading", "read each step")

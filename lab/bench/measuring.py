@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -46,6 +48,22 @@ def alternating(names: Iterable[str], rounds: int) -> Iterator[tuple[str, bool]]
     for turn in range(rounds + 1):
         for name in order if turn % 2 else reversed(order):
             yield name, turn > 0
+
+
+def median_ratio(times: Iterable[float], others: Iterable[float]) -> float:
+    """The median of the ratios of each round, which a change of the machine's load between rounds spares."""
+    return statistics.median(time / other for time, other in zip(times, others, strict=True))
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Torch computes in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def peak_memory(run: Callable[[], Any]) -> int:

@@ -1,4 +1,4 @@
-"""SD1.5's full-width UNet with random weights, for measuring speed and memory."""
+"""SD1.5's UNet with random weights, at its full width or narrow, for measuring speed and memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from comfy.supported_models import SD15
 
 from ...models.operations import disable_weight_init
 
+WIDE, NARROW = 320, 32
+NARROW_SIDE = 8  # of the latents of a narrow UNet
 UNET = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 320,
+    "model_channels": WIDE,
     "channel_mult": (1, 2, 4, 4),
     "num_res_blocks": [2, 2, 2, 2],
     "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
@@ -33,9 +35,12 @@ UNET = {
 
 
 @torch.no_grad()
-def random_sd15(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A ModelPatcher of 860M parameters (3.4 GB in float32), weights uniform with SD1.5's usual spread."""
-    config = SD15(dict(UNET))
+def random_sd15(seed: int = 0, dtype: torch.dtype = torch.float32, width: int = WIDE) -> Any:
+    """A ModelPatcher of 860M parameters (3.4 GB in float32), weights uniform with SD1.5's usual spread.
+
+    width: channels of the outermost blocks. With NARROW every layer is there and hardly any arithmetic.
+    """
+    config = SD15({**UNET, "model_channels": width})
     config.set_inference_dtype(dtype, None)
     config.custom_operations = disable_weight_init
     model = config.get_model({}, "")

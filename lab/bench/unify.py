@@ -1,4 +1,4 @@
-"""Cost of a step that UnifyEdit optimises, on SD1.5's full-width UNet with random weights.
+"""Cost of a step that UnifyEdit optimises, on SD1.5's UNet with random weights, at full width and narrow.
 
 A step is everything between two previews of a real sampling. For UnifyEdit these are the source branch, one
 gradient step on both losses at the layers up to 16x16, and the guided prediction; for the stock run only that
@@ -31,11 +31,13 @@ from ...patches.unify.source import active_entry, record
 from ...patches.unify.tokens import EditTokens, EditWord
 from .attend_and_excite import attend_and_excite
 from .bridge import conditioning, plain_cfg, sample
-from .measuring import alternating, choose_attention, dtype, now, peak_memory
-from .random_sd15 import random_sd15
+from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory
+from .operations import Operations, print_operations
+from .random_sd15 import NARROW, NARROW_SIDE, random_sd15
 from .sdxl_memory import gradient_gib
 
 SIDE = 16
+NARROW_TOKENS = 2  # a side, of the layers that have SIDE at 64x64 latents
 STEPS = 2  # of a timed run: the first holds the preparation and does not count
 FEW, MANY = 5, 25
 TOKENS = EditTokens((EditWord("word", (2,), (2,)),), edit_length=4, source_length=4, alignment=())
@@ -44,6 +46,8 @@ AIMS = {
     "step_ratio_64": 2.0,
     "peak_memory_ratio_64": 1.8,
     "peak_memory_ratio_64_checkpointed": 1.4,
+    "overhead_unify_ratio": 2.3,
+    "overhead_unify_ratio_checkpointed": 3.0,
     "sdxl_1024_gradient_gib": 6.0,
     "sdxl_1024_gradient_gib_checkpointed": 4.0,
 }
@@ -59,6 +63,17 @@ class Run:
     def seconds(self, side: int) -> list[float]:
         """The time between callbacks: of each step but the first."""
         marks: list[float] = []
+        self._sample(side, lambda *_: marks.append(now()))
+        return [after - before for before, after in itertools.pairwise(marks)]
+
+    def operations(self, side: int) -> Operations:
+        """Those between the first two callbacks, of the second step."""
+        found = Operations()
+        turns = iter((found.__enter__, partial(found.__exit__, None, None, None)))
+        self._sample(side, lambda *_: next(turns)())
+        return found
+
+    def _sample(self, side: int, callback: Callable[..., Any]) -> None:
         sampling = self.guider.model_patcher.get_model_object("model_sampling")
         noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
         self.guider.sample(
@@ -66,11 +81,10 @@ class Run:
             torch.zeros_like(noise),
             self.sampler(STEPS),
             comfy.samplers.calculate_sigmas(sampling, "normal", STEPS),
-            callback=lambda *_: marks.append(now()),
+            callback=callback,
             disable_pbar=True,
             seed=1,
         )
-        return [after - before for before, after in itertools.pairwise(marks)]
 
 
 def inversion(model: Any, side: int, steps: int) -> Inversion:
@@ -81,15 +95,15 @@ def inversion(model: Any, side: int, steps: int) -> Inversion:
     return Inversion(path, sigmas, conditioning(3), ModelIdentity.of(model))
 
 
-def unify(model: Any, side: int, checkpoint: bool = False) -> Run:
-    """UnifyEdit with both losses at every step."""
+def unify(model: Any, side: int, checkpoint: bool = False, tokens: int = SIDE) -> Run:
+    """UnifyEdit with both losses at every step, at the layers up to `tokens` x `tokens`."""
 
     def sampler(steps: int) -> UnifySampler:
         settings = UnifySettings(
             inversion=inversion(model, side, steps),
             edit_tokens=TOKENS,
             balance=Balance(combination="norm"),
-            options=UnifyOptions(max_self_attn_res=SIDE, cross_attn_res=SIDE, checkpointing=checkpoint),
+            options=UnifyOptions(max_self_attn_res=tokens, cross_attn_res=tokens, checkpointing=checkpoint),
         )
         return UnifySampler(settings)
 
@@ -133,13 +147,13 @@ def gradient_only(model: Any, stop: bool) -> Run:
     return Run(plain_cfg(model), lambda steps: comfy.samplers.KSAMPLER(step))
 
 
-def timed(runs: dict[str, Run], side: int, rounds: int) -> dict[str, float]:
-    """Each run's median step over `rounds` samplings in alternating order, after one that is not counted."""
+def timed(runs: dict[str, Run], side: int, rounds: int) -> dict[str, list[float]]:
+    """Each run's steps of `rounds` samplings in alternating order, after one that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name, counted in alternating(runs, rounds):
         steps = runs[name].seconds(side)
         times[name] += steps if counted else []
-    return {name: statistics.median(steps) for name, steps in times.items()}
+    return times
 
 
 def peak(run: Run, side: int, steps: int) -> int:
@@ -147,7 +161,31 @@ def peak(run: Run, side: int, steps: int) -> int:
     return peak_memory(partial(sample, run.guider, side, run.sampler(steps), steps))
 
 
-def measure(rounds: int, compare: bool = False) -> dict[str, float]:
+def narrow(rounds: int) -> dict[str, float]:
+    """The overhead: SD1.5's whole depth with hardly any arithmetic."""
+    with torch.inference_mode(), one_thread():
+        model = random_sd15(dtype=dtype(), width=NARROW)
+        choose_attention(model)
+        side = NARROW_SIDE
+        runs = {
+            "stock": stock(model),
+            "unify": unify(model, side, tokens=NARROW_TOKENS),
+            "checkpointed": unify(model, side, checkpoint=True, tokens=NARROW_TOKENS),
+        }
+        times = timed(runs, side, rounds)
+        counts = {name: run.operations(side) for name, run in runs.items()}
+    for name, steps in times.items():
+        print(f"narrow, {name}: {statistics.median(steps) * 1e3:.1f} ms a step", flush=True)
+    print_operations(counts)
+    return {
+        "overhead_unify_ratio": median_ratio(times["unify"], times["stock"]),
+        "overhead_unify_ratio_checkpointed": median_ratio(times["checkpointed"], times["stock"]),
+        "ops_unify_ratio": counts["unify"].computed / counts["stock"].computed,
+    }
+
+
+def wide(rounds: int, compare: bool = False) -> dict[str, float]:
+    """The arithmetic: the full width; and memory."""
     found = {
         "sdxl_1024_gradient_gib": gradient_gib(checkpoint=False),
         "sdxl_1024_gradient_gib_checkpointed": gradient_gib(checkpoint=True),
@@ -174,7 +212,8 @@ def measure(rounds: int, compare: bool = False) -> dict[str, float]:
                 "checkpointed": unify(model, side, checkpoint=True),
             }
             backward = {"stopped": gradient_only(model, stop=True), "whole": gradient_only(model, stop=False)}
-            median = timed(steps, side, rounds) | timed(backward, side, rounds)
+            times = timed(steps, side, rounds) | timed(backward, side, rounds)
+            median = {name: statistics.median(values) for name, values in times.items()}
             print(f"{side}x{side:<5}" + "".join(f"{value:>15.2f}s" for value in median.values()), flush=True)
             found[f"step_ratio_{side}"] = median["unify"] / median["stock"]
             found[f"step_ratio_{side}_checkpointed"] = median["checkpointed"] / median["stock"]
