@@ -56,7 +56,7 @@ def test_a_step_and_its_memory(measuring: Any, host: Host, monkeypatch: pytest.M
 
 
 def test_operations(host: Host) -> None:
-    """Protects: computing operations are told apart from views, casts, memory and waits, in a forward and in a
+    """Protects: computing operations are told apart from views, casts, memory and waits, forwards and in a
     backward pass, and what does nothing counts as a view.
     """
     counter = host.pack_module("lab.bench.operations").Operations()
