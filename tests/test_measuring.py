@@ -38,14 +38,13 @@ def test_a_card(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.model_options == {"transformer_options": {}}
 
 
-def test_a_step_and_its_memory(measuring: Any, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_and_its_memory(measuring: Any, host: Host) -> None:
     """Protects: `bench bridge` and `bench unify` measure on the host's device, here with a narrow UNet."""
     bridge, unify, unet = (
         host.pack_module(f"lab.bench.{name}") for name in ("bridge", "unify", "random_sd15")
     )
-    monkeypatch.setattr(unet, "UNET", {**unet.UNET, "model_channels": 32})
     with torch.inference_mode():
-        model = unet.random_sd15(dtype=measuring.dtype())
+        model = unet.random_sd15(dtype=measuring.dtype(), width=unet.NARROW)
         measuring.choose_attention(model)
         (seconds,) = unify.unify(model, 8).seconds(8)
         backward = {stop: unify.gradient_only(model, stop) for stop in (True, False)}
