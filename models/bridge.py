@@ -1,7 +1,8 @@
 """The attention bridge's learned parameters (DescriptiveEdit, arXiv 2508.20505).
 
-Each layer has LoRA updates of the self-attention's q, k, v and output projections, and a Linear that adds the
-result to the image's hidden states. The frozen projections themselves stay in the host's UNet.
+Each layer has LoRA updates of the self-attention's q, k, v and output projections, and a linear map F that
+adds the result to the image's hidden states. The frozen projections themselves stay in the host's network. In
+a DiT the updates act on the joint attention's q, k, v and result instead, and F before the output projection.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from .operations import manual_cast
 DIRECTIONS = ("edit_queries", "reference_queries")
 FUSIONS = ("linear", "add", "replace")
 PROJECTIONS = ("q", "k", "v", "out")
+# A fuse rank that is chosen by the base: 0 as long as the file stays below _LARGE bytes in half precision.
+AUTOMATIC = -1
+_LARGE, _FUSE_RANK = 300_000_000, 256
 _KEY = re.compile(r"(input|middle|output|[a-z]+_block)\.\d+\.\d+")
 
 
@@ -50,6 +54,11 @@ class BridgeOptions:
         "Whether the reference's own rows pass the bridge too, attending to themselves, as in the authors' "
         "code.",
     )
+    fuse_rank: int = _described(
+        AUTOMATIC,
+        "Rank of F. 0: a full matrix. -1: 0 as long as the file stays below 300 MB in half precision, else "
+        "256.",
+    )
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -58,6 +67,8 @@ class BridgeOptions:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r} but must be one of {', '.join(allowed)}")
+        if self.fuse_rank < AUTOMATIC:
+            raise ValueError(f"fuse_rank is {self.fuse_rank} but must be -1 (automatic), 0 (full) or a rank")
         if self.rank < 1 or not self.alpha > 0:
             raise ValueError(
                 f"rank is {self.rank} and alpha {self.alpha}, but rank must be 1 or more and alpha above 0"
@@ -76,6 +87,7 @@ class BridgeSettings(BridgeOptions, _Base):
 
     base: the host's name of the bridge's model family, such as `SD15`.
     widths: channels of a token at every layer, by the layer's key, such as `output.3.0`.
+    fuse_rank: what an automatic one comes to; 0 for a fusion without F.
 
     Raises ValueError for invalid values.
     """
@@ -87,6 +99,30 @@ class BridgeSettings(BridgeOptions, _Base):
         for key in self.widths:
             if not _KEY.fullmatch(key):
                 raise ValueError(f"a layer is called {key!r} but must be called as in output.3.0")
+        if self.fusion != "linear" and self.fuse_rank > 0:
+            raise ValueError(f"fuse_rank is {self.fuse_rank}, but the fusion {self.fusion} has no F")
+        if self.fuse_rank == AUTOMATIC:
+            object.__setattr__(self, "fuse_rank", 0)  # as which its size is asked for
+            large = self.fusion == "linear" and 2 * self.parameters() > _LARGE
+            object.__setattr__(self, "fuse_rank", _FUSE_RANK if large else 0)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the layers are joint attentions of a DiT."""
+        return any("_block." in key for key in self.widths)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """What has a LoRA update. In a DiT none of the result where F is learned, which F covers."""
+        return PROJECTIONS[:3] if self.joint and self.fusion == "linear" else PROJECTIONS
+
+    def parameters(self) -> int:
+        """Number of learned parameters."""
+        return sum(
+            len(self.projections) * 2 * width * self.rank
+            + (self.fusion == "linear") * (2 * width * self.fuse_rank or width * width)
+            for width in self.widths.values()
+        )
 
     def shape(self) -> str:
         """One line about the base's shape, for messages."""
@@ -98,33 +134,42 @@ class BridgeSettings(BridgeOptions, _Base):
 
 
 class LowRank(torch.nn.Module):
-    """A LoRA update: x -> (alpha / rank) up(down(x)), with `width` input and output channels."""
+    """A map of low rank: x -> scale up(down(x)), with `width` input and output channels.
 
-    def __init__(self, width: int, settings: BridgeSettings, **placed: Any) -> None:
+    scale: of a LoRA update alpha / rank.
+    """
+
+    def __init__(self, width: int, rank: int, scale: float = 1.0, **placed: Any) -> None:
         super().__init__()
-        self.down = manual_cast.Linear(width, settings.rank, bias=False, **placed)
-        self.up = manual_cast.Linear(settings.rank, width, bias=False, **placed)
-        self.scale = settings.alpha / settings.rank
+        self.down = manual_cast.Linear(width, rank, bias=False, **placed)
+        self.up = manual_cast.Linear(rank, width, bias=False, **placed)
+        self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(x)) * self.scale
 
 
 class LayerBridge(torch.nn.Module):
-    """One layer's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`."""
+    """One layer's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`, which is F. There is
+    no `out` where F covers it.
+    """
 
     q: LowRank
     k: LowRank
     v: LowRank
-    out: LowRank
+    out: LowRank | None
     fuse: torch.nn.Module | None
 
     def __init__(self, width: int, settings: BridgeSettings, **placed: Any) -> None:
         super().__init__()
         for name in PROJECTIONS:
-            self.add_module(name, LowRank(width, settings, **placed))
-        linear = settings.fusion == "linear"
-        self.fuse = manual_cast.Linear(width, width, bias=False, **placed) if linear else None
+            update = LowRank(width, settings.rank, settings.alpha / settings.rank, **placed)
+            self.add_module(name, update if name in settings.projections else None)
+        self.fuse = None
+        if settings.fusion == "linear" and settings.fuse_rank:
+            self.fuse = LowRank(width, settings.fuse_rank, **placed)
+        elif settings.fusion == "linear":
+            self.fuse = manual_cast.Linear(width, width, bias=False, **placed)
 
 
 class AttentionBridge(torch.nn.Module):
@@ -159,14 +204,14 @@ class AttentionBridge(torch.nn.Module):
 
     @torch.no_grad()
     def reset(self, seed: int = 0) -> AttentionBridge:
-        """Initialise: `down` Gaussian with standard deviation 1 / rank, everything else zero.
+        """Initialise: `down` Gaussian with standard deviation 1 / its rank, everything else zero.
 
         With the fusion `linear` the bridge then changes nothing.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith("down.weight"):
-                start = torch.randn(weight.shape, generator=generator) / self.settings.rank
+                start = torch.randn(weight.shape, generator=generator) / len(weight)
                 weight.copy_(start)
             else:
                 weight.zero_()

@@ -22,7 +22,7 @@ import torch
 from .bridge import AttentionBridge, BridgeSettings, manage
 from .files import replacing
 
-FORMAT, VERSION = "attention-bridge", "1"
+FORMAT, VERSIONS = "attention-bridge", ("1", "2")
 Tensors = dict[str, torch.Tensor]
 
 # diffusers names: of LoRA on any one attention of a block (`attn1n` in the release), and of the fuse Linear.
@@ -44,16 +44,20 @@ _SD15_LAYOUT = {
 
 
 def save_bridge(bridge: AttentionBridge, path: Path) -> None:
-    """Write a bridge in this pack's format, under a temporary name first."""
+    """Write a bridge in this pack's format, under a temporary name first.
+
+    Version 1 is a UNet's with a full F or none, which packs before version 2 read; all others are version 2.
+    """
     settings = bridge.settings
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[settings.joint or settings.fuse_rank > 0],
         "base": settings.base,
         "rank": str(settings.rank),
         "alpha": repr(float(settings.alpha)),
         "direction": settings.direction,
         "fusion": settings.fusion,
+        "fuse_rank": str(settings.fuse_rank),
         "reference_self_bridge": str(settings.reference_self_bridge).lower(),
         "layers": ",".join(settings.widths),
     }
@@ -128,10 +132,11 @@ def _opened(path: Path) -> Generator[Any]:
 
 
 def _settings(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> BridgeSettings:
-    if metadata.get("version") != VERSION:
+    version = metadata.get("version")
+    if version not in VERSIONS:
         raise ValueError(
-            f"{path.name} is an attention bridge of version {metadata.get('version')!r}, but this pack reads "
-            f"version {VERSION}: update the pack"
+            f"{path.name} is an attention bridge of version {version!r}, but this pack reads "
+            f"versions {' and '.join(VERSIONS)}: update the pack"
         )
     try:
         layers = metadata.get("sites") or metadata["layers"]  # `sites` in the first files
@@ -144,6 +149,7 @@ def _settings(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Brid
             alpha=float(metadata["alpha"]),
             direction=metadata["direction"],
             fusion=metadata["fusion"],
+            fuse_rank=int(metadata["fuse_rank"] if version == "2" else 0),
             reference_self_bridge={"true": True, "false": False}[metadata["reference_self_bridge"]],
         )
     except (KeyError, ValueError) as error:
@@ -231,7 +237,7 @@ def _read_release(path: Path, names: Sequence[str]) -> tuple[BridgeSettings, Ten
         raise ValueError(f"{path.name}: the LoRA weights have ranks {sorted(ranks)}, not one")
     rank = ranks.pop()
     settings = BridgeSettings(
-        "SD15", widths, rank, float(rank), direction="edit_queries", reference_self_bridge=True
+        "SD15", widths, rank, float(rank), direction="edit_queries", fuse_rank=0, reference_self_bridge=True
     )
     return settings, found
 

@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, new_bridge
+from ..models.bridge import AUTOMATIC, DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings, new_bridge
 from ..models.bridge_file import files_of, load_bridge, save_bridge
 from ..patches.attention.networks import network_of
 from ..patches.bridge.apply import apply_bridge
@@ -101,7 +101,9 @@ class DescEditNewBridge(io.ComfyNode):
             search_aliases=[*ALIASES, "create bridge", "train"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The base model: SD1.x, SD2.x, SDXL or a distilled version of them."
+                    "model",
+                    tooltip="The base model: SD1.x, SD2.x, SDXL, Flux.1, Flux.2, Chroma, or a distilled "
+                    "version of them.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -140,7 +142,17 @@ class DescEditNewBridge(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip="On: the reference also passes through the bridge and attends to itself, as in "
-                    "the authors' code. Off: the reference UNet stays frozen, and training is faster.",
+                    "the authors' code. Off: the reference network stays frozen, and training is faster.",
+                ),
+                io.Int.Input(
+                    "fuse_rank",
+                    default=BridgeSettings.fuse_rank,
+                    min=AUTOMATIC,
+                    max=1024,
+                    advanced=True,
+                    tooltip="Rank of the matrix of the fusion linear, -1 to 1024. 0: a full matrix, which "
+                    "learns fastest. -1: full as long as the file stays below 300 MB in half precision, else "
+                    "256.",
                 ),
             ],
             outputs=[BridgeType.Output("bridge")],
@@ -155,10 +167,13 @@ class DescEditNewBridge(io.ComfyNode):
         direction: str,
         fusion: str,
         reference_self_bridge: bool,
+        fuse_rank: int,
     ) -> io.NodeOutput:
         widths = network_of(model.model.diffusion_model).widths
         base = type(model.model.model_config).__name__
-        settings = BridgeSettings(base, widths, rank, alpha, direction, fusion, reference_self_bridge)
+        settings = BridgeSettings(
+            base, widths, rank, alpha, direction, fusion, reference_self_bridge, fuse_rank
+        )
         return io.NodeOutput(new_bridge(settings))
 
 

@@ -135,12 +135,17 @@ def conditioning(seed: int = 0, tokens: int = TEXT_TOKENS, batch: int = 1) -> li
     return [[text, {"pooled_output": text.mean(1)}]]
 
 
-def latent(seed: int = 0, batch: int = 1, size: tuple[int, int] = (LATENT_SIZE, LATENT_SIZE)) -> torch.Tensor:
-    """A random LATENT's samples, [batch, 4, *size], in the scale that a VAE gives (before the host's
-    0.18215).
+def latent(
+    seed: int = 0, batch: int = 1, size: tuple[int, int] = (LATENT_SIZE, LATENT_SIZE), model: Any = None
+) -> torch.Tensor:
+    """A random LATENT's samples, [batch, channels, *size], in the scale that the VAE gives: SD1.5's, or that
+    of a MODEL.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 4, *size, generator=generator) / 0.18215
+    if model is None:
+        return torch.randn(batch, 4, *size, generator=generator) / 0.18215
+    channels = model.model.latent_format.latent_channels
+    return model.model.process_latent_out(torch.randn(batch, channels, *size, generator=generator))
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:

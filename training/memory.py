@@ -21,7 +21,8 @@ import torch
 from comfy.model_base import BaseModel
 
 from ..models.bridge import AttentionBridge
-from ..patches.attention.networks import Network, network_of
+from ..patches.attention.networks import unet_of
+from ..patches.attention.unet import UNet
 from ..patches.unify.memory import TEXT_TOKENS, copied_bytes
 from .settings import PRECISIONS, TrainSettings
 
@@ -41,7 +42,7 @@ def training_bytes(
 
     model: the host's BaseModel. streamed: whether the host streams its weights.
     """
-    network = network_of(model.diffusion_model)
+    network = unet_of(model.diffusion_model, "training a bridge")
     dtype = PRECISIONS[settings.precision] or model.get_dtype_inference()
     itemsize = torch.empty((), dtype=dtype).element_size()
     size = max(sizes, key=math.prod)
@@ -55,7 +56,7 @@ def training_bytes(
     return needed
 
 
-def _kept(network: Network, size: tuple[int, int], checkpointing: bool) -> int:
+def _kept(network: UNet, size: tuple[int, int], checkpointing: bool) -> int:
     """Numbers that are kept for one row."""
     inputs, inside, back = 0, [], 0
     for block in network.blocks(*size):

@@ -20,7 +20,7 @@ from comfy.model_base import BaseModel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..models.bridge import AttentionBridge
-from ..patches.attention.networks import network_of
+from ..patches.attention.networks import unet_of
 from ..patches.bridge.core import ReferenceCache
 from ..patches.host.out_of_memory import OutOfMemory
 from .cache import EncodedPairs
@@ -72,7 +72,7 @@ class Trainer:
     ) -> None:
         self.model, self.bridge, self.pairs, self.settings = model, bridge, pairs, settings
         self.device, self.group, self.about = torch.device(device), group or ProcessGroup(), dict(about or {})
-        self._network = network_of(model.diffusion_model)
+        self._network = unet_of(model.diffusion_model, "training a bridge")
         self.step = 0
         self.losses: list[float] = []
         self.gradient_norm = 0.0

@@ -9,7 +9,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ...patches.attention.layers import structure_layers, word_layers
-from ...patches.attention.networks import network_of
+from ...patches.attention.networks import unet_of
 from ...patches.unify.memory import backward_bytes
 from ...patches.unify.settings import UnifyOptions
 
@@ -45,7 +45,7 @@ def gradient_gib(checkpoint: bool, side: int = 128) -> float:
 
     side: the latent's, 128 for 1024x1024.
     """
-    network = network_of(unet())
+    network = unet_of(unet(), "UnifyEdit")
     layers = network.layers.values()
     structure = structure_layers(layers, side, side, UnifyOptions.max_self_attn_res)
     words = word_layers(layers, side, side, UnifyOptions.cross_attn_res)

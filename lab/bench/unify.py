@@ -20,7 +20,7 @@ import comfy.samplers
 import torch
 
 from ...patches.attention.layers import structure_layers, word_layers
-from ...patches.attention.networks import network_of
+from ...patches.attention.networks import unet_of
 from ...patches.attention.recorder import AttentionRecorder, LossGradient
 from ...patches.host.autograd import differentiable_options, gradients
 from ...patches.inversion import Inversion, ModelIdentity
@@ -122,7 +122,7 @@ def gradient_only(model: Any, stop: bool) -> Run:
     ) -> torch.Tensor:
         mark = {"i": 0, "denoised": x, "x": x}
         guider, (height, width) = model.inner_model, x.shape[-2:]
-        network = network_of(guider.inner_model.diffusion_model)
+        network = unet_of(guider.inner_model.diffusion_model, "UnifyEdit")
         layers = network.layers.values()
         entry = active_entry(guider.conds["positive"], float(sigmas[0]))
         assert entry is not None

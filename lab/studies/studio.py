@@ -16,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...models.tiny_studio import scenes, studio
-from ...patches.attention.networks import network_of
+from ...patches.attention.networks import unet_of
 from ...patches.attention.recorder import AttentionRecorder
 from ..bench.measuring import torch_attention
 from ..benchmark.cases import Case
@@ -189,7 +189,7 @@ def structure_distance(tiny: Studio, batch: Batch, pictures: torch.Tensor) -> to
     at timestep 0 without text.
     """
     model = tiny.model.model
-    network = network_of(model.diffusion_model)
+    network = unet_of(model.diffusion_model, "the structure distance")
     # No sampler loads the model here.
     comfy.model_management.load_model_gpu(tiny.model)
     device, maps = tiny.model.load_device, []

@@ -22,7 +22,7 @@ from ..inversion import Inversion
 from ..unify.tokens import EditTokens
 from .checks import check_order
 from .layers import word_layers
-from .networks import network_of
+from .networks import unet_of
 from .recorder import AttentionRecorder, Projections, active_entry, record
 
 _COMPONENTS = 3
@@ -74,7 +74,7 @@ def capture_attention(
 
     Raises ValueError for inputs that do not belong together.
     """
-    network = network_of(model.model.diffusion_model)
+    network = unet_of(model.model.diffusion_model, "reading attention maps")
     if (source.samples is None) == (source.inversion is None):
         raise ValueError("connect either latent or inversion, and not both")
     if source.inversion is None:

@@ -1,12 +1,16 @@
-"""Selects the adapter for a kind of network. A new kind is a new file beside unet.py."""
+"""Selects the adapter for a kind of network. A new kind is a new file beside unet.py and dit.py."""
 
 from __future__ import annotations
 
 import torch
+from comfy.ldm.chroma.model import Chroma
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from .dit import DiT
 from .unet import UNet
 
-Network = UNet
+Network = UNet | DiT
 
 
 def network_of(module: torch.nn.Module) -> Network:
@@ -14,4 +18,24 @@ def network_of(module: torch.nn.Module) -> Network:
 
     Raises ValueError for an unsupported network.
     """
-    return UNet(module)
+    if isinstance(module, UNetModel):
+        return UNet(module)
+    if isinstance(module, Flux | Chroma):
+        return DiT(module)
+    raise ValueError(
+        "needs a UNet with cross-attention (SD1.5, SD2.x, SDXL) or a DiT of Flux's kind (Flux.1, Flux.2, "
+        f"Chroma), but got {type(module).__name__}"
+    )
+
+
+def unet_of(module: torch.nn.Module, method: str) -> UNet:
+    """The same, for a method that runs on UNets alone.
+
+    method: its name, for the message.
+
+    Raises ValueError for an unsupported network.
+    """
+    network = network_of(module)
+    if not isinstance(network, UNet):
+        raise ValueError(f"{method} does not run on {network.name} yet: use SD1.x, SD2.x or SDXL")
+    return network

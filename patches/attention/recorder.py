@@ -38,7 +38,7 @@ from .checks import (
 )
 from .hooks import Attention, ForwardEnded
 from .layers import AttentionLayer
-from .networks import Network
+from .unet import UNet
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
 PIECE = 2**24  # probabilities at a time: 64 MiB
@@ -165,7 +165,7 @@ class AttentionRecorder:
 
     def __init__(
         self,
-        network: Network,
+        network: UNet,
         self_layers: Iterable[AttentionLayer],
         cross_layers: Iterable[AttentionLayer],
         *,
@@ -231,6 +231,7 @@ class AttentionRecorder:
         options = self._network.install(
             read_options(args, kwargs),
             self._record,
+            size=(x.shape[-2], x.shape[-1]),
             self_layers=self._self_layers,
             cross_layers=self._cross_layers,
         )

@@ -44,16 +44,22 @@ class UNet:
 
     module: the host's `diffusion_model`.
     layers: by key, in the order in which they run.
-    outputs: the output projections of the self-attentions, by key.
+    outputs: by key, what a self-attention's result passes before a bridge joins it: here the output
+        projection.
+    name: for messages.
+    conditions: of a model call, what the network takes beside the text.
+    positional: whether its tokens have positions.
+    any_reference_size: whether a reference may have another size than the image.
 
-    Raises ValueError for another kind of network, and for a UNet without cross-attention.
+    Raises ValueError for a UNet without cross-attention.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        if not isinstance(module, UNetModel):
-            raise ValueError(
-                f"needs a UNet with cross-attention (SD1.5, SD2.x, SDXL), but got {type(module).__name__}"
-            )
+    name = "UNet"
+    conditions = ("y",)
+    positional = False
+    any_reference_size = True
+
+    def __init__(self, module: UNetModel) -> None:
         self.module = module
         self.layers: dict[str, AttentionLayer] = {}
         self.outputs: dict[str, torch.nn.Module] = {}
@@ -82,10 +88,13 @@ class UNet:
         before: Before,
         after: After | None = None,
         *,
+        size: tuple[int, int],
         self_layers: Iterable[AttentionLayer],
         cross_layers: Iterable[AttentionLayer] = (),
     ) -> dict[str, Any]:
         """A call's `transformer_options` with hooks in these layers; the original is unchanged.
+
+        size: height and width of the call's latent, which other networks need.
 
         Another node's patch in a slot still computes the attention: it runs inside, on copies of q and k.
         """
@@ -103,6 +112,24 @@ class UNet:
                 slot = block, int(number), int(depth)
                 slots[slot] = partial(hooks.attention, layer, kind, slots.get(slot, slots.get(slot[:2])))
         return {**options, "patches": patches, "patches_replace": replace}
+
+    @staticmethod
+    def source(entry: dict[str, Any]) -> dict[str, Any]:
+        """A conditioning entry as a reference is read with it: as it is."""
+        return entry
+
+    @staticmethod
+    def positions(*_: Any) -> dict[str, Any]:
+        """What puts a reference on the image's positions: nothing."""
+        return {}
+
+    @staticmethod
+    def shifts(*_: Any) -> None:
+        """What moves tokens to a part of the latent: nothing."""
+
+    @staticmethod
+    def check_conditions(*_: Any) -> None:
+        """Nothing that the host cannot run."""
 
     @staticmethod
     def end_between_blocks(options: dict[str, Any], done: Callable[[], bool]) -> dict[str, Any]:
@@ -177,14 +204,13 @@ class _Hooks:
         inputs, self._inputs = self._inputs, None
         shape = options.get("activations_shape")
         grid = (shape[-2], shape[-1]) if shape else None
-        found = self._before(
-            Attention(layer, kind, q, k, v, options, grid, inputs if kind == "attn1" else None)
-        )
+        at = Attention(layer, kind, q, k, v, options, grid, inputs if kind == "attn1" else None)
+        found = self._before(at)
         if found is not None:
             self._found = layer, found
         if previous is not None:
             return previous(q.clone(), k.clone(), v, options)  # it may write into them
-        return attend(q, k, v, options)
+        return attend(q, k, v, at)
 
     @torch.compiler.disable
     def output(self, out: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:

@@ -35,8 +35,8 @@ def apply_bridge(model: ModelPatcher, setup: BridgeSetup, door: Door | None = No
 
     door: context that is entered around this pack's own code in every run.
 
-    Raises ValueError if the model has no UNet, already has a bridge or does not fit this one, and if the
-    reference is empty or not a latent of the model.
+    Raises ValueError if the network is not supported, has a bridge already or does not fit this one, and if
+    the reference is empty or not a latent of the model.
     """
     network = check_base(model, setup.bridge)
     if has_bridge(model):
@@ -72,13 +72,18 @@ def check_base(model: ModelPatcher, bridge: ModelPatcher) -> Network:
     network = network_of(model.model.diffusion_model)
     settings, family = bridge.model.settings, type(model.model.model_config)
     found = BridgeSettings(family.__name__, network.widths)
-    names = {base.__name__ for base in family.__mro__}
-    if dict(settings.widths) != dict(found.widths) or settings.base not in names:
+    if dict(settings.widths) != dict(found.widths) or settings.base not in _relatives(family):
         raise ValueError(
             f"the bridge is for {settings.shape()}, but the MODEL is {found.shape()}: load the "
             "model that the bridge was trained for"
         )
     return network
+
+
+def _relatives(family: Any) -> set[str]:
+    """The names of a model family, and of those that it is derived from and shares its latents with."""
+    latents = family.latent_format
+    return {base.__name__ for base in family.__mro__ if getattr(base, "latent_format", None) is latents}
 
 
 def cache_elements(setup: BridgeSetup, layers: Iterable[AttentionLayer]) -> int:
@@ -163,6 +168,7 @@ class _ApplyModel:
                     "that trains it, for one): wire the MODEL from before this node into it, and apply the "
                     "bridge after it"
                 )
+            run.cache.network.check_conditions(len(args[0]), kwargs)
             patches = run.patches(options, args[0])
             args, kwargs = replace_options(args, kwargs, patches.install(options))
         output = executor(*args, **kwargs)

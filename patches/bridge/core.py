@@ -8,6 +8,15 @@ r of the reference and direction `edit_queries`:
 
 `reference_queries` swaps h and r. W are the host's own weights with all LoRAs. The host provides W_q h, W_k h
 and W_v h; only the updates are computed here.
+
+In a DiT's joint attention, with q, k, v of the image's tokens and q~, k~, v~ of the reference's as the slots
+show them (projected, normed), R the rotation by a token's position, and F before the output projection:
+
+    Z'    = Attention(R (1 + dW_q) q, R (1 + dW_k) k~, (1 + dW_v) v~)
+    Z_out = Z + strength * mask * F((1 + dW_o) Z')
+
+There dW_o is left out where F is learned, since F (1 + dW_o) is again such an F. The image and the reference
+are on the same positions. Text is no part of it.
 """
 
 from __future__ import annotations
@@ -19,9 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
-from ...models.bridge import AttentionBridge
+from ...models.bridge import AttentionBridge, LayerBridge
 from ..attention.checks import TAKE_OUT, check_grid, check_keys, check_rows, layer_name
-from ..attention.hooks import Attention, ForwardEnded, attend
+from ..attention.hooks import Attention, ForwardEnded, Rows, attend, rotate
 from ..attention.layers import AttentionLayer
 from ..attention.networks import Network
 
@@ -77,7 +86,11 @@ class ReferenceCache:
         hooks = ReferencePass(self, joined, merge, learning)
         timesteps = torch.zeros(len(x), device=x.device) if timesteps is None else timesteps
         options = self.network.install(
-            options, hooks.before, hooks.after, self_layers=self.network.layers.values()
+            options,
+            hooks.before,
+            hooks.after,
+            size=(x.shape[-2], x.shape[-1]),
+            self_layers=self.network.layers.values(),
         )
         through = torch.set_grad_enabled(learning and self.settings.reference_self_bridge)
         with through, suppress(ForwardEnded):
@@ -98,7 +111,9 @@ class ReferenceCache:
         merged, learned = self.features[layer.key].merged, self.bridge.layer(layer.key)
         if merged is not None:
             return torch.nn.functional.linear(attended, *merged)
-        result = self.network.outputs[layer.key](attended) + learned.out(attended)
+        result = self.network.outputs[layer.key](attended)
+        if learned.out is not None:
+            result = result + learned.out(attended)
         if learned.fuse is not None:
             return learned.fuse(result)
         return result if self.settings.fusion == "add" else result - own
@@ -114,16 +129,18 @@ class ReferencePass:
 
     def before(self, at: Attention) -> torch.Tensor | None:
         """Keep the layer's features. Returns Z' of the reference with itself, or None."""
-        assert at.inputs is not None
-        cache, learned, r = self._cache, self._cache.bridge.layer(at.layer.key), at.inputs.hidden
+        cache, learned, every = self._cache, self._cache.bridge.layer(at.layer.key), slice(None)
         queries = cache.settings.direction == "reference_queries"
         self_bridge = cache.settings.reference_self_bridge
         found: list[torch.Tensor] = []
         with torch.set_grad_enabled(self._learning):
             if queries or self_bridge:
-                found += [at.q + learned.q(r)]
+                found += [at.rotated(changed(at, "q", learned, every), every)]
             if not queries or self_bridge:
-                found += [at.k + learned.k(r), at.v + learned.v(r)]
+                found += [
+                    at.rotated(changed(at, "k", learned, every), every),
+                    changed(at, "v", learned, every),
+                ]
         kept = found[:1] if queries else found[-2:]
         if self._joined:
             kept = [rearrange(tensor, "r n d -> 1 (r n) d") for tensor in kept]
@@ -131,7 +148,7 @@ class ReferencePass:
         cache.features[at.layer.key] = ReferenceFeatures(tuple(kept), merged)
         if self_bridge:
             query, key, value = found
-            return attend(query, key, value, at.options)
+            return attend(query, key, value, at)
         if len(cache.features) == len(cache.network.layers):
             raise ForwardEnded
         return None
@@ -149,6 +166,7 @@ class DenoisePatches:
     expand_to_rows: function from a tensor of the cache to one for each of these rows.
     strength: factor of the bridge's output.
     masks: by layer, [rows or 1, tokens, 1], or None.
+    shifts: of a DiT, the rotation of these rows' queries by the corner of their part of the latent, or None.
     door: context that is entered where an error is raised, since the call may be another node's.
 
     `fired` holds the keys of the layers at which the bridge acted.
@@ -162,42 +180,50 @@ class DenoisePatches:
         expand_to_rows: Callable[[torch.Tensor], torch.Tensor],
         strength: float = 1.0,
         masks: Mapping[str, torch.Tensor] | None = None,
+        shifts: torch.Tensor | None = None,
         door: Door | None = None,
     ) -> None:
         self.rows, self.fired = rows, set[str]()
         self._cache, self._expand_to_rows = cache, expand_to_rows
         self._from_reference = cache.settings.direction == "reference_queries"
-        self._total, self._size = len(x), tuple(x.shape[-2:])
-        self._strength, self._masks, self._door = strength, masks, door or nullcontext()
+        self._total, self._size = len(x), (x.shape[-2], x.shape[-1])
+        self._strength, self._masks, self._shifts = strength, masks, shifts
+        self._door = door or nullcontext()
 
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
         """A call's `transformer_options` with these hooks; the original is unchanged."""
         network = self._cache.network
-        return network.install(options, self.before, self.after, self_layers=network.layers.values())
+        return network.install(
+            options, self.before, self.after, size=self._size, self_layers=network.layers.values()
+        )
 
     def before(self, at: Attention) -> torch.Tensor | None:
         """Z' before its output projection, [the rows that see the reference, tokens, width]."""
         if self.rows is None:
             return None
-        assert at.inputs is not None
         try:
-            self._check(at, at.inputs.hidden.shape[1])
+            self._check(at)
         except ValueError:
             with self._door:
                 raise
         self.fired.add(at.layer.key)
-        h, learned = at.inputs.hidden[self.rows], self._cache.bridge.layer(at.layer.key)
+        rows, learned = self.rows, self._cache.bridge.layer(at.layer.key)
         kept = [self._expand_to_rows(tensor) for tensor in self._cache.features[at.layer.key].kept]
         if self._from_reference:
             (query,) = kept
-            key, value = at.k[self.rows] + learned.k(h), at.v[self.rows] + learned.v(h)
+            key, value = at.rotated(changed(at, "k", learned, rows), rows), changed(at, "v", learned, rows)
         else:
-            query, (key, value) = at.q[self.rows] + learned.q(h), kept
-        return attend(query, key, value, at.options)
+            query, (key, value) = at.rotated(changed(at, "q", learned, rows), rows), kept
+            if self._shifts is not None:
+                query = rotate(query, self._shifts, at.layer.heads)
+        return attend(query, key, value, at)
 
-    def _check(self, at: Attention, tokens: int) -> None:
+    def _check(self, at: Attention) -> None:
         name, grid = layer_name("attn1", at.layer.key), at.layer.grid(*self._size)
+        tokens = (at.q if at.inputs is None else at.inputs.hidden).shape[1]
         check_rows(name, len(at.q), self._total)
+        if at.rotation is not None:
+            check_grid(name, tokens, grid, at.grid, "a bridge in a DiT")
         if self._from_reference:
             check_grid(name, tokens, grid, at.grid, "a bridge with the direction reference_queries")
             check_keys(name, at.k.shape[1], tokens)
@@ -215,3 +241,8 @@ class DenoisePatches:
             out[rows].add_(fused, alpha=self._strength)
             return out
         return out.index_add_(0, rows, fused.to(out.dtype), alpha=self._strength)
+
+
+def changed(at: Attention, name: str, learned: LayerBridge, rows: Rows) -> torch.Tensor:
+    """`q`, `k` or `v` of these rows with its learned update, [these rows, tokens, width]."""
+    return at.projected(name, rows) + getattr(learned, name)(at.updated(name, rows))

@@ -11,6 +11,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import CONST
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 from einops import rearrange
@@ -134,12 +135,16 @@ class BridgeRun:
                 f"reference has {references} images but {self._images} are sampled: give one, or one "
                 "for each, or choose to join them"
             )
-        size = self._height, self._width
-        if self._setup.settings.direction == "reference_queries" and (height, width) != size:
+        reason, network = "", self.cache.network
+        if self._setup.settings.direction == "reference_queries":
+            reason = "this bridge has the direction reference_queries"
+        elif not network.any_reference_size:
+            reason = f"this MODEL is a {network.name}, which cannot put a reference on other positions"
+        if reason and (height, width) != (self._height, self._width):
             raise ValueError(
-                f"this bridge has the direction reference_queries, whose reference must have the "
-                f"latent's size, {self._width}x{self._height}, but it has {width}x{height}: scale the source "
-                "image to the size that is sampled"
+                f"{reason}, so that the reference must have the latent's size, "
+                f"{self._width}x{self._height}, but it has {width}x{height}: scale the source image to the "
+                "size that is sampled"
             )
 
     def read_reference(self) -> None:
@@ -150,7 +155,7 @@ class BridgeRun:
         reference = model.process_latent_in(self._setup.reference.to(self._device, torch.float32))
         (entry,) = comfy.samplers.encode_model_conds(
             model.extra_conds,
-            [self._source_entry()],
+            [self.cache.network.source(self._source_entry())],
             reference,
             self._device,
             "positive",
@@ -159,21 +164,21 @@ class BridgeRun:
         )
         dtype, count = model.get_dtype_inference(), len(reference)
         conds = {
-            name: cond.process_cond(batch_size=count, area=None).cond.to(self._device, dtype)
+            name: _placed(cond.process_cond(batch_size=count, area=None).cond, self._device, dtype)
             for name, cond in entry["model_conds"].items()
-            if name in ("c_concat", "c_crossattn", "y")
+            if name in ("c_concat", "c_crossattn", *self.cache.network.conditions)
         }
-        concat = conds.get("c_concat")
+        concat, text = conds.pop("c_concat", None), conds.pop("c_crossattn", None)
         timestep, x = _clean(model.model_sampling, reference)
         x = x.to(dtype)
         self.cache.read(
             x if concat is None else torch.cat([x, concat], dim=1),
-            self._reference_options(count),
+            self._reference_options(count, (x.shape[-2], x.shape[-1])),
             joined=self._setup.joined,
             merge=self._merge,
             timesteps=timestep,
-            context=conds.get("c_crossattn"),
-            y=conds.get("y"),
+            context=text,
+            **conds,
         )
 
     def _source_entry(self) -> dict[str, Any]:
@@ -187,11 +192,12 @@ class BridgeRun:
             "image to take its place: connect the source description"
         )
 
-    def _reference_options(self, count: int) -> dict[str, Any]:
+    def _reference_options(self, count: int, size: tuple[int, int]) -> dict[str, Any]:
         own = self._guider.model_options["transformer_options"]
         kept = {name: own[name] for name in ("optimized_attention_override",) if name in own}
         return {
             **kept,
+            **self.cache.network.positions(own, (self._height, self._width), size),
             "cond_or_uncond": [0],
             "uuids": [None],
             "sigmas": torch.zeros(count, device=self._device),
@@ -203,11 +209,11 @@ class BridgeRun:
 
         Exact for the Linear fusion as long as the weights stay the same, so not with hooks, which change them
         between calls. Costs 4 width^3 and saves 2 width^2 per token, so it is done only if the run's tokens
-        repay it at least twice.
+        repay it at least twice. In a DiT there is nothing to merge.
         """
         learned, output = self.cache.bridge.layer(layer.key), self.cache.network.outputs[layer.key]
         tokens, width = math.prod(layer.grid(self._height, self._width)), layer.width
-        if learned.fuse is None or self._hooked or tokens * self._steps < 4 * width:
+        if learned.fuse is None or learned.out is None or self._hooked or tokens * self._steps < 4 * width:
             return None
         unit = torch.eye(width, dtype=like.dtype, device=like.device)
         constant = output(torch.zeros_like(unit[:1]))
@@ -238,13 +244,22 @@ class BridgeRun:
         in_order = len(x) == len(areas) * self._images and not moved
         self._check_parts(x, areas, len(chunks), in_order)
         rows: slice | torch.Tensor = slice(0, len(x))
-        masks, expand_to_rows = None, lambda kept: kept.expand(len(x), -1, -1)
+        masks, shifts, expand_to_rows = None, None, lambda kept: kept.expand(len(x), -1, -1)
+        if in_order and any(areas):
+            shifts = self._shifts([areas[chunk] for chunk in chunks], options, x.device)
         if in_order:
             rows, expand_to_rows = self._rows(chunks, x), self._expand_to_rows(len(chunks))
         if self._mask is not None:
             areas = [areas[chunk] for chunk in chunks] if in_order else [None]
             masks = self._layer_masks(self._mask, areas, self._images if in_order else 1, x)
-        return DenoisePatches(self.cache, rows, x, expand_to_rows, self._setup.strength, masks, self._door)
+        strength = self._setup.strength
+        return DenoisePatches(self.cache, rows, x, expand_to_rows, strength, masks, shifts, self._door)
+
+    def _shifts(self, areas: list[Area], options: dict[str, Any], device: torch.device) -> Any:
+        """For every row of these chunks what moves it to its part of the latent, None in a UNet."""
+        corners = [(area[2], area[3]) if area else (0, 0) for area in areas]
+        places = [corner for corner in corners for _ in range(self._images)]
+        return self.cache.network.shifts(options, places, device)
 
     def _check_parts(self, x: torch.Tensor, areas: list[Area], seen: int, in_order: bool) -> None:
         """Raise ValueError if the bridge must know which image or position a row holds and cannot.
@@ -268,6 +283,7 @@ class BridgeRun:
         if any(size != _size_of(area, whole) for area in areas):
             reasons += ["it has a mask"] if self._mask is not None else []
             reasons += [] if from_edit else ["it has reference_queries"]
+            reasons += [f"a {self.cache.network.name} has positions"] if self.cache.network.positional else []
         if not in_order:
             several = not self._setup.joined and len(self._setup.reference) > 1
             reasons += ["each image has its own reference"] if several else []
@@ -343,14 +359,19 @@ class BridgeRun:
 def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The timesteps, [references], and the network's input for a reference without noise.
 
-    In a discrete schedule timestep 0 is clean. If the timestep is a function of sigma (EDM), 0 is not, so the
-    timestep of the lowest sigma is used.
+    In a discrete schedule and in a flow timestep 0 is clean. If the timestep is another function of sigma
+    (EDM), 0 is not, so the timestep of the lowest sigma is used.
     """
     sigma = sampling.sigma_min.to(reference).expand(len(reference))
     timestep = sampling.timestep(sigma)
-    if not timestep.is_floating_point():
+    if isinstance(sampling, CONST) or not timestep.is_floating_point():
         return torch.zeros(len(reference), device=reference.device), reference
     return timestep.float(), sampling.calculate_input(sigma, reference)
+
+
+def _placed(cond: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A condition as the network takes it; numbers that are no floats keep their dtype."""
+    return cond.to(device, dtype if cond.is_floating_point() else None)
 
 
 def _size_of(area: Area, whole: tuple[int, int]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from einops import einsum, rearrange
 from kornia.geometry.transform import resize
 
 from ..attention.layers import AttentionLayer, word_layers
-from ..attention.networks import network_of
+from ..attention.networks import unet_of
 from ..attention.recorder import AttentionRecorder, Projections, active_entry, record, whole_image
 from ..host.inputs import read_samples
 from ..host.options import one_device
@@ -91,7 +91,7 @@ def find_mask_of_image(
     sampling: Any = model.get_model_object("model_sampling")
     sigmas = torch.tensor([*(sampling.percent_to_sigma(percent) for percent in PROGRESS), 0.0])
     inversion = invert_virtually(model, samples, source, sigmas, seed=0)
-    network = network_of(model.model.diffusion_model)
+    network = unet_of(model.model.diffusion_model, "finding a mask")
     height, width = samples.shape[-2:]
     layers = word_layers(network.layers.values(), height, width, cross_attn_res)
     plan = [Step(float(sigma), at, 0.0, 0.0) for sigma, at in zip(sigmas, PROGRESS, strict=False)]

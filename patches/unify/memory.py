@@ -24,8 +24,8 @@ import comfy.samplers
 import torch
 
 from ..attention.layers import AttentionLayer
-from ..attention.networks import Network
 from ..attention.recorder import PIECE
+from ..attention.unet import UNet
 from ..host.autograd import weights_streamed
 from .plan import Layers
 
@@ -62,7 +62,7 @@ def plan_memory(
 
 
 def backward_bytes(
-    network: Network,
+    network: UNet,
     self_layers: Collection[AttentionLayer],
     cross_layers: Collection[AttentionLayer],
     shape: Sequence[int],
@@ -95,7 +95,7 @@ def backward_bytes(
     return rows * kept * itemsize + max(4 * (slopes + _MAPS * piece), itemsize * (slopes + rows * back))
 
 
-def _graph(network: Network, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:
+def _graph(network: UNet, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:
     """Numbers per row up to the last of `paths`.
 
     They are what autograd keeps of the blocks' inputs and of the inside of each block, and what exists during
@@ -116,9 +116,7 @@ def _graph(network: Network, paths: set[str], height: int, width: int) -> tuple[
     return kept, inside, back
 
 
-def copied_bytes(
-    network: Network, layers: Collection[AttentionLayer], itemsize: int, checkpoint: bool
-) -> int:
+def copied_bytes(network: UNet, layers: Collection[AttentionLayer], itemsize: int, checkpoint: bool) -> int:
     """Bytes of the weights that a gradient keeps copies of if the host streams them (`gradients`).
 
     They are the weights of every block up to the last of `layers`, or of the largest one if blocks are

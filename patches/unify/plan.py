@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention.layers import AttentionLayer, structure_layers, word_layers
-from ..attention.networks import Network
+from ..attention.unet import UNet
 from ..host.sigmas import progress
 from .settings import UnifySettings
 
@@ -59,12 +59,12 @@ def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tenso
 class Layers:
     """Layers that the losses read: self-attention for structure, cross-attention for words."""
 
-    network: Network
+    network: UNet
     structure: tuple[AttentionLayer, ...]
     words: tuple[AttentionLayer, ...]
 
 
-def choose_layers(settings: UnifySettings, plan: Sequence[Step], network: Network, x: torch.Tensor) -> Layers:
+def choose_layers(settings: UnifySettings, plan: Sequence[Step], network: UNet, x: torch.Tensor) -> Layers:
     """The layers read by the losses that have a weight, for a latent `x`."""
     options, (height, width), layers = settings.options, x.shape[-2:], network.layers.values()
     structure, words = (), ()

@@ -17,7 +17,7 @@ import torch
 from comfy.utils import model_trange
 
 from ..attention.masks import check_mask
-from ..attention.networks import network_of
+from ..attention.networks import unet_of
 from ..attention.recorder import whole_image
 from ..host.inputs import check_noise_mask
 from ..host.network_runs import NetworkRuns, refuse_cached_steps
@@ -111,7 +111,7 @@ def sample_unify(
     rows = x.new_ones([len(x)])
 
     plan = plan_steps(settings, guider.inner_model.model_sampling, sigmas)
-    network = network_of(guider.inner_model.diffusion_model)
+    network = unet_of(guider.inner_model.diffusion_model, "UnifyEdit")
     layers = choose_layers(settings, plan, network, x)
     tokens = settings.tokens(len(x))
     _check_run(guider, settings, denoise_mask, x)

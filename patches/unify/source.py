@@ -15,8 +15,8 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ..attention.layers import AttentionLayer
-from ..attention.networks import Network
 from ..attention.recorder import AttentionRecorder, Projections, active_entry, record
+from ..attention.unet import UNet
 from ..inversion import Inversion
 
 
@@ -30,7 +30,7 @@ class Source:
     """
 
     model: BaseModel
-    network: Network
+    network: UNet
     inversion: Inversion
     entries: list[dict[str, Any]]
     options: dict[str, Any]
@@ -68,7 +68,7 @@ class Source:
 @contextmanager
 def open_source(
     guider: comfy.samplers.CFGGuider,
-    network: Network,
+    network: UNet,
     inversion: Inversion,
     x: torch.Tensor,
     options: dict[str, Any],
