@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from .attribute_classifier import AttributeClassifier
 PROMPTS, STEPS, CFG, BATCH = 300, 25, 3.0, 50
 
 
-def held_scenes(count: int, seed: int) -> list[scenes.Scene]:
+def held_scenes(count: int, seed: int, kind: str | None = None) -> list[scenes.Scene]:
     rng = np.random.default_rng(seed)
-    return [scenes.sample_scene(rng, held=True) for _ in range(count)]
+    return [scenes.sample_scene(rng, kind, held=True) for _ in range(count)]
 
 
 def drawings(chosen: list[scenes.Scene]) -> torch.Tensor:
@@ -61,22 +62,19 @@ def attribute_scores(
     chosen: list[scenes.Scene],
     pictures: torch.Tensor,
     named: list[set[str]],
-) -> tuple[dict[str, float], float, list[bool]]:
-    """For each attribute the fraction read right where it was named, and the fraction of images with all
-    attributes right.
+) -> tuple[dict[str, float], list[bool]]:
+    """For each attribute the fraction read right where it was named, and for each image whether all of its
+    attributes are right.
     """
+    found = reader.read_as([scene.kind for scene in chosen], pictures)
     right: dict[str, list[bool]] = defaultdict(list)
     whole = []
-    for scene, read, names in zip(chosen, reader.read(pictures), named, strict=True):
+    for scene, read, names in zip(chosen, found, named, strict=True):
         marks = {name: read.get(name) == scene.values[name] for name in names}
         for name, mark in marks.items():
             right[f"{scene.kind}.{name}"].append(mark)
         whole.append(all(marks.values()))
-    return (
-        {name: float(np.mean(marks)) for name, marks in sorted(right.items())},
-        float(np.mean(whole)),
-        whole,
-    )
+    return {name: float(np.mean(marks)) for name, marks in sorted(right.items())}, whole
 
 
 def inversion_psnr(model: Any, clip: Any, vae: Any, chosen: list[scenes.Scene]) -> float:
@@ -98,6 +96,49 @@ def inversion_psnr(model: Any, clip: Any, vae: Any, chosen: list[scenes.Scene]) 
     return float(np.mean(values))
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Held-out prompts and the model's images of them.
+
+    marks: whether all attributes of an image are right. drawn, made: for each attribute the fraction read
+    right on drawings and on the images.
+    """
+
+    texts: list[str]
+    images: torch.Tensor
+    marks: list[bool]
+    drawn: dict[str, float]
+    made: dict[str, float]
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of prompts with all attributes right."""
+        return float(np.mean(self.marks))
+
+
+def prompts(tiny: tuple[Any, Any, Any], kind: str | None = None, count: int = PROMPTS) -> Prompts:
+    """`count` prompts for MODEL, CLIP and VAE, of scenes of a kind as in `scenes.sample_scene`."""
+    reader = attribute_classifier.load()
+    fresh = held_scenes(1000, 11, kind)
+    drawn, _ = attribute_scores(reader, fresh, drawings(fresh), [set(scene.values) for scene in fresh])
+    rng = np.random.default_rng(12)
+    chosen = held_scenes(count, 13, kind)
+    named = [scenes.random_named(scene, rng) for scene in chosen]
+    texts = [scenes.caption(scene, names) for scene, names in zip(chosen, named, strict=True)]
+    images = torch.cat([generate(*tiny, texts[i : i + BATCH], seed=i) for i in range(0, count, BATCH)])
+    spoken = [scenes.said(scene, names) for scene, names in zip(chosen, named, strict=True)]
+    made, marks = attribute_scores(reader, chosen, images, spoken)
+    return Prompts(texts, images, marks, drawn, made)
+
+
+def contact_sheet(found: Prompts, path: Path) -> None:
+    """The first 64 images with their texts, a frame around each that is not right."""
+    rows = [slice(start, start + 8) for start in range(0, 64, 8)]
+    columns = [("", found.images[column:64:8]) for column in range(8)]
+    framed = [[not mark for mark in found.marks[row]] for row in rows]
+    save_image(to_image(draw_sheet(columns, 128, [found.texts[row] for row in rows], framed)[0]), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py studio", description=__doc__, add_help=False)
     parser.add_argument(
@@ -112,43 +153,32 @@ def main() -> None:
         train.main(rest)
         return
     torch.set_num_threads(2)
-    model, clip, vae = studio.load_model(), studio.load_clip(), studio.load_vae()
-    reader = attribute_classifier.load()
+    model, clip, vae = tiny = studio.load_model(), studio.load_clip(), studio.load_vae()
     with torch.inference_mode():
-        fresh = held_scenes(1000, 11)
+        single, two = prompts(tiny), prompts(tiny, "two")
+        fresh = held_scenes(200, 11)
         pictures = drawings(fresh)
-        drawn, _, _ = attribute_scores(
-            reader, fresh, pictures, [{"kind", *scene.values} - {"kind"} for scene in fresh]
-        )
-        vae_psnr = psnr_db(vae.decode(vae.encode(pictures[:200])), pictures[:200])
-        rng = np.random.default_rng(12)
-        chosen = held_scenes(PROMPTS, 13)
-        named = [scenes.random_named(scene, rng) for scene in chosen]
-        texts = [scenes.caption(scene, names) for scene, names in zip(chosen, named, strict=True)]
-        made = torch.cat(
-            [generate(model, clip, vae, texts[i : i + BATCH], seed=i) for i in range(0, PROMPTS, BATCH)]
-        )
-        spoken = [scenes.said(scene, names) for scene, names in zip(chosen, named, strict=True)]
-        attributes, prompts, marks = attribute_scores(reader, chosen, made, spoken)
         metrics = {
-            "vae_psnr_db": vae_psnr,
-            "judge_accuracy_min": min(drawn.values()),
-            "attribute_accuracy_min": min(attributes.values()),
-            "prompt_accuracy": prompts,
+            "vae_psnr_db": psnr_db(vae.decode(vae.encode(pictures)), pictures),
+            "judge_accuracy_min": min(single.drawn.values()),
+            "attribute_accuracy_min": min(single.made.values()),
+            "prompt_accuracy": single.accuracy,
             "inversion_psnr_db": inversion_psnr(model, clip, vae, fresh[:10]),
             "file_mb": studio.FILE.stat().st_size / 1e6,
+            "two_judge_accuracy_min": min(two.drawn.values()),
+            "two_attribute_accuracy_min": min(two.made.values()),
+            "two_prompt_accuracy": two.accuracy,
         }
-    rows = [slice(start, start + 8) for start in range(0, 64, 8)]
-    columns = [("", made[column:64:8]) for column in range(8)]
-    framed = [[not mark for mark in marks[row]] for row in rows]
-    sheet = args.out / "contact_sheet.png"
-    save_image(to_image(draw_sheet(columns, 128, [texts[row] for row in rows], framed)[0]), sheet)
+    sheets = {args.out / "contact_sheet.png": single, args.out / "two_objects.png": two}
+    for path, found in sheets.items():
+        contact_sheet(found, path)
     print(f"{'attribute':<20}{'on drawings':>20}{'model':>10}")
-    for name in drawn:
-        print(f"{name:<20}{drawn[name]:>20.3f}{attributes[name]:>10.3f}")
+    for found in (single, two):
+        for name, fraction in found.drawn.items():
+            print(f"{name:<20}{fraction:>20.3f}{found.made[name]:>10.3f}")
     for name, value in metrics.items():
-        print(f"{name:<24}{value:.3f}")
-    print(f"contact sheet: {sheet}")
+        print(f"{name:<28}{value:.3f}")
+    print(f"contact sheets: {', '.join(map(str, sheets))}")
     write_json(args.json, metrics)
 
 
