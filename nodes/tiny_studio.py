@@ -65,9 +65,10 @@ class DescEditTinyScene(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "edit_type",
-                    options=list(scenes.EDIT_TYPES),
+                    options=[*scenes.EDIT_TYPES, scenes.TWO],
                     tooltip="What the edit changes: an object's colour, its texture, the object itself, the "
-                    "background, the style of the whole image, or a face's expression or glasses.",
+                    "background, the style of the whole image, or a face's expression or glasses. two "
+                    "objects: the colour, texture or shape of one of two objects side by side.",
                 ),
                 io.Int.Input(
                     "seed",
