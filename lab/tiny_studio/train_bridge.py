@@ -66,7 +66,7 @@ SHIPPED, AGAIN = "shipped", "shipped_again"  # the second after the model itself
 EDIT_TYPES = (*scenes.EDIT_TYPES, scenes.TWO)
 VARIANTS = {
     SHIPPED: Variant(steps=4400, rate=5e-3, decay=2200),
-    AGAIN: Variant(steps=800, rate=2e-3, decay=800, again=True),
+    AGAIN: Variant(steps=600, rate=1.5e-3, decay=600, again=True),
     **{f"{d}_{f}": Variant(d, f) for d in DIRECTIONS for f in FUSIONS},
     "random_start": Variant(zero_start=False),
     "same_time": Variant(reference_time="same"),
@@ -74,15 +74,20 @@ VARIANTS = {
 }
 
 
-def drawn_pairs(instruction: bool = False) -> Iterator[EditPair]:
-    """The training pairs, of all edit types and wordings; none has a held-out combination."""
+def drawn_edits() -> Iterator[scenes.EditPair]:
+    """The training edits, of all edit types and wordings; none has a held-out combination."""
     for seed in range(PAIRS_A_TYPE):
         wording = scenes.WORDINGS[seed % len(scenes.WORDINGS)]
         for edit_type in EDIT_TYPES:
-            pair = scenes.sample_edit(edit_type, seed, wording)
-            text = scenes.instruction(pair) if instruction else pair.edit_text
-            source, edit = (torch.from_numpy(scene.draw()) for scene in (pair.source, pair.target))
-            yield EditPair(f"{edit_type}-{seed}", source, edit, pair.source_text, text)
+            yield scenes.sample_edit(edit_type, seed, wording)
+
+
+def drawn_pairs(instruction: bool = False) -> Iterator[EditPair]:
+    """Their images and texts. instruction: the edit's text names only the change."""
+    for number, pair in enumerate(drawn_edits()):
+        text = scenes.instruction(pair) if instruction else pair.edit_text
+        source, edit = (torch.from_numpy(scene.draw()) for scene in (pair.source, pair.target))
+        yield EditPair(f"{pair.edit_type}-{number // len(EDIT_TYPES)}", source, edit, pair.source_text, text)
 
 
 def encoded_pairs(work: Path, instruction: bool = False) -> EncodedPairs:

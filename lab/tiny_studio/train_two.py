@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="train_two", description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="where latents and checkpoint are kept")
     parser.add_argument("--start", type=Path, default=studio.FILE, help="the packed studio to start from")
-    parser.add_argument("--steps", type=int, default=6000, help="48 scenes each")
+    parser.add_argument("--steps", type=int, default=1700, help="48 scenes each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pack", type=Path, help="only write the studio trained so far")
     args = parser.parse_args()
