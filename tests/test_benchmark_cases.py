@@ -218,6 +218,27 @@ def test_tiny_studio(layouts: Any, host: Host) -> None:
         layouts.read_cases("tiny-studio", None, "dev")
 
 
+def test_two_objects(layouts: Any, host: Host) -> None:
+    """Protects the seventh set of scenes: one object changes in one attribute and the mask covers it, the
+    other stays as it is; test cases are held out, tuning cases are not.
+    """
+    scenes = host.pack_module("models.tiny_studio.scenes")
+    for split, count in (("test", 100), ("tuning", 20)):
+        cases = layouts.read_cases("tiny-studio-two", None, split)
+        assert len(cases) == count
+        for case in cases:
+            pair = case.drawn.pair
+            ((name, value),) = pair.changed.items()
+            side, _, attribute = name.partition("_")
+            assert attribute in ("shape", "colour", "texture")
+            assert scenes.held_out(pair.target) == (split == "test")
+            assert value in case.edit_description.split() or (attribute, value) == ("texture", "plain")
+            changed = np.abs(pair.source.draw() - pair.target.draw()).max(-1) > 1e-3
+            columns = np.flatnonzero(changed.any(0))
+            assert columns.max() < 67 if side == "left" else columns.min() >= 61  # of 128
+            assert (np.asarray(case.read("mask")) > 0)[changed].all()
+
+
 def test_two_cases_with_one_id(layouts: Any, tmp_path: Path) -> None:
     """Protects: an id that two cases have is refused, and both are named."""
     write_cases(tmp_path, {"id": "a"}, {"id": "b"}, {"id": "a"})

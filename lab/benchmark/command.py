@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     several: dict[str, Any] = {"action": "append", "default": []}
     add("--out", type=_path, required=True, help="the run's folder; an unfinished run in it is continued")
     add("--layout", default="tiny-studio", choices=LAYOUTS, help="the layout of the benchmark")
-    add("--data", type=_path, help="the benchmark's folder; tiny-studio is drawn and has none")
+    add("--data", type=_path, help="the benchmark's folder; the Tiny Studio's cases are drawn and have none")
     add("--split", default="test", help="of the benchmark (test)")
     add("--per-type", type=int, metavar="N", help="only the first N cases of each edit type")
     add("--method", type=_path, metavar="FILE", help="a method file", **several)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,11 +215,21 @@ def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
     The split `test` has 50 cases of each edit type, with combinations of attributes that no training saw. The
     split `tuning` has 10 of each, with combinations from training, but other scenes.
     """
+    return _drawn_cases(scenes.EDIT_TYPES, split, 50, 10, 20)
+
+
+def draw_two_objects(folder: Path | None, split: str) -> Iterator[Case]:
+    """The same with scenes of two objects, one of which changes: 100 cases and 20."""
+    return _drawn_cases((scenes.TWO,), split, 100, 20, 30)
+
+
+def _drawn_cases(types: Sequence[str], split: str, test: int, tuning: int, seed: int) -> Iterator[Case]:
+    """`test` or `tuning` cases of each type. seed: of their noise, and the next one."""
     if split not in ("test", "tuning"):
         raise ValueError(f"tiny-studio has the splits test and tuning, not {split!r}")
-    held, per_type, first = (True, 50, 0) if split == "test" else (False, 10, TUNING_SEED)
-    numbers = [(edit_type, number) for edit_type in scenes.EDIT_TYPES for number in range(per_type)]
-    noise = torch.randn(len(numbers), 4, 16, 16, generator=torch.Generator().manual_seed(20 + held))
+    held, per_type, first = (True, test, 0) if split == "test" else (False, tuning, TUNING_SEED)
+    numbers = [(edit_type, number) for edit_type in types for number in range(per_type)]
+    noise = torch.randn(len(numbers), 4, 16, 16, generator=torch.Generator().manual_seed(seed + held))
     for (edit_type, number), start in zip(numbers, noise, strict=True):
         pair = scenes.sample_edit(edit_type, first + number, scenes.WORDINGS[number % 2], held)
         yield Case(
@@ -240,6 +250,10 @@ def _drawn(draw: Callable[[], Any]) -> Image.Image:
     return Image.fromarray((draw() * 255).round().astype(np.uint8))
 
 
+DRAWN: Mapping[str, Callable[[Any, str], Any]] = {
+    "tiny-studio": draw_tiny_studio,
+    "tiny-studio-two": draw_two_objects,
+}
 LAYOUTS: Mapping[str, Callable[[Any, str], Any]] = {
     "folder": lambda folder, split: read_folder(folder),
     "dataset": read_dataset,
@@ -247,7 +261,7 @@ LAYOUTS: Mapping[str, Callable[[Any, str], Any]] = {
     "unify-bench": read_unify_bench,
     "pie-bench": read_pie_bench,
     "magicbrush": read_magicbrush,
-    "tiny-studio": draw_tiny_studio,
+    **DRAWN,
 }
 
 
@@ -255,7 +269,7 @@ def read_cases(layout: str, folder: Path | None, split: str) -> list[Case]:
     """The cases of a benchmark. Raises ValueError if it has another layout, or two cases with one id."""
     if layout not in LAYOUTS:
         raise ValueError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
-    if folder is None and layout != "tiny-studio":
+    if folder is None and layout not in DRAWN:
         raise ValueError(f"the layout {layout} needs --data, the folder of the benchmark")
     if folder is not None and not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
