@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.model_patcher
 import memory_modes
 import pytest
+import small_dits
 import small_models
 import torch
 from bridge_edit import apply_bridge, counted, random_bridge, sample
@@ -36,7 +37,7 @@ class Graph:
 
     def sample(self, host: Host, model: Any) -> torch.Tensor:
         """The stock KSampler's latent."""
-        latent = torch.zeros(self.images, 4, *self.size)
+        latent = torch.zeros(self.images, 4, *self.size)  # the host gives an empty one its channels
         return sample(host, model, self.positive, self.negative, latent=latent, steps=self.steps)
 
 
@@ -52,6 +53,7 @@ class Bridge:
     )
     redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts: tuple[str, ...] = bridge_edit.LAYOUTS
+    on_dits = True
 
     def __init__(self, host: Host, model: Any) -> None:
         self.host, self.model = host, model
@@ -59,7 +61,7 @@ class Bridge:
 
     def patched(self, graph: Graph, **inputs: Any) -> Any:
         """MODEL with the patch."""
-        reference = small_models.latent(9, size=graph.size)
+        reference = small_models.latent(9, size=graph.size, model=self.model)
         return apply_bridge(self.host, self.model, self.bridge, reference, **inputs)
 
     def run(self, graph: Graph, clone: bool = False, **inputs: Any) -> torch.Tensor:
@@ -116,6 +118,7 @@ class Recorder(Bridge):
 
     neutral: ClassVar[Inputs] = ({},)
     redundant: ClassVar[Inputs] = ()
+    on_dits = False
 
     def __init__(self, host: Host, model: Any) -> None:
         self.host, self.model = host, model
@@ -136,6 +139,7 @@ class UnifyEdit(Bridge):
     neutral: ClassVar[Inputs] = ()
     redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts = ("three images", "an area")
+    on_dits = False
 
     def __init__(self, host: Host, model: Any) -> None:
         self.host, self.model = host, model
@@ -158,13 +162,24 @@ class UnifyEdit(Bridge):
 
 
 METHODS = (Bridge, BridgeOfReference, MaskedBridge, DualGuidance, Recorder, UnifyEdit)
-# Every method on every kind of network; and what has weights of its own, however the host keeps weights.
+# Where a network is a variant of another, or its text is long, a part of the methods.
+FEWER: dict[str, tuple[type[Bridge], ...]] = {
+    "Flux.1 schnell": (Bridge,),
+    "Flux.2": (Bridge, BridgeOfReference),
+}
+# Every method on every kind of network that it runs on; and what has weights of its own, however the host
+# keeps weights.
 CASES = [
-    *((method, kind, "resident") for kind in small_models.KINDS for method in METHODS),
     *(
-        (method, "SD1.5", mode)
+        (method, kind, "resident")
+        for kind in small_models.KINDS
+        for method in FEWER.get(kind, METHODS)
+        if method.on_dits or kind not in small_dits.FAMILIES
+    ),
+    *(
+        (method, kind, mode)
         for mode in memory_modes.MODES
-        for method in (Bridge, DualGuidance)
+        for method, kind in ((Bridge, "SD1.5"), (DualGuidance, "SD1.5"), (Bridge, "Flux.1 dev"))
         if mode != "resident"
     ),
 ]
@@ -262,14 +277,22 @@ class _Others:
         return patched
 
     def _note(self, slot: str, tensor: torch.Tensor, options: dict[str, Any]) -> None:
-        where = (*options["block"], options["block_index"])
+        where = (*options.get("block", (options.get("block_type"),)), options["block_index"])
         rows, *shape = tensor.shape
         self.seen.append((slot, where, tuple(shape), rows, tuple(options["cond_or_uncond"])))
 
     def _inputs(self, slot: str) -> Any:
-        def patch(n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> tuple:
-            self._note(slot, n, options)
-            return n, context, value
+        def patch(
+            n: torch.Tensor,
+            context: Any,
+            value: Any,
+            options: Any = None,
+            *,
+            extra_options: Any = None,
+            **_: Any,
+        ) -> Any:
+            self._note(slot, n, options or extra_options)
+            return (n, context, value) if options else {}
 
         return patch
 

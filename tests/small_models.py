@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -13,6 +14,7 @@ import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import memory_modes
+import small_dits
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -118,6 +120,7 @@ def small_unet(
 KINDS: dict[str, Callable[[], Any]] = {
     "SD1.5": small_unet,
     "SDXL": lambda: small_unet(layout=SDXL_LAYOUT),
+    **{name: partial(small_dits.small_dit, name) for name in small_dits.FAMILIES},
 }
 
 

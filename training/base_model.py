@@ -13,7 +13,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..models.tiny_studio import studio
-from ..patches.attention.networks import unet_of
 from ..patches.host.autograd import weights_streamed
 from .cache import file_fingerprint
 from .objective import check_trainable
@@ -50,7 +49,6 @@ class BaseModelLoader:
     def unet(self, dtype: torch.dtype) -> ModelPatcher:
         """The UNet on the host's device, frozen. dtype: of its weights."""
         model = self._load("model", dtype=dtype)
-        unet_of(model.model.diffusion_model, "training a bridge")
         check_trainable(model)
         model.model.requires_grad_(False)
         to_device(model)

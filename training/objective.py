@@ -18,6 +18,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
+from ..patches.attention.networks import unet_of
 from ..patches.bridge.core import DenoisePatches, ReferenceCache
 from ..patches.host.checkpointing import checkpointed
 from .settings import Objective
@@ -67,7 +68,8 @@ def check_trainable(model: ModelPatcher) -> None:
     Its UNet takes more than a latent and a text, or it predicts neither noise nor v at the UNet's own
     timesteps.
     """
-    unet, family = model.model.diffusion_model, type(model.model.model_config).__name__
+    unet = unet_of(model.model.diffusion_model, "training a bridge").module
+    family = type(model.model.model_config).__name__
     channels = model.get_model_object("latent_format").latent_channels
     if unet.in_channels != channels:
         kind = _MORE_CHANNELS.get(unet.in_channels - channels, "a model for another purpose")

@@ -81,21 +81,16 @@ class DiT:
         entry = {name: value for name, value in entry.items() if name not in dropped}
         return {**entry, "guidance": 1.0} if getattr(self.module.params, "guidance_embed", False) else entry
 
-    def check_conditions(self, rows: int, conditions: dict[str, Any]) -> None:
-        """Raise ValueError for a call that the host itself cannot run.
-
-        rows: of the call.
-        conditions: its conditions by name.
-        """
+    def check_conditions(self, conditions: dict[str, Any]) -> None:
+        """Raise ValueError for a model call that the host itself cannot run; `conditions` are by name."""
         params = self.module.params
         method = conditions.get("ref_latents_method", getattr(params, "default_ref_method", None))
-        embedded = getattr(params, "guidance_embed", False) or params.vec_in_dim is not None
-        if rows > 1 and embedded and conditions.get("ref_latents") and method == "index_timestep_zero":
+        blockwise = not getattr(params, "global_modulation", False)
+        if blockwise and conditions.get("ref_latents") and method == "index_timestep_zero":
             raise ValueError(
-                f"the model is called with {rows} rows and reference latents by index_timestep_zero, which "
-                "ComfyUI runs on this model for one row only: choose another method in "
-                "FluxKontextMultiReferenceLatentMethod, take FluxKVCache away, or sample one image with "
-                "cfg 1 and without dual guidance"
+                "the conditioning has reference latents by the method index_timestep_zero, with which "
+                "ComfyUI itself fails on Flux.1: choose index in FluxKontextMultiReferenceLatentMethod, and "
+                "take FluxKVCache out of the MODEL's chain"
             )
 
     def positions(

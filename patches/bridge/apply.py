@@ -168,7 +168,7 @@ class _ApplyModel:
                     "that trains it, for one): wire the MODEL from before this node into it, and apply the "
                     "bridge after it"
                 )
-            run.cache.network.check_conditions(len(args[0]), kwargs)
+            run.cache.network.check_conditions(kwargs)
             patches = run.patches(options, args[0])
             args, kwargs = replace_options(args, kwargs, patches.install(options))
         output = executor(*args, **kwargs)

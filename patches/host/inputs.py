@@ -102,8 +102,10 @@ def read_samples(name: str, samples: Any, model: Any) -> torch.Tensor:
     wanted = f"[images, {channels}, height, width]"
     samples = _tensor(name, samples, wanted)
     if samples.ndim != 4 or samples.shape[1] != channels:
+        frames = samples.shape[2] if samples.ndim == 5 else 0
+        kind = f", a video of {frames} frame{'s' * (frames > 1)}," if frames else ""
         raise ValueError(
-            f"{name} has shape {list(samples.shape)} but this model needs {wanted}: encode the image "
+            f"{name} has shape {list(samples.shape)}{kind} but this model needs {wanted}: encode the image "
             "with the model's own VAE"
         )
     samples = samples.float()
