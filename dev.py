@@ -356,12 +356,18 @@ MODULES = {
     "bench": ("lab.bench.command", "speed and memory: bench bridge, unify or training"),
     "train": ("training.command", "train a bridge: --config FILE, or --print-config for all settings"),
     "benchmark": ("lab.benchmark.command", "compare workflows on an edit benchmark; benchmark --help"),
-    "bridge-study": ("lab.studies.bridge_study", "300 held-out edits: bridges against baselines"),
+    "bridge-study": (
+        "lab.studies.bridge_study",
+        "300 held-out edits: bridges against baselines",
+    ),
     "unify-study": (
         "lab.studies.unify_study",
         "300 held-out edits: UnifyEdit and its parts against baselines",
     ),
-    "report": ("lab.studies.results_page", "run the studies and write their pages and docs/results.md"),
+    "report": (
+        "lab.studies.results_page",
+        "the studies' pages, docs/results.md and claims.md; --measure",
+    ),
     "docs": ("lab.pages", "write locales/en and the lists of the help pages from the schemas"),
     "studio": ("lab.tiny_studio.report", "train the small model that ships; studio --report measures it"),
 }

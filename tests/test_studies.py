@@ -18,7 +18,10 @@ from PIL import Image
 @pytest.fixture(scope="module")
 def lab(host: Host) -> Any:
     """The modules."""
-    names = ("bridge_study", "methods", "results_page", "studio", "study", "unify_study")
+    names = (
+        *("bridge_study", "claims", "methods", "publish", "results_page", "rows"),
+        *("studio", "study", "unify_study"),
+    )
     found = {name: host.pack_module(f"lab.studies.{name}") for name in names}
     found |= {name: host.pack_module(f"lab.benchmark.{name}") for name in ("layouts", "results")}
     return SimpleNamespace(**found, shows=host.pack_module("lab.tiny_studio.attribute_classifier").shows)
@@ -53,29 +56,34 @@ def changed(host: Host, batch: Any, pictures: torch.Tensor) -> int:
 
 def test_shipped_bridge(host: Host, lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:
     """Protects: on edits it never saw, the shipped bridge makes what was asked and keeps the rest, which the
-    text alone cannot; success is every attribute as in the true edit; what is there is not made again.
+    text alone cannot; success is every attribute as in the true edit; the metrics are stored, and what is
+    stored is not made again.
     """
     bridge, text, *_ = lab.bridge_study.tables()["methods"].values()
-    study = lab.study.Study(tiny, cases, "test", tmp_path)
+    study = lab.study.Study(tiny, cases, "test", folder=tmp_path)
     study.run([bridge, text])
     drawn = lab.studio.Batch.of(tiny, cases)
-    error = [
-        (torch.stack([study.picture(method, case) for case in cases]) - drawn.target).square().mean((1, 2, 3))
-        for method in (bridge, text)
-    ]
+    made, written = ((method.pictures(tiny, drawn) * 255).round() / 255 for method in (bridge, text))
+    error = [(pictures - drawn.target).square().mean((1, 2, 3)) for pictures in (made, written)]
     bridged, alone = (float((-10 * values.log10()).mean()) for values in error)
     assert bridged > 22
     assert bridged > alone + 5
-    assert study.mean(bridge, "target_psnr") == pytest.approx(bridged, abs=1e-3)
-    made = torch.stack([study.picture(bridge, case) for case in cases])
+    assert study.mean(bridge, "target_psnr") == pytest.approx(bridged, abs=1e-2)
     assert changed(host, drawn, made) >= 0.75 * len(cases)
     read = host.pack_module("lab.tiny_studio.attribute_classifier").load().read(made)
     wanted = [{"kind": pair.target.kind, **pair.target.values} for pair in drawn.pairs]
     success = [result["metrics"]["success"] for result in study.of(bridge)]
     assert success == [float(seen == values) for seen, values in zip(read, wanted, strict=True)]
-    again = lab.study.Study(tiny, cases, "test", tmp_path)
-    again.run([replace(bridge, edit=lambda *_: pytest.fail("made again"))])
+    again = lab.study.Study(tiny, cases, "test", folder=tmp_path)
+    again.run([replace(bridge, edit=lambda tiny, batch: only_the_probe(bridge, tiny, batch))])
     assert again.of(bridge) == study.of(bridge)
+    assert again.store.state(bridge) == ""
+
+
+def only_the_probe(method: Any, tiny: Any, batch: Any) -> torch.Tensor:
+    """The method's edit of one case; a second case is an error."""
+    assert len(batch) == 1
+    return method.edit(tiny, batch)
 
 
 def test_shipped_settings_of_unifyedit(host: Host, lab: Any, tiny: Any, batch: Any) -> None:
@@ -166,28 +174,40 @@ def test_instructions(host: Host) -> None:
             assert kind in ("face", "background", "style") or not kept & set(text.split()), text
 
 
+PSNR = 20.0
+
+
 @pytest.fixture
 def known(lab: Any, cases: list[Any], tmp_path: Path) -> Any:
-    """A study all of whose results are there: method n succeeds in the cases before the n-th and has a PSNR
-    of 20 + n, without LPIPS; a style has no outside.
+    """Both studies with every result stored: method n succeeds in the cases before the n-th and has a PSNR of
+    20 + n, without LPIPS; a style has no outside.
     """
-    study = lab.study.Study(SimpleNamespace(), cases, "test", tmp_path / "work")
-    plans = [lab.bridge_study.PLAN, lab.unify_study.PLAN]
-    tables = [rows for plan in plans for rows in plan.tables().values()]
-    methods = {method.label: method for rows in tables for method in rows.values()}
+    plans = lab.results_page.PLANS
+    tables = {plan.name: plan.tables() for plan in plans}
+    study = lab.study.Study(SimpleNamespace(), cases, "test", tables, tmp_path / "rows")
+    tuned = {plan.name: plan.search() for plan in plans}
+    tuning = lab.study.Study(SimpleNamespace(), cases, "tuning", tuned, tmp_path / "rows")
+    rows = [rows for some in tables.values() for rows in some.values()]
+    methods = {method.label: method for some in rows for method in some.values()}
     for number, method in enumerate(methods.values()):
-        for index, case in enumerate(cases):
-            outside = None if case.edit_type == "style" else 30.0 + index
-            metrics = {
-                "success": float(index < number),
-                "target_psnr": 20.0 + number,
-                "psnr_outside": outside,
-            }
-            metrics |= {"target_ssim": 0.5, "ssim_outside": 0.9, "structure": 1.0}
-            study.results.append(lab.results.new_result(method, case, 1.0, metrics))
-            picture = Image.fromarray(np.full((128, 128, 3), 4 * number, np.uint8))
-            lab.results.save_picture(study.results.folder, method.label, case.id, picture)
-    return study
+        study.store.add(method, made_up(lab, method, cases, number), [1.0], "a card")
+    return [(study, tuning)] * len(plans)
+
+
+def made_up(lab: Any, method: Any, cases: list[Any], number: int) -> list[Any]:
+    """The results of method `number`, as `known` says."""
+    results = []
+    for index, case in enumerate(cases):
+        outside = None if case.edit_type == "style" else 30.0 + index
+        metrics = {
+            "success": float(index < number),
+            "target_psnr": PSNR + number,
+            "psnr_outside": outside,
+            "psnr": PSNR - number,
+        }
+        metrics |= {"target_ssim": 0.5, "ssim_outside": 0.9, "structure": 1.0}
+        results.append(lab.results.new_result(method, case, 1.5, metrics))
+    return results
 
 
 def cells(page: str) -> dict[str, dict[str, str]]:
@@ -204,18 +224,11 @@ def cells(page: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def test_pages_from_known_results(
-    lab: Any, known: Any, cases: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Protects: the pages of both studies and docs/results.md hold the means of the results, also by type;
-    what was not measured is empty; the numbers for machines have their names; nothing is computed again.
+def test_pages_from_known_results(lab: Any, known: Any, cases: list[Any], tmp_path: Path) -> None:
+    """Protects: all pages hold the means of the stored results, also by type, with no image made; what was
+    not measured is empty and says so; the numbers for machines have their names.
     """
-    monkeypatch.setattr(lab.unify_study, "seconds", lambda tiny, rows: dict.fromkeys(rows, 1.5))
-    monkeypatch.setattr(
-        lab.study.Batch, "of", lambda tiny, cases: SimpleNamespace(source=plain, target=plain)
-    )
-    plain = torch.zeros(12, 128, 128, 3)
-    metrics, page = lab.results_page.write(known, (lab.bridge_study.PLAN, lab.unify_study.PLAN), tmp_path)
+    metrics, page = lab.results_page.write(known, lab.results_page.PLANS, tmp_path)
     table = cells(page)
     text = table["text only, CFG 3"]  # the second of all methods, so it succeeds in the first case
     named = [text[name] for name in ("success", "PSNR (dB)", "SSIM", "LPIPS")]
@@ -223,19 +236,128 @@ def test_pages_from_known_results(
     assert [text[kind] for kind in ("colour", "texture")] == ["50%", "0%"]
     outside = [30 + index for index, case in enumerate(cases) if case.edit_type != "style"]
     assert text["PSNR outside mask (dB)"] == f"{np.mean(outside):.2f}"
-    baselines = ("text only, CFG 3", "image to image, denoise 0.2", "DDIM inversion, CFG 1")
-    unify = ("UnifyEdit", "UnifyEdit without a mask", "UnifyEdit, denoise 0.4")
-    assert list(table)[:8] == ["bridge", *baselines, *unify, "attention injection, 0.2 and 0.4"]
+    baselines = {"text only, CFG 3", "image to image, denoise 0.2", "DDIM inversion, CFG 1"}
+    unify = {"UnifyEdit", "UnifyEdit without a mask", "UnifyEdit, denoise 0.4"}
+    assert {"bridge", "attention injection, 0.2 and 0.4"} | baselines | unify <= set(table)
     assert metrics["bridge_study.success"] == 0
     assert metrics["bridge_study.psnr_db_best_baseline"] == 23
     assert {name.partition(".")[0] for name in metrics} == {"bridge_study", "unify_study"}
     assert len(metrics) == 11 + 18
     assert table["`success_best_baseline`"][""].endswith("%")
     study = (tmp_path / "unify_study.md").read_text()
-    assert "| UnifyEdit without a mask | 1.50 |" in study
-    assert "{" not in study
-    with Image.open(tmp_path / "pictures" / "bridge_study.jpg") as picture:
-        assert picture.getpixel((6 + 134 + 3, 200))[0] > 200  # the bridge's failures have a red frame
+    (line, *_) = (line for line in study.splitlines() if line.startswith("| UnifyEdit without a mask |"))
+    assert "| 1.50 |" in line  # seconds
+    assert "| neither loss (not measured) |" in study  # of the search, on the tuning cases
+    assert all("{" not in file.read_text() for file in tmp_path.glob("*.md"))
+    assert "All rows are of the weights, settings and code of this version. Measured on: a card." in page
+
+
+def test_rows_of_earlier_weights_settings_and_code(
+    lab: Any, known: Any, cases: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: a stored row that is not what the code would give now says so on the page instead of passing,
+    and measuring replaces it.
+    """
+    study, rows = known[0][0], lab.bridge_study.tables()["methods"]
+    bridge, text, image, _ = rows.values()
+
+    def opened_with(rows: Any) -> Any:
+        tables = {"bridge_study": {"methods": rows}}
+        return lab.study.Study(study.tiny, cases, "test", tables, tmp_path / "rows")
+
+    opened = opened_with(rows)
+    store = opened.store
+    assert {store.state(method) for method in rows.values()} == {""}
+    store.check(bridge, [1.01])
+    store.check(text, [1.05])
+    assert (store.state(bridge), store.state(text)) == ("", "earlier code")
+    other = replace(image, settings="denoise 0.25")
+    rows = {**rows, "image to image, denoise 0.2": other}
+    moved = opened_with(rows)
+    assert moved.store.state(other) == "earlier settings"
+    assert moved.of(other) == opened.of(image)
+    assert "| image to image, denoise 0.2 (earlier settings) |" in moved.table(rows)
+    moved.store.add(other, made_up(lab, other, cases, 1)[:3], [1.0], "a card")
+    assert moved.store.state(other) == "3 of 12 cases"
+    assert len(moved.of(other)) == 3
+    monkeypatch.setattr(lab.studio.StudioMethod, "weights", {"tiny_studio.safetensors": "other"})
+    assert opened.store.state(bridge) == "earlier weights"
+    assert "0 of 4 rows" in opened.summary({"methods": rows})
+
+
+def test_interrupted_measuring_goes_on(lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:
+    """Protects: measuring begins with the main table, stores what is made, and goes on with the rest."""
+    made: list[tuple[str, int]] = []
+
+    def method(name: str) -> Any:
+        def edit(tiny: Any, batch: Any) -> torch.Tensor:
+            made.append((name, len(batch)))
+            return batch.latent
+
+        return lab.studio.StudioMethod(name, edit, name)
+
+    tables = {"parts": {"part": method("part")}, "methods": {"whole": method("whole")}}
+
+    def measure(**options: Any) -> list[tuple[str, int]]:
+        made.clear()
+        study = lab.study.Study(tiny, cases, "test", {"a study": tables}, tmp_path)
+        lab.publish.measure([(study, tables)], **options)
+        return list(made)
+
+    assert measure(per_type=1) == [("whole", 1), ("whole", 6), ("part", 1), ("part", 6)]  # probe, then edits
+    assert measure() == [("whole", 1), ("whole", 6), ("part", 1), ("part", 6)]
+    assert measure() == [("whole", 1), ("part", 1)]
+    assert measure(anew=True) == [("whole", 1), ("whole", 12), ("part", 1), ("part", 12)]
+
+
+def test_verdicts(lab: Any, cases: list[Any], tmp_path: Path) -> None:
+    """Protects: a claim holds or fails by the interval of the paired differences, in the metric's direction,
+    and is open where the interval contains 0, a network or a row is missing.
+    """
+    claims, names = lab.claims, ("good", "bad", "even", "absent")
+    methods = {name: lab.studio.StudioMethod(name, lambda *_: None, name) for name in names}
+    study = lab.study.Study(SimpleNamespace(), cases, "test", folder=tmp_path)
+    for name, shift in (("good", 1.0), ("bad", 0.0), ("even", 0.0)):
+        results = []
+        for index, case in enumerate(cases):
+            psnr = 20 + index + shift + (0.1 * (-1) ** index if name == "even" else 0)
+            metrics = {"psnr": psnr, "lpips": 0.5 - 0.1 * shift - 0.01 * index}
+            results.append(lab.results.new_result(methods[name], case, 1.0, metrics))
+        study.store.add(methods[name], results, [1.0], "a card")
+
+    def verdict(metric: str, first: str, second: str, margin: float = 0.0) -> str:
+        rows = ((first, methods[first]), (second, methods[second]))
+        return claims.judge(study, claims.Comparison(metric, *rows, margin))[0]
+
+    assert verdict("psnr", "good", "bad") == verdict("lpips", "good", "bad") == "holds"
+    assert verdict("psnr", "bad", "good") == verdict("lpips", "bad", "good") == "does not hold"
+    assert verdict("psnr", "even", "bad") == "cannot be shown here"
+    assert verdict("psnr", "even", "bad", 0.2) == "holds"
+    assert verdict("psnr", "bad", "good", 0.9) == "does not hold"
+    assert verdict("clip_t", "good", "bad") == verdict("psnr", "good", "absent") == "cannot be shown here"
+    assert claims.verdict_of(["holds", "holds"]) == "holds"
+    assert claims.verdict_of(["holds", "does not hold", "cannot be shown here"]) == "does not hold"
+    assert claims.verdict_of(["holds", "cannot be shown here"]) == claims.verdict_of([])
+    good, bad = (("good", methods["good"]), ("bad", methods["bad"]))
+    row = cells(claims.claim_table(study, [claims.Claim("A", (claims.Comparison("psnr", good, bad),))]))["A"]
+    assert row["here"] == "**holds**"
+    assert row["cases"] == "12"
+    assert row["difference (95% interval)"] == "psnr: good against bad: +1.00 (+1.00 to +1.00)"
+
+
+def test_contact_sheet(lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:
+    """Protects: the sheet has the best, median and worst cases of the first row, with a red frame around an
+    edit without success.
+    """
+    keep = lab.studio.StudioMethod("keep", lambda tiny, batch: batch.latent, "keep")
+    study = lab.study.Study(tiny, cases, "test", folder=tmp_path)
+    study.store.add(keep, made_up(lab, keep, cases, 0), [1.0], "a card")
+    file = tmp_path / "sheet.jpg"
+    study.draw({"keep": keep}, file)
+    with Image.open(file) as picture:
+        assert picture.width == 3 * 134 + 6
+        assert picture.height > 9 * 128
+        assert picture.getpixel((6 + 134 + 3, 200))[0] > 200  # an unchanged image is no edit
 
 
 def test_one_label_for_two_methods(lab: Any) -> None:
@@ -246,14 +368,9 @@ def test_one_label_for_two_methods(lab: Any) -> None:
         lab.results_page.side_by_side(plans)
 
 
-def test_success_by_wording(lab: Any, cases: list[Any]) -> None:
-    """Protects: a tuning case counts for its type and wording."""
-    wanted = ("colour, complex", "face, simple")
-    heads = [f"{case.edit_type}, {('simple', 'complex')[number % 2]}" for number, case in enumerate(cases)]
-    results = [
-        {"case": case.id, "metrics": {"success": float(head in wanted)}}
-        for case, head in zip(cases, heads, strict=True)
-    ]
-    row = cells(lab.unify_study.success_by_wording(cases, {"a row": results}))["a row"]
-    assert {name for name, cell in row.items() if cell == "100%"} == set(wanted)
-    assert sorted(row.values())[:10] == ["0%"] * 10
+def test_wordings(lab: Any, known: Any, cases: list[Any]) -> None:
+    """Protects: a case counts for its type and wording."""
+    study, method = known[0][0], lab.bridge_study.tables()["methods"]["text only, CFG 3"]
+    row = cells(lab.unify_study.wording_table(study, {"a row": method}))["a row"]
+    assert [name for name, found in row.items() if found == "100%"] == ["colour, simple"]
+    assert sorted(row.values())[:11] == ["0%"] * 11

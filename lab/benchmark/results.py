@@ -134,14 +134,14 @@ def write_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 def picture_file(folder: Path, method: str, case: str) -> Path:
     """The file of an edit's picture."""
-    return folder / "pictures" / _slug(method) / f"{_slug(case)}.png"
+    return folder / "pictures" / slug(method) / f"{slug(case)}.png"
 
 
 def save_picture(folder: Path, method: str, case: str, picture: Image.Image) -> None:
     save_image(picture, picture_file(folder, method, case))
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A file name, unique for each name."""
     plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name)[:80].strip(".")
     return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"

@@ -1,30 +1,31 @@
-"""`python dev.py report`: the pages of both studies, and docs/results.md with all their methods together.
+"""`python dev.py report`: the studies' pages, docs/results.md with all methods, and docs/claims.md.
 
-Results are kept, so finished edits are not repeated.
+All are written from stored rows. `--measure` first measures what is missing, or of earlier weights, settings
+or code: the main tables first. It can be stopped and continued. `--anew` first measures everything.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import comfy.utils
 
-from ..benchmark.layouts import read_cases
-from ..output import DOCS, markdown, write_json, write_page
+from ..output import DOCS, markdown, write_page
 from . import bridge_study, unify_study
+from .claims import claim_table
+from .publish import FIRST, Plan, finish, parser, prepare, publish
 from .studio import Studio
-from .study import Plan, Rows, Study, publish
+from .study import Rows, Study
 
-TEMPLATE = Path(__file__).with_name("results_page.md")
+PLANS = (bridge_study.PLAN, unify_study.PLAN)
 
 
 def side_by_side(plans: Sequence[Plan]) -> Rows:
     """The methods of the studies by label. Raises ValueError if two different methods have one label."""
     rows: dict = {}
     for plan in plans:
-        for label, method in plan.tables()["methods"].items():
+        for label, method in plan.tables()[FIRST].items():
             other = rows.setdefault(label, method)
             if other.digest != method.digest:
                 raise ValueError(f"{label!r} is two methods: {other.settings} and {method.settings}")
@@ -36,35 +37,41 @@ def metric_table(metrics: Mapping[str, float]) -> str:
     rows = [
         (f"`{name}`", f"{value:.1%}" if name.startswith("success") else f"{value:.2f}")
         for name, value in metrics.items()
+        if value == value
     ]
     return markdown(("metric", ""), rows)
 
 
-def write(study: Study, plans: Sequence[Plan], docs: Path = DOCS) -> tuple[dict[str, float], str]:
-    """Run the studies and write all pages; returns the metrics as `STUDY.METRIC`, and docs/results.md."""
-    found, parts = {}, []
-    for plan in plans:
-        metrics, text = publish(study, plan, docs)
-        title = text.splitlines()[0].removeprefix("# ")
-        parts.append(f"## [{title}]({plan.name}.md)\n\n{metric_table(metrics)}")
+def write(
+    pairs: Sequence[tuple[Study, Study]], plans: Sequence[Plan], docs: Path = DOCS
+) -> tuple[dict[str, float], str]:
+    """Write all pages from stored rows; returns the metrics as `STUDY.METRIC`, and docs/results.md."""
+    found, parts, claims = {}, [], []
+    for plan, (study, tuning) in zip(plans, pairs, strict=True):
+        metrics, text = publish(study, tuning, plan, docs)
+        title = f"## [{text.splitlines()[0].removeprefix('# ')}]({plan.name}.md)"
+        parts.append(f"{title}\n\n{metric_table(metrics)}")
+        claims.append(f"{title}\n\n{claim_table(study, plan.claims(study, plan.tables()))}")
         found |= {f"{plan.name}.{name}": value for name, value in metrics.items()}
+    study, methods = pairs[0][0], side_by_side([p for p in plans if p.layout == plans[0].layout])
     values = {
         "cases": len(study.cases),
-        "methods": study.table(side_by_side(plans)),
+        "methods": study.table(methods),
+        "measured": study.summary({FIRST: methods}),
         "metrics": "\n\n".join(parts),
+        "claims": "\n\n".join(claims),
     }
-    return found, write_page(TEMPLATE, docs / "results.md", values)
+    here = Path(__file__)
+    write_page(here.with_name("claims_page.md"), docs / "claims.md", values)
+    return found, write_page(here.with_name("results_page.md"), docs / "results.md", values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py report", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the metrics as one flat JSON object")
-    args = parser.parse_args()
+    args = parser("dev.py report", __doc__).parse_args()
     comfy.utils.set_progress_bar_enabled(False)
-    study = Study(Studio.load(), read_cases("tiny-studio", None, "test"), "test")
-    metrics, text = write(study, (bridge_study.PLAN, unify_study.PLAN))
-    print(text)
-    write_json(args.json, metrics)
+    pairs = prepare(PLANS, Studio.load(), args)
+    metrics, text = write(pairs, PLANS)
+    finish(text, metrics, args.json)
 
 
 if __name__ == "__main__":

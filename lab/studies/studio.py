@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...patches.attention.networks import unet_of
 from ...patches.attention.recorder import AttentionRecorder
 from ..bench.measuring import torch_attention
 from ..benchmark.cases import Case
+from ..tiny_studio import attribute_classifier
 
 STEPS, BATCH = 25, 50
 Conditioning = list[list[Any]]
@@ -122,10 +123,15 @@ class StudioMethod:
     @cached_property
     def digest(self) -> str:
         """Digest of the settings, the files and the studio's weights."""
-        digest = hashlib.sha256(self.settings.encode())
-        for file in (studio.FILE, *self.files):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:16]
+        parts = (self.settings, *map(file_digest, (studio.FILE, *self.files)))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """A digest of each file of weights that results depend on: the attribute classifier's is one."""
+        return {
+            file.name: file_digest(file) for file in (studio.FILE, attribute_classifier.FILE, *self.files)
+        }
 
     @property
     def label(self) -> str:
@@ -138,6 +144,21 @@ class StudioMethod:
         with quick_products(tiny):
             latents = self.edit(tiny, batch)
         return tiny.vae.decode(latents).clamp(0, 1)
+
+    @torch.inference_mode()
+    def probe(self, tiny: Studio, batch: Batch) -> list[float]:
+        """Means over the quarters of the edited latents; they show if the code makes other images.
+
+        In the model's own precision, so that processors agree.
+        """
+        latents = self.edit(tiny, batch).float()
+        means = torch.nn.functional.adaptive_avg_pool2d(latents, 2)
+        return [round(value, 4) for value in means.flatten().tolist()]
+
+
+@cache
+def file_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def conditioning(text: torch.Tensor) -> Conditioning:
