@@ -145,9 +145,6 @@ class LowRank(torch.nn.Module):
         self.up = manual_cast.Linear(rank, width, bias=False, **placed)
         self.scale = scale
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.down(x)) * self.scale
-
 
 class LayerBridge(torch.nn.Module):
     """One layer's parameters: `q`, `k`, `v`, `out` and, for the fusion `linear`, `fuse`, which is F. There is

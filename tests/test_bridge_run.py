@@ -16,6 +16,7 @@ import torch
 from bridge_edit import apply_bridge, counted, random_bridge, sample
 from closeness import same
 from host import Host
+from torch.utils._pytree import tree_leaves
 
 REFERENCE = small_models.latent(9)
 pytestmark = pytest.mark.usefixtures("memory_mode")
@@ -131,22 +132,25 @@ def test_without_source_the_negative_is_read(host: Host, model: Any, bridge: Any
         bridge_edit.guided(host, guider)
 
 
+def _held(run: Any) -> list[torch.Tensor]:
+    """The tensors that a run keeps."""
+    return [leaf for leaf in tree_leaves([vars(run), vars(run.cache)]) if isinstance(leaf, torch.Tensor)]
+
+
 class _Watched:
-    """Weak references to what a run keeps, taken in the middle of it."""
+    """Weak references to what a run keeps, taken in the middle of it, and how many bytes that is."""
 
     def __init__(self, model: Any, then: Any = None) -> None:
-        self.model, self.then, self.kept = model, then, []
+        self.model, self.then, self.kept, self.bytes = model, then, [], 0
         self._handle = model.model.diffusion_model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         run = kwargs["transformer_options"].get("descriptive_edit.bridge")
         if run is not None:
-            self.kept += [weakref.ref(run)]
-            self.kept += [
-                weakref.ref(item)
-                for features in run.cache.features.values()
-                for item in (*features.kept, *(features.merged or ()))
-            ]
+            held = _held(run)
+            self.kept += map(weakref.ref, [run, *held])
+            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
+            self.bytes = max(self.bytes, sum(storages.values()))
             if self.then is not None:
                 self.then()
 
@@ -164,14 +168,15 @@ def _fail() -> None:
 @pytest.mark.parametrize("end", ["whole", "interrupt", "error"])
 def test_the_cache_is_freed(host: Host, model: Any, bridge: Any, end: str) -> None:
     """Protects: nothing that a run keeps outlives it, however it ends; the next run gives the same bits."""
-    patched = apply_bridge(host, model, bridge, REFERENCE)
-    expected = sample(host, patched)
+    references, latent = small_models.latent(9, batch=2), torch.zeros(2, 4, 16, 16)
+    patched = apply_bridge(host, model, bridge, references, mask=bridge_edit.half_mask())
+    expected = sample(host, patched, latent=latent)
     interrupt = comfy.model_management.interrupt_current_processing
     then = {"whole": None, "interrupt": interrupt, "error": _fail}[end]
     watched = _Watched(model, then)
     stopped = False
     try:
-        sample(host, patched)
+        sample(host, patched, latent=latent)
     except RuntimeError as error:
         stopped = "in the middle" in str(error)
     except comfy.model_management.InterruptProcessingException:
@@ -180,29 +185,36 @@ def test_the_cache_is_freed(host: Host, model: Any, bridge: Any, end: str) -> No
     assert stopped == (end != "whole")
     assert len(watched.kept) > bridge_edit.LAYERS
     assert alive == []
-    assert torch.equal(sample(host, patched), expected)
+    assert torch.equal(sample(host, patched, latent=latent), expected)
 
 
-def test_memory_is_asked_for(host: Host, model: Any, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects: the host's memory estimate grows by at least what the cache holds, and the bridge is one of
-    the models that it loads.
+@pytest.mark.parametrize(
+    ("direction", "images", "fusion"),
+    [("edit_queries", 1, "linear"), ("edit_queries", 3, "replace"), ("reference_queries", 3, "linear")],
+)
+def test_memory_is_asked_for(
+    host: Host, model: Any, monkeypatch: pytest.MonkeyPatch, direction: str, images: int, fusion: str
+) -> None:
+    """Protects: the host's memory estimate grows by at least what a run keeps, and by no more than half as
+    much again; the bridge is one of the models that it loads.
     """
     asked: list[tuple[float, list[str]]] = []
     real = comfy.model_management.load_models_gpu
 
-    def load(models: Any, memory_required: float = 0, *args: Any, **kwargs: Any) -> Any:
-        asked.append((memory_required, [type(entry.model).__name__ for entry in models]))
-        return real(models, memory_required, *args, **kwargs)
+    def load(models: Any, *args: Any, minimum_memory_required: float = 0, **kwargs: Any) -> Any:
+        asked.append((minimum_memory_required, [type(entry.model).__name__ for entry in models]))
+        return real(models, *args, minimum_memory_required=minimum_memory_required, **kwargs)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
-    patched = apply_bridge(host, model, bridge, REFERENCE)
+    monkeypatch.setattr(model.model, "memory_required", lambda shape, **_: 1000 * shape[0])
+    bridge = random_bridge(host, model, rank=8, direction=direction, fusion=fusion)
+    patched = apply_bridge(host, model, bridge, small_models.latent(9, batch=images))
+    watched = _Watched(model)
     for which in (model, patched):
-        sample(host, which, steps=1)
+        sample(host, which, latent=torch.zeros(images, 4, 16, 16))
+    watched.close()
     (plain, _), (bridged, loaded) = asked
-    numbers = 0
-    for side, width, layers in ((16, 32, 3), (8, 64, 3), (4, 64, 4)):
-        numbers += layers * (2 * side * side * width + width * width)
-    assert bridged - plain >= 4 * numbers
+    assert watched.bytes <= bridged - plain <= 1.5 * watched.bytes + 1000
     assert "AttentionBridge" in loaded
 
 

@@ -19,7 +19,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ..patches.attention.networks import unet_of
-from ..patches.bridge.core import DenoisePatches, ReferenceCache
+from ..patches.bridge.core import DenoisePatches, Features, ReferenceCache
 from ..patches.host.checkpointing import checkpointed
 from .settings import Objective
 
@@ -171,7 +171,11 @@ def losses(
         options = checkpointed(options)
     dtype = model.get_dtype_inference()
     cache.read(reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
-    options = DenoisePatches(cache, rows, noised, lambda of_pairs: of_pairs[rows]).install(options)
+
+    def features(key: str) -> Features:
+        return tuple(of_pairs[rows] for of_pairs in cache.features[key])
+
+    options = DenoisePatches(cache, rows, noised, features).install(options)
     output = unet(
         noised.to(dtype), steps.float(), context=text.to(dtype), control=None, transformer_options=options
     )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
 from .hooks import After, Attention, Before, ForwardEnded, Inputs, attend
 from .layers import AttentionLayer
-
-_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)")
 
 
 class Block(NamedTuple):
@@ -64,16 +61,17 @@ class UNet:
         self.layers: dict[str, AttentionLayer] = {}
         self.outputs: dict[str, torch.nn.Module] = {}
         level = 0
-        for path, part in module.named_modules():
+        for block, path, part in _parts(module):
             if isinstance(part, (Downsample, Upsample)):
                 level += 1 if isinstance(part, Downsample) else -1
-            elif isinstance(part, BasicTransformerBlock) and (match := _BLOCK.fullmatch(path)):
-                block, number, depth = match.groups()
-                if part.attn2 is not None and not part.disable_self_attn:
-                    key = f"{block}.{0 if block == 'middle' else number}.{depth}"
-                    width = part.n_heads * part.d_head
-                    self.layers[key] = AttentionLayer(key, level, width, part.n_heads, path)
-                    self.outputs[key] = part.attn1.to_out
+            elif isinstance(part, SpatialTransformer):
+                blocks: Any = part.transformer_blocks
+                for depth, inner in enumerate(blocks):
+                    if inner.attn2 is not None and not inner.disable_self_attn:
+                        key, width = f"{block}.{depth}", inner.n_heads * inner.d_head
+                        place = f"{path}.transformer_blocks.{depth}"
+                        self.layers[key] = AttentionLayer(key, level, width, inner.n_heads, place)
+                        self.outputs[key] = inner.attn1.to_out
         if not self.layers:
             raise ValueError("this model's UNet has no self- and cross-attention: use SD1.5, SD2.x or SDXL")
 
@@ -165,6 +163,19 @@ class UNet:
                 continue
             weights = sum(weight.numel() for weight in part.parameters())
             yield Block(path, kind, tokens, inputs, outputs, depth, convolved, weights)
+
+
+def _parts(unet: UNetModel) -> Iterator[tuple[str, str, torch.nn.Module]]:
+    """The parts of a UNet's blocks in the order in which they run: the block's name, such as `output.3`, and
+    the part's path in the module tree.
+    """
+    for stage in ("input", "output"):
+        for number, block in enumerate(getattr(unet, f"{stage}_blocks")):
+            for index, part in enumerate(block):
+                yield f"{stage}.{number}", f"{stage}_blocks.{number}.{index}", part
+        if stage == "input":
+            for index, part in enumerate(unet.middle_block or ()):
+                yield "middle.0", f"middle_block.{index}", part
 
 
 class _Hooks:

@@ -51,9 +51,8 @@ def apply_bridge(model: ModelPatcher, setup: BridgeSetup, door: Door | None = No
     if setup.strength == 0 or (setup.mask is not None and not bool(setup.mask.any())):
         return patched
     patched.set_additional_models(KEY, [setup.bridge.clone()])
-    elements = cache_elements(setup, network.layers.values())
     for kind, wrapper in (
-        (WrappersMP.PREPARE_SAMPLING, _Prepare(elements)),
+        (WrappersMP.PREPARE_SAMPLING, _Prepare(setup, tuple(network.layers.values()))),
         (WrappersMP.SAMPLER_SAMPLE, _Sample(setup, door)),
         (WrappersMP.CALC_COND_BATCH, _note_areas),
         (WrappersMP.APPLY_MODEL, _ApplyModel(door)),
@@ -86,29 +85,39 @@ def _relatives(family: Any) -> set[str]:
     return {base.__name__ for base in family.__mro__ if getattr(base, "latent_format", None) is latents}
 
 
-def cache_elements(setup: BridgeSetup, layers: Iterable[AttentionLayer]) -> int:
-    """Number of values that a run keeps: K and V, or Q, of the reference, and the merged output matrices."""
-    images, _, height, width = setup.reference.shape
-    kept = 2 if setup.settings.direction == "edit_queries" else 1
-    merged = 1 if setup.settings.fusion == "linear" else 0
-    return sum(
-        layer.width * (kept * images * math.prod(layer.grid(height, width)) + merged * layer.width)
-        for layer in layers
-    )
+def cache_elements(setup: BridgeSetup, layers: Iterable[AttentionLayer], seen: int) -> int:
+    """Number of values that a run keeps: K and V, or Q, of the reference, and the bridge's weights.
+
+    seen: how many conditionings see the reference. If each image has its own, features are repeated for all.
+    """
+    settings, (images, _, height, width) = setup.settings, setup.reference.shape
+    kept = 2 if settings.direction == "edit_queries" else 1
+    rows = images if images == 1 or setup.joined else images * (1 + seen)
+    # With the reference's own bridge, updates for it and for the image.
+    again = 4 * settings.rank if settings.reference_self_bridge else 0
+    total = settings.parameters()
+    for layer in layers:
+        total += layer.width * (kept * rows * math.prod(layer.grid(height, width)) + again)
+        # A merged output in place of less. A full F is as large.
+        if not settings.joint and (settings.fusion != "linear" or settings.fuse_rank):
+            total += layer.width * layer.width
+    return total
 
 
 @dataclass(frozen=True, eq=False)
 class _Prepare:
     """PREPARE_SAMPLING: requests memory for the cache from the host, in rows of the latent, its unit."""
 
-    elements: int
+    setup: BridgeSetup
+    layers: tuple[AttentionLayer, ...]
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
-        model, noise_shape, *rest = args
+        model, noise_shape, conds, *rest = args
+        elements = cache_elements(self.setup, self.layers, sum(map(len, conds.values())))
         row = model.model.memory_required([1, *noise_shape[1:]])
         size = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
-        rows = math.ceil(self.elements * size / row)
-        return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], *rest, **kwargs)
+        rows = math.ceil(elements * size / row)
+        return executor(model, [noise_shape[0] + rows, *noise_shape[1:]], conds, *rest, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)

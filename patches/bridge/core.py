@@ -7,7 +7,7 @@ r of the reference and direction `edit_queries`:
     Z_out = Z + strength * mask * F(Z')
 
 `reference_queries` swaps h and r. W are the host's own weights with all LoRAs. The host provides W_q h, W_k h
-and W_v h; only the updates are computed here.
+and W_v h; only the updates are computed here, with weights that are read once a run (`weights.py`).
 
 In a DiT's joint attention, with q, k, v of the image's tokens and q~, k~, v~ of the reference's as the slots
 show them (projected, normed), R the rotation by a token's position, and F before the output projection:
@@ -23,41 +23,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
 
-from ...models.bridge import AttentionBridge, LayerBridge
+from ...models.bridge import AttentionBridge
 from ..attention.checks import TAKE_OUT, check_grid, check_keys, check_rows, layer_name
-from ..attention.hooks import Attention, ForwardEnded, Rows, attend, rotate
+from ..attention.hooks import Attention, ForwardEnded, attend, rotate
 from ..attention.layers import AttentionLayer
 from ..attention.networks import Network
+from .weights import LayerWeights, prepare, updated
 
 # What names the errors of a node; `nodes.errors.naming`.
 Door = AbstractContextManager[Any]
-Matrix = tuple[torch.Tensor, torch.Tensor]
-Merge = Callable[[AttentionLayer, torch.Tensor], Matrix | None]
-
-
-class ReferenceFeatures(NamedTuple):
-    """Features of the reference at a layer.
-
-    kept: K and V, each [references, or 1 if they are joined, tokens, width]; with `reference_queries` Q,
-        [references, tokens, width].
-    merged: the output projection and F as one matrix and bias, None if they are not merged.
-    """
-
-    kept: tuple[torch.Tensor, ...]
-    merged: Matrix | None
+# Of the reference at a layer.
+Features = tuple[torch.Tensor, ...]
 
 
 class ReferenceCache:
-    """A bridge, its network, and by layer the features from the last reference pass."""
+    """A bridge, its network, and by layer what the last reference pass left.
+
+    features: K and V, each [references, or 1 if they are joined, tokens, width]; with `reference_queries` Q,
+        [references, tokens, width].
+    weights: the bridge's, for that pass and the calls after it.
+    """
 
     def __init__(self, bridge: AttentionBridge, network: Network) -> None:
         self.bridge, self.settings, self.network = bridge, bridge.settings, network
-        self.features: dict[str, ReferenceFeatures] = {}
+        self.features: dict[str, Features] = {}
+        self.weights: dict[str, LayerWeights] = {}
 
     def read(
         self,
@@ -65,7 +60,7 @@ class ReferenceCache:
         options: dict[str, Any],
         *,
         joined: bool = False,
-        merge: Merge | None = None,
+        repaid: Callable[[AttentionLayer], bool] | None = None,
         timesteps: torch.Tensor | None = None,
         **conditions: Any,
     ) -> None:
@@ -74,16 +69,17 @@ class ReferenceCache:
         x: [references, channels, height, width].
         options: the call's `transformer_options`.
         joined: all references as one long sequence of tokens.
-        merge: function from a layer and a tensor like its queries to the merged output matrix, or None.
+        repaid: whether merging a layer's output pays, for weights that stay the same; None merges none.
         timesteps: other than 0, for experiments, [references].
         conditions: `context`, `y`.
 
         The frozen network gets no gradient unless the reference passes through the bridge itself.
         Raises ValueError if a layer was not reached.
         """
-        self.features.clear()
+        self.clear()
         learning = torch.is_grad_enabled()
-        hooks = ReferencePass(self, joined, merge, learning)
+        self.weights = prepare(self.bridge, self.network, repaid, x.dtype, x.device)
+        hooks = ReferencePass(self, joined, learning)
         timesteps = torch.zeros(len(x), device=x.device) if timesteps is None else timesteps
         options = self.network.install(
             options,
@@ -108,15 +104,12 @@ class ReferenceCache:
         attended: Z' before its output projection.
         own: Z.
         """
-        merged, learned = self.features[layer.key].merged, self.bridge.layer(layer.key)
-        if merged is not None:
-            return torch.nn.functional.linear(attended, *merged)
-        result = self.network.outputs[layer.key](attended)
-        if learned.out is not None:
-            result = result + learned.out(attended)
-        if learned.fuse is not None:
-            return learned.fuse(result)
-        return result if self.settings.fusion == "add" else result - own
+        result = self.weights[layer.key].output(attended)
+        return result - own if self.settings.fusion == "replace" else result
+
+    def clear(self) -> None:
+        """Free what the reference pass left."""
+        self.features, self.weights = {}, {}
 
 
 class ReferencePass:
@@ -124,28 +117,18 @@ class ReferencePass:
     through the bridge.
     """
 
-    def __init__(self, cache: ReferenceCache, joined: bool, merge: Merge | None, learning: bool) -> None:
-        self._cache, self._joined, self._merge, self._learning = cache, joined, merge, learning
+    def __init__(self, cache: ReferenceCache, joined: bool, learning: bool) -> None:
+        self._cache, self._joined, self._learning = cache, joined, learning
 
     def before(self, at: Attention) -> torch.Tensor | None:
         """Keep the layer's features. Returns Z' of the reference with itself, or None."""
-        cache, learned, every = self._cache, self._cache.bridge.layer(at.layer.key), slice(None)
-        queries = cache.settings.direction == "reference_queries"
-        self_bridge = cache.settings.reference_self_bridge
-        found: list[torch.Tensor] = []
+        cache, self_bridge = self._cache, self._cache.settings.reference_self_bridge
         with torch.set_grad_enabled(self._learning):
-            if queries or self_bridge:
-                found += [at.rotated(changed(at, "q", learned, every), every)]
-            if not queries or self_bridge:
-                found += [
-                    at.rotated(changed(at, "k", learned, every), every),
-                    changed(at, "v", learned, every),
-                ]
-        kept = found[:1] if queries else found[-2:]
+            found = updated(cache.weights[at.layer.key].reading, at, slice(None))
+        kept = found[:1] if cache.settings.direction == "reference_queries" else found[-2:]
         if self._joined:
             kept = [rearrange(tensor, "r n d -> 1 (r n) d") for tensor in kept]
-        merged = self._merge(at.layer, at.q) if self._merge else None
-        cache.features[at.layer.key] = ReferenceFeatures(tuple(kept), merged)
+        cache.features[at.layer.key] = tuple(kept)
         if self_bridge:
             query, key, value = found
             return attend(query, key, value, at)
@@ -163,7 +146,7 @@ class DenoisePatches:
 
     rows: of the call's batch, a slice or an index tensor; None for none.
     x: the latents of the call, for their number and size.
-    expand_to_rows: function from a tensor of the cache to one for each of these rows.
+    features: function from a layer's key to its features in the cache, one for each of these rows.
     strength: factor of the bridge's output.
     masks: by layer, [rows or 1, tokens, 1], or None.
     shifts: of a DiT, the rotation of these rows' queries by the corner of their part of the latent, or None.
@@ -177,14 +160,14 @@ class DenoisePatches:
         cache: ReferenceCache,
         rows: slice | torch.Tensor | None,
         x: torch.Tensor,
-        expand_to_rows: Callable[[torch.Tensor], torch.Tensor],
+        features: Callable[[str], Features],
         strength: float = 1.0,
         masks: Mapping[str, torch.Tensor] | None = None,
         shifts: torch.Tensor | None = None,
         door: Door | None = None,
     ) -> None:
         self.rows, self.fired = rows, set[str]()
-        self._cache, self._expand_to_rows = cache, expand_to_rows
+        self._cache, self._features = cache, features
         self._from_reference = cache.settings.direction == "reference_queries"
         self._total, self._size = len(x), (x.shape[-2], x.shape[-1])
         self._strength, self._masks, self._shifts = strength, masks, shifts
@@ -207,15 +190,11 @@ class DenoisePatches:
             with self._door:
                 raise
         self.fired.add(at.layer.key)
-        rows, learned = self.rows, self._cache.bridge.layer(at.layer.key)
-        kept = [self._expand_to_rows(tensor) for tensor in self._cache.features[at.layer.key].kept]
-        if self._from_reference:
-            (query,) = kept
-            key, value = at.rotated(changed(at, "k", learned, rows), rows), changed(at, "v", learned, rows)
-        else:
-            query, (key, value) = at.rotated(changed(at, "q", learned, rows), rows), kept
-            if self._shifts is not None:
-                query = rotate(query, self._shifts, at.layer.heads)
+        kept = self._features(at.layer.key)
+        found = updated(self._cache.weights[at.layer.key].denoising, at, self.rows)
+        query, key, value = (*kept, *found) if self._from_reference else (*found, *kept)
+        if self._shifts is not None and not self._from_reference:
+            query = rotate(query, self._shifts, at.layer.heads)
         return attend(query, key, value, at)
 
     def _check(self, at: Attention) -> None:
@@ -236,13 +215,8 @@ class DenoisePatches:
         assert rows is not None
         fused = self._cache.fused(layer, attended, out[rows])
         if self._masks is not None:
-            fused = fused * self._masks[layer.key].to(fused)
+            fused = fused * self._masks[layer.key]
         if isinstance(rows, slice):
             out[rows].add_(fused, alpha=self._strength)
             return out
         return out.index_add_(0, rows, fused.to(out.dtype), alpha=self._strength)
-
-
-def changed(at: Attention, name: str, learned: LayerBridge, rows: Rows) -> torch.Tensor:
-    """`q`, `k` or `v` of these rows with its learned update, [these rows, tokens, width]."""
-    return at.projected(name, rows) + getattr(learned, name)(at.updated(name, rows))

@@ -111,11 +111,9 @@ class DualGuidance:
 
         bridged: whether the model has a bridge.
         """
-        scales = [(self.image, self.text)]
-        if self.schedule is not None:
-            scales = list(zip(self.schedule.image.tolist(), self.schedule.text.tolist(), strict=True))
-        weights = [_merged(self.weights(*pair), bridged) for pair in scales]
-        return [row for row in weights[0] if any(abs(each[row]) > 1e-9 for each in weights)]
+        scales: Any = self if self.schedule is None else self.schedule
+        weights = _merged(self.weights(scales.image, scales.text), bridged)
+        return [row for row, each in weights.items() if np.abs(each).max() > 1e-9]
 
 
 def _merged(weights: dict[Row, Scale], bridged: bool) -> dict[Row, Scale]:

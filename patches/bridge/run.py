@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.sampler_helpers
@@ -24,11 +24,15 @@ from ..attention.masks import check_mask, layer_masks
 from ..attention.networks import network_of
 from ..attention.recorder import WRAPPER_KEY
 from ..host.inputs import read_mask
-from .core import DenoisePatches, Door, Matrix, ReferenceCache
+from .core import DenoisePatches, Door, Features, ReferenceCache
 
 KEY = "descriptive_edit.bridge"
 # In transformer_options, by a guider: the uuids of the rows that do not see the reference.
 BLIND = "descriptive_edit.blind_rows"
+# What a launch costs besides its arithmetic, in multiply-adds that the device does meanwhile; and how many
+# launches merging a layer's output needs once, and saves in each call.
+_LAUNCH_CPU, _LAUNCH_CARD = 2.5e5, 1e8
+_MERGE, _SAVED = 6, 3
 # Of a conditioning, as the host has it: height, width, top and left; None for the whole latent.
 Area = tuple[int, ...] | None
 
@@ -117,6 +121,8 @@ class BridgeRun:
         self._hooked = any(entry.get("hooks") for conds in guider.conds.values() for entry in conds)
         self._areas: dict[Any, Area] = {}
         self._masks: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._rows: dict[tuple[int, ...], slice | torch.Tensor] = {}
+        self._expanded: dict[tuple[int, str], Features] = {}
         self._due = self._fired = False
         self._mask = self._latent_mask(setup.mask, model.latent_format.spacial_downscale_ratio)
         self._check_reference()
@@ -175,7 +181,7 @@ class BridgeRun:
             x if concat is None else torch.cat([x, concat], dim=1),
             self._reference_options(count, (x.shape[-2], x.shape[-1])),
             joined=self._setup.joined,
-            merge=self._merge,
+            repaid=None if self._hooked else self._repaid,
             timesteps=timestep,
             context=text,
             **conds,
@@ -204,21 +210,18 @@ class BridgeRun:
             "prefetch_dynamic_vbars": self._guider.model_patcher.is_dynamic(),
         }
 
-    def _merge(self, layer: AttentionLayer, like: torch.Tensor) -> Matrix | None:
-        """Output projection and fuse layer as one matrix and bias, from the host's own layer.
+    def _repaid(self, layer: AttentionLayer) -> bool:
+        """Whether merging a layer's output saves at least twice what it costs, over the run.
 
-        Exact for the Linear fusion as long as the weights stay the same, so not with hooks, which change them
-        between calls. Costs 4 width^3 and saves 2 width^2 per token, so it is done only if the run's tokens
-        repay it at least twice. In a DiT there is nothing to merge.
+        Counted are multiply-adds of one row for each image, and what launches cost besides.
         """
-        learned, output = self.cache.bridge.layer(layer.key), self.cache.network.outputs[layer.key]
-        tokens, width = math.prod(layer.grid(self._height, self._width)), layer.width
-        if learned.fuse is None or learned.out is None or self._hooked or tokens * self._steps < 4 * width:
-            return None
-        unit = torch.eye(width, dtype=like.dtype, device=like.device)
-        constant = output(torch.zeros_like(unit[:1]))
-        matrix = learned.fuse(output(unit) - constant + learned.out(unit))
-        return matrix.mT.contiguous(), learned.fuse(constant)[0]
+        settings, width = self._setup.settings, layer.width
+        tokens = self._images * math.prod(layer.grid(self._height, self._width))
+        launch = _LAUNCH_CPU if self._device.type == "cpu" else _LAUNCH_CARD
+        fuse = (2 * settings.fuse_rank or width) if settings.fusion == "linear" else 0
+        cost = width * width * (settings.rank + fuse) + _MERGE * launch
+        saved = tokens * width * (2 * settings.rank + fuse) + _SAVED * launch
+        return self._steps * saved >= 2 * cost
 
     def note_areas(self, conds: list[list[dict[str, Any]] | None]) -> None:
         """Store the area of each conditioning by its uuid, which the host's copies keep."""
@@ -238,22 +241,22 @@ class BridgeRun:
         uuids, blind = options["uuids"], options.get(BLIND, ())
         chunks = [chunk for chunk, uuid in enumerate(uuids) if uuid not in blind]
         if not chunks or not self._active(options["sigmas"]):
-            return DenoisePatches(self.cache, None, x, lambda kept: kept)
+            return DenoisePatches(self.cache, None, x, self.cache.features.__getitem__)
         areas = [self._areas.get(uuid) for uuid in uuids]
         moved = "context_window" in options  # the host's, which may hold any images in any order
         in_order = len(x) == len(areas) * self._images and not moved
         self._check_parts(x, areas, len(chunks), in_order)
         rows: slice | torch.Tensor = slice(0, len(x))
-        masks, shifts, expand_to_rows = None, None, lambda kept: kept.expand(len(x), -1, -1)
+        masks, shifts, images = None, None, len(x)
         if in_order and any(areas):
             shifts = self._shifts([areas[chunk] for chunk in chunks], options, x.device)
         if in_order:
-            rows, expand_to_rows = self._rows(chunks, x), self._expand_to_rows(len(chunks))
+            rows, images = self._rows_of(chunks), len(chunks) * self._images
         if self._mask is not None:
             areas = [areas[chunk] for chunk in chunks] if in_order else [None]
             masks = self._layer_masks(self._mask, areas, self._images if in_order else 1, x)
-        strength = self._setup.strength
-        return DenoisePatches(self.cache, rows, x, expand_to_rows, strength, masks, shifts, self._door)
+        strength, features = self._setup.strength, partial(self._features, images)
+        return DenoisePatches(self.cache, rows, x, features, strength, masks, shifts, self._door)
 
     def _shifts(self, areas: list[Area], options: dict[str, Any], device: torch.device) -> Any:
         """For every row of these chunks what moves it to its part of the latent, None in a UNet."""
@@ -320,16 +323,24 @@ class BridgeRun:
         """Whether the bridge acts at this sigma, by the host's rule for ControlNets."""
         return self._range is None or self._range[1] <= float(sigma[0]) <= self._range[0]
 
-    def _rows(self, chunks: list[int], x: torch.Tensor) -> slice | torch.Tensor:
-        if chunks[-1] - chunks[0] == len(chunks) - 1:
-            return slice(chunks[0] * self._images, (chunks[-1] + 1) * self._images)
-        rows = [chunk * self._images + image for chunk in chunks for image in range(self._images)]
-        return torch.tensor(rows, device=x.device)
+    def _rows_of(self, chunks: list[int]) -> slice | torch.Tensor:
+        """The rows of these chunks; made once per run."""
+        if (call := tuple(chunks)) not in self._rows:
+            rows = [chunk * self._images + image for chunk in chunks for image in range(self._images)]
+            together = rows[-1] - rows[0] == len(rows) - 1
+            self._rows[call] = (
+                slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=self._device)
+            )
+        return self._rows[call]
 
-    def _expand_to_rows(self, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Expands a tensor of the cache to the rows of `chunks` chunks."""
-        rows = chunks * self._images
-        return lambda kept: kept.expand(rows, -1, -1) if len(kept) == 1 else kept.repeat(chunks, 1, 1)
+    def _features(self, rows: int, key: str) -> Features:
+        """A layer's features for `rows` rows, those of the images over and over; expanded once per run."""
+        if (rows, key) not in self._expanded:
+            self._expanded[rows, key] = tuple(
+                kept.expand(rows, -1, -1) if len(kept) in (1, rows) else kept.repeat(rows // len(kept), 1, 1)
+                for kept in self.cache.features[key]
+            )
+        return self._expanded[rows, key]
 
     def _layer_masks(
         self, mask: torch.Tensor, areas: list[Area], images: int, x: torch.Tensor
@@ -346,14 +357,15 @@ class BridgeRun:
                 parts.append(mask[:, top : top + height, left : left + width].expand(images, -1, -1))
             layers = self.cache.network.layers.values()
             masks = layer_masks(torch.cat(parts), layers, height, width, x.device)
-            self._masks[call] = {key: mask[..., None] for key, mask in masks.items()}
+            self._masks[call] = {
+                key: mask[..., None].to(self.cache.features[key][0].dtype) for key, mask in masks.items()
+            }
         return self._masks[call]
 
     def close(self) -> None:
         """Free the run's memory."""
-        self.cache.features.clear()
-        self._masks.clear()
-        self._mask = None
+        self.cache.clear()
+        self._mask, self._masks, self._rows, self._expanded = None, {}, {}, {}
 
 
 def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
