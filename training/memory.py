@@ -49,8 +49,9 @@ def training_bytes(
     numbers = _kept(network, size, settings.checkpointing)
     parameters = sum(weight.numel() for weight in bridge.parameters())
     copies = _LEARNED + bool(settings.ema)
-    cast = itemsize if itemsize < 4 else 0
-    needed = settings.batch * numbers * itemsize + parameters * (4 * copies + cast)
+    # The bridge's weights as a forward computes with them, and cast again by autocast.
+    ready = model.get_dtype_inference().itemsize + (itemsize if PRECISIONS[settings.precision] else 0)
+    needed = settings.batch * numbers * itemsize + parameters * (4 * copies + ready)
     if streamed or dtype != model.get_dtype():
         needed += copied_bytes(network, network.layers.values(), itemsize, settings.checkpointing)
     return needed
