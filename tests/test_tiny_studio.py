@@ -82,6 +82,27 @@ def test_the_classifier_reads_two_objects(scenes: ModuleType, classifier: Any) -
     assert np.mean(whole) < 0.1
 
 
+def test_words_bind_to_their_object(host: Any, scenes: ModuleType) -> None:
+    """Protects the study of two objects: a new value counts as asked on its own object only, and as leaked
+    where the other object has it.
+    """
+    bound = host.pack_module("lab.tiny_studio.attribute_classifier").bound
+    pairs = [scenes.sample_edit(scenes.TWO, number, held=True) for number in range(8)]
+    made = []
+    for pair in pairs:
+        ((name, value),) = pair.changed.items()
+        other = {"left": "right", "right": "left"}[name.partition("_")[0]] + "_" + name.partition("_")[2]
+        both, wrong = (scene.changed(**{other: value}) for scene in (pair.target, pair.source))
+        made.append([pair.source, pair.target, both, wrong, pair.target.values[other] == value])
+    *pictures, same = zip(*made, strict=True)
+    for column, asked, leaked in zip(
+        pictures, (False, True, True, False), (False, False, True, True), strict=True
+    ):
+        found = bound(drawings(scenes, list(column)), pairs)
+        assert found["asked"] == [asked] * len(pairs)
+        assert found["leaked"] == [leaked and not alike for alike in same]
+
+
 def test_edits_of_two_objects_are_measured(host: Any, scenes: ModuleType, classifier: Any) -> None:
     """Protects the studies and the benchmark on two objects: the true edit is a success, the source is none,
     nor is the edit of the other object; and pictures of both kinds can be read together.

@@ -112,6 +112,22 @@ def shows(pictures: np.ndarray | torch.Tensor, wanted: Sequence[scenes.Scene]) -
     return [read == {"kind": scene.kind, **scene.values} for read, scene in zip(found, wanted, strict=True)]
 
 
+def bound(pictures: np.ndarray | torch.Tensor, pairs: Sequence[scenes.EditPair]) -> dict[str, list[bool]]:
+    """For edits of one of two objects: `asked`, whether it has the new value, and `leaked`, whether the other
+    one got it, too, against the true edit.
+
+    pictures: [B, 128, 128, 3], 0 to 1.
+    """
+    found: dict[str, list[bool]] = {"asked": [], "leaked": []}
+    for read, pair in zip(load().read_two(pictures), pairs, strict=True):
+        ((name, value),) = pair.changed.items()
+        side, _, own = name.partition("_")
+        other = f"{'right' if side == 'left' else 'left'}_{own}"
+        found["asked"].append(read.get(name) == value)
+        found["leaked"].append(read.get(other) == value != pair.target.values[other])
+    return found
+
+
 def alone(pictures: torch.Tensor, side: str) -> torch.Tensor:
     """[B, 128, 128, 3] with two objects -> the object on `side` alone.
 

@@ -63,9 +63,11 @@ class Variant:
 
 
 SHIPPED, AGAIN = "shipped", "shipped_again"  # the second after the model itself has learned on
+AUTHORS = "edit_queries"  # the authors' direction with the budget of SHIPPED
 EDIT_TYPES = (*scenes.EDIT_TYPES, scenes.TWO)
 VARIANTS = {
     SHIPPED: Variant(steps=4400, rate=5e-3, decay=2200),
+    AUTHORS: Variant(DIRECTIONS[0], steps=4400, rate=5e-3, decay=2200),
     AGAIN: Variant(steps=600, rate=1.5e-3, decay=600, again=True),
     **{f"{d}_{f}": Variant(d, f) for d in DIRECTIONS for f in FUSIONS},
     "random_start": Variant(zero_start=False),
