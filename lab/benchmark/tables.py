@@ -22,7 +22,7 @@ SHOWN = (
 EDITABILITY = ("success", "clip_t", "target_psnr_inside", "target_psnr")
 FIDELITY = ("structure_distance", "psnr_outside", "lpips", "psnr")
 RANKED = ("target_lpips", "target_psnr", "clip_t", "psnr_outside", "psnr")
-LOWER = ("l1", "l2", "lpips", "structure_distance", "structure", "seconds")
+LOWER = ("l1", "l2", "lpips", "structure_distance", "structure", "seconds", "leaked")
 
 
 def better(metric: str) -> int:

@@ -23,6 +23,7 @@ ROWS = Path(__file__).with_name("rows")
 # Of the metrics that a run measures; those against the true edit have `target_`.
 STORED = (
     *("success", "l1", "l2", "lpips", "psnr", "ssim", "psnr_outside", "ssim_outside", "structure"),
+    *("asked", "leaked"),
     *("target_l1", "target_lpips", "target_psnr", "target_ssim", "target_psnr_inside"),
 )
 DIGITS = 4  # significant ones of a stored number

@@ -22,13 +22,15 @@ from ..benchmark.scorer import Scorer, as_rows
 from ..benchmark.statistics import Estimate, difference, mean, values
 from ..benchmark.tables import better
 from ..output import markdown
-from ..tiny_studio.attribute_classifier import shows
+from ..tiny_studio.attribute_classifier import bound, shows
 from ..tiny_studio.stage import say
 from .rows import CURRENT, ROWS, Store
 from .studio import BATCH, Batch, Studio, StudioMethod, quick_products, structure_distance
 
 COLUMNS = {
     "success": ("success", "{:.1%}"),
+    "asked": ("asked", "{:.1%}"),
+    "leaked": ("leaked", "{:.1%}"),
     "target_psnr": ("PSNR (dB)", "{:.2f}"),
     "target_ssim": ("SSIM", "{:.3f}"),
     "target_lpips": ("LPIPS", "{:.3f}"),
@@ -37,6 +39,7 @@ COLUMNS = {
     "structure": ("structure distance", "{:.2f}"),
     "seconds": ("CPU seconds an edit", "{:.2f}"),
 }
+FRACTIONS = ("success", "asked", "leaked")
 AGAINST_TRUE = ("success", "target_psnr", "target_ssim", "target_lpips", "psnr_outside")
 Rows = Mapping[str, StudioMethod]  # of a table, by label
 Tables = Mapping[str, Rows]  # by name
@@ -92,6 +95,8 @@ class Study:
         made = (made * 255).round().byte().float() / 255  # as a file holds it
         found = measure_edit(made, batch.source, batch.target, batch.mask, networks)
         found["success"] = torch.tensor(shows(made, [pair.target for pair in batch.pairs])).float()
+        if all(pair.target.kind == "two" for pair in batch.pairs):
+            found |= {name: torch.tensor(marks).float() for name, marks in bound(made, batch.pairs).items()}
         found["structure"] = structure_distance(self.tiny, batch, made)
         rows = zip(cases, as_rows(found), strict=True)
         return [new_result(method, case, seconds, metrics) for case, metrics in rows]
@@ -199,8 +204,8 @@ def cell(value: float, form: str) -> str:
 
 
 def unit(metric: str) -> tuple[int, int]:
-    """What a difference is multiplied with to be shown, and its decimals: success is in points."""
-    return (100, 1) if metric == "success" else (1, 2 if "psnr" in metric else 3)
+    """What a difference is multiplied with to be shown, and its decimals: fractions are in points."""
+    return (100, 1) if metric in FRACTIONS else (1, 2 if "psnr" in metric else 3)
 
 
 def shown(found: Estimate, metric: str) -> str:
