@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..patches.host.inputs import samples_of
-from ..patches.inversion import MODES, invert, invert_virtually
+from ..patches.inversion import MODES, REFINE, invert, invert_virtually
 
 CATEGORY = "descriptive edit/unifyedit"
 ALIASES = ["UnifyEdit", "2504.05594", "attention guidance", "latent optimization"]
@@ -58,13 +58,13 @@ class DescEditInvert(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "refine",
-                    default=3,
+                    default=REFINE,
                     min=0,
                     max=50,
                     advanced=True,
-                    tooltip="Extra model calls per step that make the inversion more exact, 0 to 50. 0: "
-                    "plain DDIM inversion, which drifts from the image. Each one costs as much as the "
-                    "inversion at 0. Only for mode ddim.",
+                    tooltip="Extra model calls that make the inversion more exact, per step on average, "
+                    "0 to 50. 0: about plain DDIM inversion, which drifts from the image. Each one costs as "
+                    "much as the inversion at 0. Only for mode ddim.",
                 ),
                 io.Combo.Input(
                     "mode",

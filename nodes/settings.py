@@ -262,8 +262,8 @@ class DescEditUnifyOptions(io.ComfyNode):
                     optional=True,
                     min=0,
                     max=50,
-                    tooltip="For UnifyEdit: extra model calls per step that make a ddim inversion more "
-                    "exact, 0 to 50. Each one costs as much as the inversion at 0.",
+                    tooltip="For UnifyEdit: extra model calls that make a ddim inversion more exact, per "
+                    "step on average, 0 to 50. Each one costs as much as the inversion at 0.",
                 ),
                 io.Int.Input(
                     "virtual_seed",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from .host.network_runs import NetworkRuns, refuse_cached_steps
 from .host.out_of_memory import memory_advice
 
 MODES = ("ddim", "virtual")
+REFINE = 1  # the default
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +91,9 @@ def invert(
 
     A sampler's Euler step from x_i down to x_{i+1} uses the noise predicted at x_i, which the inversion does
     not know yet. Plain DDIM inversion predicts at the known end instead and drifts. Here x_i solves the
-    implicit equation x_i = x_{i+1} + (sigma_i - sigma_{i+1}) eps(x_i, sigma_i) by fixed-point iteration: one
-    evaluation starts from the last step's slope, and each of `refine` more brings it closer.
+    implicit equation x_i = x_{i+1} + (sigma_i - sigma_{i+1}) eps(x_i, sigma_i) by fixed-point iteration. It
+    begins at a slope that continues the last two steps' slopes; later calls of a step are mixed by Anderson's
+    method (Anderson, J. ACM 12, 1965) of depth 1. Steps that need more calls get more (`share_calls`).
 
     Changes of the network act as in a stock run: LoRAs, attention patches, a `model_function_wrapper`, a
     ControlNet of the description, and wrappers of the kinds OUTER_SAMPLE, PREPARE_SAMPLING, SAMPLER_SAMPLE,
@@ -98,7 +102,7 @@ def invert(
 
     samples: [images, channels, height, width] as a VAE gives it.
     sigmas: [steps + 1], falling to 0.
-    refine: 0 or more.
+    refine: model calls beyond one a step, on average; 0 or more.
 
     Raises ValueError for an empty latent, a latent of another model family, sigmas that do not fall to 0, a
     node that keeps the network from running at a step, and a path that is not finite.
@@ -112,7 +116,7 @@ def invert(
         guider.sample(
             torch.zeros_like(samples),
             samples,
-            comfy.samplers.KSAMPLER(_sample_upwards, {"refine": refine, "path": path}),
+            comfy.samplers.KSAMPLER(_sample_upwards, {"calls": share_calls(sigmas, refine), "path": path}),
             sigmas,
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -176,6 +180,30 @@ def _checked(
     return samples, sigmas
 
 
+def share_calls(sigmas: torch.Tensor, refine: int) -> list[int]:
+    """How many model calls each step gets, from the first after the clean image to the noise: at least one,
+    and 1 + refine on average.
+
+    sigmas: [steps + 1], falling to 0, on the CPU.
+
+    Each call goes to the step that has most error left. A step's error is taken to be the root of its length
+    in sigma at first, and each call to leave 1 - sigma_below / sigma_above of it, at most 2/3. This rule is
+    our own, chosen by measurement on a trained and a random network.
+    """
+    rising = sigmas.flip(0).tolist()
+    calls = [1] * (len(rising) - 1)
+    left = []
+    for step, (below, above) in enumerate(itertools.pairwise(rising)):
+        factor = min(1 - below / above, 2 / 3)
+        left.append((-factor * (above - below) ** 0.5, step, factor))  # the heap's first is the least
+    heapq.heapify(left)
+    for _ in range(refine * len(calls)):
+        most, step, factor = left[0]
+        calls[step] += 1
+        heapq.heapreplace(left, (most * factor, step, factor))
+    return calls
+
+
 def _sample_upwards(
     model: Any,
     x: torch.Tensor,
@@ -184,7 +212,7 @@ def _sample_upwards(
     callback: Any = None,
     disable: bool | None = None,
     *,
-    refine: int,
+    calls: list[int],
     path: list[torch.Tensor],
 ) -> torch.Tensor:
     extra_args = extra_args or {}
@@ -193,23 +221,44 @@ def _sample_upwards(
     options = runs.attach(extra_args.get("model_options", {}))
     rising = sigmas.flip(0)
     rows = x.new_ones([x.shape[0]])
-    slope = torch.zeros_like(x)
+    slope = last = torch.zeros_like(x)
     path.append(x)
     for i in model_trange(len(rising) - 1, disable=disable):
         sigma, rise = rising[i + 1], rising[i + 1] - rising[i]
-        reached = x + slope * rise
-        for _ in range(1 + refine):
+        slope, last = (2 * slope - last, slope) if i > 1 else (slope, slope)
+        before: tuple[torch.Tensor, torch.Tensor] | None = None
+        for _ in range(calls[i]):
+            reached = x + slope * rise
             (denoised,) = comfy.samplers.calc_cond_batch(
                 guider.inner_model, [guider.conds["positive"]], reached, sigma * rows, options
             )
             runs.check()
-            slope = (reached - denoised) / sigma
-            reached = x + slope * rise
-        x = reached
+            found = (reached - denoised) / sigma
+            before, slope = (slope, found), mixed_slope(slope, found, before)
+        x = x + slope * rise
         path.append(x)
         if callback is not None:
             callback({"i": i, "denoised": denoised, "x": x, "sigma": sigma, "sigma_hat": sigma})
     return x
+
+
+def mixed_slope(
+    slope: torch.Tensor, found: torch.Tensor, before: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """The next slope by Anderson's method of depth 1, for each image by itself.
+
+    slope, found: what went into a call and what came out. before: the same of the step's call before, if any.
+    """
+    if before is None:
+        return found
+    rest = found - slope
+    change = rest - (before[1] - before[0])
+    share = _inner(rest, change) / _inner(change, change).clamp(min=torch.finfo(torch.float32).tiny)
+    return found - share * (found - before[1])
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
 def _check_finite(trajectory: torch.Tensor) -> None:

@@ -75,7 +75,7 @@ def test_operations(host: Host) -> None:
     assert counter.names["cos"] == counter.names["sin"] == 1
 
 
-def test_narrow(host: Host) -> None:
+def test_narrow(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: the narrow regime measures SD1.5's whole depth with the layers that 64x64 latents choose, and
     counts the operations of one step: a bridge adds one attention in each of the 16 layers.
     """
@@ -102,11 +102,32 @@ def test_narrow(host: Host) -> None:
             for guider in (bridge.stock_dual(model), bridge.dual(bridge.bridged(model, 8)))
         ]
     assert counts == [32, 48]
+    for module in (bridge, unify):
+        monkeypatch.setattr(module, "NARROW_ROUNDS", 1)
     assert bridge.narrow(1).keys() == {
         "overhead_dual_ratio",
         "overhead_reference_pass_forwards",
         "ops_dual_extra",
     }
+    monkeypatch.setattr(unify, "EDIT_STEPS", 2)
     measured = unify.narrow(1)
+    assert measured["overhead_edit_ratio"] > 1
+    with torch.inference_mode():
+        near, far = (unify.whole_edit.reconstruction_db(model, 8, 10, refine) for refine in (3, 0))
+    assert near > far + 10
     assert measured["overhead_unify_ratio_checkpointed"] > measured["overhead_unify_ratio"] > 1
     assert measured["ops_unify_ratio"] > 1
+
+
+def test_slowest_imports(host: Host) -> None:
+    """Protects: of a report of Python's import times the pack's own modules are shown, the slowest first."""
+    start = host.pack_module("lab.bench.start")
+    folder = f"/base/custom_nodes/{start.PACK_FOLDER}"
+    lines = (
+        "self [us] | cumulative | imported package",
+        f"  10 |   2500 |   {folder}.models.bridge",
+        "  10 | 900000 | torch",
+        f"  10 | 300000 | {folder}",
+    )
+    report = "\n".join(("starting", *(f"import time: {line}" for line in lines)))
+    assert start.slowest(report) == [(0.3, ""), (0.0025, "models.bridge")]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import comfy.samplers
+import numpy as np
 import pytest
 import small_models
 import torch
@@ -86,6 +88,66 @@ def test_path(host: Host, model: Any) -> None:
     for x, slope, sigma in zip(path[:-1], slopes, inversion.sigmas[:-1], strict=True):
         denoised = denoise(model, x, sigma, small_models.conditioning(1))
         torch.testing.assert_close((x - denoised) / sigma, slope, rtol=0.01, atol=2e-4)
+
+
+def test_half_the_calls(host: Host) -> None:
+    """Protects: on the Tiny Studio 2 calls a step give the image back more exactly than 4 calls do when each
+    step starts from the last slope and repeats the prediction.
+    """
+    model, clip, vae, _ = host.execute("DescEditTinyStudio")
+    scene = host.pack_module("models.tiny_studio.scenes").sample_scene(np.random.default_rng(1), held=True)
+    with torch.inference_mode():
+        samples = vae.encode(torch.from_numpy(scene.draw())[None])
+        text = [[clip.encode_from_tokens(clip.tokenize("a red circle")), {}]]
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 15)[-9:]
+    clean = model.model.process_latent_in(samples)
+    x, slope = clean, torch.zeros_like(clean)
+    for below, sigma in itertools.pairwise(sigmas.flip(0)):
+        for _ in range(4):
+            at = x + slope * (sigma - below)
+            slope = (at - denoise(model, at, sigma, text)) / sigma
+        x = x + slope * (sigma - below)
+    found, _ = invert(host, model, samples, sigmas, refine=1, source=text)
+    errors = []
+    for down in (found.trajectory[0], x):
+        for above, sigma in itertools.pairwise(sigmas):
+            down = down + (down - denoise(model, down, above, text)) / above * (sigma - above)
+        errors.append(float((down - clean).norm()))
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("refine", [0, 1, 5])
+def test_calls(host: Host, model: Any, refine: int) -> None:
+    """Protects: an inversion costs 1 + refine calls a step on average, at least one in each, from the image
+    to the noise.
+    """
+    calls: list[float] = []
+    unet = model.model.diffusion_model
+    handle = unet.register_forward_pre_hook(lambda _, args: calls.append(float(args[1][0])))
+    try:
+        invert(host, model, small_models.latent(3), sigmas_of(model), refine=refine)
+    finally:
+        handle.remove()
+    assert len(calls) == (1 + refine) * STEPS
+    assert calls == sorted(calls)
+    assert len(set(calls)) == STEPS
+
+
+def test_mixing_is_exact_where_it_can_be(host: Host) -> None:
+    """Protects: where a call multiplies each image's error by a number of its own, two calls find its
+    solution, and a call that changes nothing leaves it.
+    """
+    mixed = host.pack_module("patches.inversion").mixed_slope
+    generator = torch.Generator().manual_seed(0)
+    solution, slope = torch.randn(2, 3, 1, 4, 5, generator=generator)
+    factor = torch.tensor([-1.7, 0.4, 0.9]).view(3, 1, 1, 1)
+    first = solution + factor * (slope - solution)
+    assert mixed(slope, first, None) is first
+    second = solution + factor * (first - solution)
+    found = mixed(first, second, (slope, first))
+    torch.testing.assert_close(found, solution, rtol=1e-4, atol=1e-5)
+    assert torch.equal(mixed(solution, solution, (solution, solution)), solution)
 
 
 def test_same_bits_twice(host: Host, model: Any) -> None:

@@ -68,6 +68,26 @@ def test_range_of_steps(host: Host, model: Any) -> None:
         edit.run()
 
 
+def test_nothing_is_paid_outside_the_range(host: Host, model: Any) -> None:
+    """Protects: steps outside start and end run the network on as many rows as a stock run does."""
+    edit = Edit(host, model, steps=4)
+    rows: list[int] = []
+    unet = model.model.diffusion_model
+    handle = unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        counts = []
+        for end in (None, 0.5, 1.0):
+            rows.clear()
+            edit.sampler_inputs["end_percent"] = end
+            edit.run(euler(host) if end is None else None)
+            counts.append(sum(rows))
+    finally:
+        handle.remove()
+    stock, half, whole = counts
+    assert stock == 4 * 2
+    assert half - stock == (whole - stock) / 2 > 0
+
+
 def test_curve_that_ends_early(host: Host, model: Any) -> None:
     """Protects: a loss whose curve has come to 0 is no longer computed, nor the source branch for it."""
     edit = Edit(host, model, steps=4)

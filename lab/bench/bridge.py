@@ -25,7 +25,7 @@ from ...patches.bridge.guidance import DualGuidance, DualGuider
 from ...patches.bridge.run import BridgeSetup
 from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory
 from .operations import Operations, print_operations
-from .random_sd15 import NARROW, NARROW_SIDE, random_sd15
+from .random_sd15 import NARROW, NARROW_ROUNDS, NARROW_SIDE, random_sd15
 
 STEPS = 20
 AIMS = {
@@ -173,7 +173,7 @@ def narrow(rounds: int) -> dict[str, float]:
         choose_attention(model)
         side = NARROW_SIDE
         guiders = {"stock": stock_dual(model), "dual": dual(bridged(model, side)), "row": single(model)}
-        clocks = timed(guiders, side, rounds)
+        clocks = timed(guiders, side, NARROW_ROUNDS * rounds)
         counts = {name: operations(guiders[name], side) for name in ("stock", "dual")}
     for name, clock in clocks.items():
         print(f"narrow, {name}: {statistics.median(clock.step) * 1e3:.1f} ms a step", flush=True)

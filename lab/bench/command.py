@@ -1,9 +1,10 @@
-"""`python dev.py bench bridge|unify|training`: speed and memory.
+"""`python dev.py bench bridge|unify|start|training`: speed and memory.
 
 `bridge` and `unify` are compared with the stock host, as ratios in one process, in two regimes: SD1.5's full
 width, where arithmetic rules, and the same depth at 32 channels on 8x8 latents, where launches rule, as on a
-fast card. On a GPU both are measured there, in float16, with its name in the results. `training` computes the
-memory of training a bridge; it has its own arguments.
+fast card. On a GPU both are measured there, in float16, with its name in the results. `start` measures what
+the pack adds to the host's start. `training` computes the memory of training a bridge; it has its own
+arguments.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from ..output import write_json
 from . import bridge as bench_bridge
+from . import start as bench_start
 from . import training as bench_training
 from . import unify as bench_unify
 from .measuring import on_card
 
 WHAT = {"bridge": bench_bridge, "unify": bench_unify}
 REGIMES = ("narrow", "wide")
-NARROW_ROUNDS = 8  # for each of --rounds: a narrow step takes a fraction of a second
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     training = "training has its own arguments: dev.py bench training --help"
-    parser.add_argument("what", choices=(*WHAT, "training"), help=training)
+    parser.add_argument("what", choices=(*WHAT, "start", "training"), help=training)
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of each measurement, in alternating order"
     )
@@ -40,20 +42,27 @@ def main() -> None:
         "--attend-and-excite", action="store_true", help="unify: also time diffusers' pipeline, if installed"
     )
     args = parser.parse_args()
-    bench = WHAT[args.what]
-    extra = {"compare": True} if args.attend_and_excite else {}
     where = on_card()
+    if args.what == "start":
+        found, aims = bench_start.measure(args.rounds), bench_start.AIMS
+    else:
+        found, aims = _regimes(WHAT[args.what], args), WHAT[args.what].AIMS
+    print(f"\n{'metric':<36}{'measured':>10}{'aim':>10}")
+    for name, value in found.items():
+        aim = aims.get(name)
+        print(f"{name:<36}{value:>10.3f}{'' if aim is None else f'{aim:.2f}':>10}")
+    write_json(args.json, found | where)
+
+
+def _regimes(bench: ModuleType, args: argparse.Namespace) -> dict[str, float]:
     found: dict[str, float] = {}
     regimes = args.regime or REGIMES
     if "narrow" in regimes:
-        found |= bench.narrow(NARROW_ROUNDS * args.rounds)
+        found |= bench.narrow(args.rounds)
     if "wide" in regimes:
+        extra = {"compare": True} if args.attend_and_excite else {}
         found |= bench.wide(args.rounds, **extra)
-    print(f"\n{'metric':<36}{'measured':>10}{'aim':>10}")
-    for name, value in found.items():
-        aim = bench.AIMS.get(name)
-        print(f"{name:<36}{value:>10.3f}{'' if aim is None else f'{aim:.2f}':>10}")
-    write_json(args.json, found | where)
+    return found
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ...models.operations import disable_weight_init
 
 WIDE, NARROW = 320, 32
 NARROW_SIDE = 8  # of the latents of a narrow UNet
+NARROW_ROUNDS = 8  # for each round that was asked for: a narrow step takes a fraction of a second
 UNET = {
     "image_size": 32,
     "in_channels": 4,

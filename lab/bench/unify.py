@@ -28,19 +28,19 @@ from ...patches.unify.balance import Balance
 from ...patches.unify.sampler import UnifySampler
 from ...patches.unify.settings import UnifyOptions, UnifySettings
 from ...patches.unify.source import active_entry, record
-from ...patches.unify.tokens import EditTokens, EditWord
+from . import whole_edit
 from .attend_and_excite import attend_and_excite
 from .bridge import conditioning, plain_cfg, sample
 from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory
 from .operations import Operations, print_operations
-from .random_sd15 import NARROW, NARROW_SIDE, random_sd15
+from .random_sd15 import NARROW, NARROW_ROUNDS, NARROW_SIDE, random_sd15
 from .sdxl_memory import gradient_gib
 
 SIDE = 16
 NARROW_TOKENS = 2  # a side, of the layers that have SIDE at 64x64 latents
 STEPS = 2  # of a timed run: the first holds the preparation and does not count
 FEW, MANY = 5, 25
-TOKENS = EditTokens((EditWord("word", (2,), (2,)),), edit_length=4, source_length=4, alignment=())
+EDIT_STEPS, WIDE_EDIT_STEPS, WIDE_EDIT_SIDE = 50, 10, 32
 AIMS = {
     "step_ratio_32": 2.0,
     "step_ratio_64": 2.0,
@@ -48,6 +48,7 @@ AIMS = {
     "peak_memory_ratio_64_checkpointed": 1.4,
     "overhead_unify_ratio": 2.3,
     "overhead_unify_ratio_checkpointed": 3.0,
+    "overhead_edit_ratio": 3.5,
     "sdxl_1024_gradient_gib": 6.0,
     "sdxl_1024_gradient_gib_checkpointed": 4.0,
 }
@@ -101,7 +102,7 @@ def unify(model: Any, side: int, checkpoint: bool = False, tokens: int = SIDE) -
     def sampler(steps: int) -> UnifySampler:
         settings = UnifySettings(
             inversion=inversion(model, side, steps),
-            edit_tokens=TOKENS,
+            edit_tokens=whole_edit.TOKENS,
             balance=Balance(combination="norm"),
             options=UnifyOptions(max_self_attn_res=tokens, cross_attn_res=tokens, checkpointing=checkpoint),
         )
@@ -172,8 +173,10 @@ def narrow(rounds: int) -> dict[str, float]:
             "unify": unify(model, side, tokens=NARROW_TOKENS),
             "checkpointed": unify(model, side, checkpoint=True, tokens=NARROW_TOKENS),
         }
-        times = timed(runs, side, rounds)
+        times = timed(runs, side, NARROW_ROUNDS * rounds)
         counts = {name: run.operations(side) for name, run in runs.items()}
+        options = UnifyOptions(max_self_attn_res=NARROW_TOKENS, cross_attn_res=NARROW_TOKENS)
+        whole = whole_edit.measure(model, side, EDIT_STEPS, rounds, options, "overhead_")
     for name, steps in times.items():
         print(f"narrow, {name}: {statistics.median(steps) * 1e3:.1f} ms a step", flush=True)
     print_operations(counts)
@@ -181,6 +184,7 @@ def narrow(rounds: int) -> dict[str, float]:
         "overhead_unify_ratio": median_ratio(times["unify"], times["stock"]),
         "overhead_unify_ratio_checkpointed": median_ratio(times["checkpointed"], times["stock"]),
         "ops_unify_ratio": counts["unify"].computed / counts["stock"].computed,
+        **whole,
     }
 
 
@@ -221,6 +225,8 @@ def wide(rounds: int, compare: bool = False) -> dict[str, float]:
             if compare:
                 other = attend_and_excite(side, rounds)
                 found[f"attend_and_excite_step_ratio_{side}"] = other["seconds"] / median["stock"]
+        options = UnifyOptions(max_self_attn_res=SIDE, cross_attn_res=SIDE)
+        found |= whole_edit.measure(model, WIDE_EDIT_SIDE, WIDE_EDIT_STEPS, max(1, rounds // 2), options)
     if compare:
         found["attend_and_excite_peak_memory_ratio_64"] = other["peak"] / least
     return found

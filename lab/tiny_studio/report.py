@@ -87,7 +87,7 @@ def inversion_psnr(model: Any, clip: Any, vae: Any, chosen: list[scenes.Scene]) 
     for scene in chosen:
         latent = vae.encode(drawings([scene]))
         source = [[clip.encode_from_tokens(clip.tokenize(scenes.caption(scene)), return_pooled=False), {}]]
-        path = inversion.invert(model, latent, source, sigmas, refine=3)
+        path = inversion.invert(model, latent, source, sigmas, refine=inversion.REFINE)
         start = model.model.process_latent_out(path.trajectory[0].clone())
         again = comfy.sample.sample_custom(
             model, torch.zeros_like(start), 1.0, sampler, sigmas, source, source, start, disable_pbar=True

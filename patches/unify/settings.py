@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..attention.masks import check_mask
-from ..inversion import MODES, Inversion
+from ..inversion import MODES, REFINE, Inversion
 from .balance import Balance
 from .losses import COMPARING, FORMS
 from .tokens import EditTokens
@@ -55,7 +55,7 @@ class UnifyOptions:
     end_percent: float = 1.0
     auto_mask: bool = False
     inversion: str = MODES[0]
-    refine: int = 3
+    refine: int = REFINE
     virtual_seed: int = 0
     checkpointing: bool = False
 
