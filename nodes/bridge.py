@@ -219,9 +219,9 @@ class DescEditApplyBridge(io.ComfyNode):
             display_name="Apply Attention Bridge",
             category=CATEGORY,
             description=(
-                "Lets a model attend to a source image while it samples. The same UNet reads the reference "
-                "once, and the bridge feeds what it saw into every self-attention. Describe the edited "
-                "image in the sampler's positive prompt. LoRAs on the model affect the reference too; "
+                "Lets a model attend to a source image while it samples. The same network reads the "
+                "reference once, and the bridge feeds what it saw into every self-attention. Describe the "
+                "edited image in the sampler's positive prompt. LoRAs on the model affect the reference too; "
                 "ControlNet and other nodes' patches affect only the image being denoised."
             ),
             search_aliases=["DescriptiveEdit", *ALIASES, "apply bridge", "reference image"],
@@ -231,8 +231,8 @@ class DescEditApplyBridge(io.ComfyNode):
                 io.Latent.Input(
                     "reference",
                     tooltip="The source image from VAEEncode: one, one for each sampled image, or several "
-                    "to combine. Any size, except with the direction reference_queries. A noise mask in it "
-                    "is ignored.",
+                    "to combine. Any size, except with the direction reference_queries and on Chroma. A "
+                    "noise mask in it is ignored.",
                 ),
                 io.Conditioning.Input(
                     "source",

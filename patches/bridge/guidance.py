@@ -5,8 +5,12 @@ the sums are the same as for the noise:
 
     paper    e(0,0) + image (e(I,0) - e(0,0)) + text (e(I,T) - e(I,0))
     release  e(I,0) + text (e(I,T) - e(I,0)) + image (e(I,T) - e(0,T))
+    image    e(0,T) + image (e(I,T) - e(0,T))
 
-Both are classifier-free guidance on the text pair e(I,T), e(I,0) with the scale `text`, plus an image term.
+The first two are classifier-free guidance on the text pair e(I,T), e(I,0) with the scale `text`, plus an
+image term. `image` is that term alone, for models that have learned text guidance (distilled ones) and need
+no unconditional description; it is OminiControl's image guidance (arXiv 2411.15098), and our choice for
+them. `automatic` is `image` on such a model and `paper` on any other.
 Other packs' functions are called in the host's order: pre-CFG functions on the text pair, a CFG function in
 place of the pair's own sum, post-CFG functions on the whole.
 """
@@ -16,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
+from comfy.supported_models import FluxSchnell
 
 from ..host.sigmas import progress
 from .apply import has_bridge
@@ -31,9 +36,10 @@ from .core import Door
 from .guidance_rows import EDIT, UNCONDITIONAL, Row, predict_rows
 
 KEY = "descriptive_edit.guidance"
-FORMULAS = ("paper", "release")
+AUTOMATIC = "automatic"
+FORMULAS = (AUTOMATIC, "paper", "release", "image")
 _TABLE = 1000
-# Model options of other nodes that need both descriptions' predictions.
+# Model options of other nodes that need both descriptions' predictions; the last one also at scale 1.
 _PAIRED = (
     "sampler_pre_cfg_function",
     "sampler_cfg_function",
@@ -74,8 +80,8 @@ def scale_table(start: float, end: float, curve: Callable[[np.ndarray], np.ndarr
 class DualGuidance:
     """The settings of dual guidance.
 
-    image, text: the two scales, any finite numbers.
-    formula: `paper` or `release`.
+    image, text: the two scales, any finite numbers. The formula `image` does not use `text`.
+    formula: one of FORMULAS.
     schedule: replaces both scales.
 
     Raises ValueError for a scale that is not finite and for an unknown formula.
@@ -93,14 +99,27 @@ class DualGuidance:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}_guidance is {getattr(self, name)} but must be a finite number")
 
+    def on(self, model: ModelPatcher) -> DualGuidance:
+        """The same with the formula that `automatic` stands for on this model."""
+        if self.formula != AUTOMATIC:
+            return self
+        return replace(self, formula="image" if _distilled(model) else "paper")
+
     def image_term(self, image: Scale) -> dict[Row, Scale]:
         """Each prediction's weight in the term that is added to text guidance; they sum to 0."""
         if self.formula == "paper":
             return {UNCONDITIONAL: image - 1, Row(False, False): 1 - image}
+        if self.formula == "image":
+            return {EDIT: image - 1, Row(False, True): 1 - image}
         return {EDIT: image, Row(False, True): -image}
+
+    def text_scale(self, text: Scale) -> Scale:
+        """The scale of the text pair; 1 leaves the edit description's prediction as it is."""
+        return 1.0 if self.formula == "image" else text
 
     def weights(self, image: Scale, text: Scale) -> dict[Row, Scale]:
         """Each prediction's weight in the result; they sum to 1."""
+        text = self.text_scale(text)
         found: dict[Row, Scale] = {EDIT: text, UNCONDITIONAL: 1 - text}
         for row, weight in self.image_term(image).items():
             found[row] = found.get(row, 0.0) + weight
@@ -127,14 +146,19 @@ def _merged(weights: dict[Row, Scale], bridged: bool) -> dict[Row, Scale]:
 
 
 class DualGuider(CFGGuider):
-    """GUIDER with dual guidance; `set_conds(edit, unconditional)`.
+    """GUIDER with dual guidance; `set_conds(edit, unconditional)`, or `set_conds(edit)` for rows with the
+    edit description alone.
 
     door: context that is entered in every step.
     """
 
     def __init__(self, model: ModelPatcher, guidance: DualGuidance, door: Door | None = None) -> None:
         super().__init__(model)
-        self.guidance, self._door = guidance, door or nullcontext()
+        self.guidance, self._door = guidance.on(model), door or nullcontext()
+
+    def set_conds(self, positive: list[Any], negative: list[Any] | None = None) -> None:
+        conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+        self.inner_set_conds(conds)
 
     def predict_noise(
         self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
@@ -165,10 +189,10 @@ class _Predict:
         return rest.execute(*args, **kwargs)
 
     def _check(self, guider: CFGGuider, own: Callable) -> None:
-        if isinstance(guider, DualGuider) or set(guider.conds) != {"positive", "negative"}:
+        if isinstance(guider, DualGuider) or set(guider.conds) - {"negative"} != {"positive"}:
             raise ValueError(
-                f"needs a sampler with one positive and one negative conditioning (KSampler, "
-                f"CFGGuider), but the guider is {type(guider).__name__} with "
+                f"needs a sampler with one positive and at most one negative conditioning (KSampler, "
+                f"CFGGuider, BasicGuider), but the guider is {type(guider).__name__} with "
                 f"{', '.join(guider.conds) or 'none'}: remove this node, or use another guider"
             )
         if getattr(own, "__func__", own) is not CFGGuider.predict_noise:
@@ -180,7 +204,8 @@ class _Predict:
 
 
 def apply_guidance(model: ModelPatcher, guidance: DualGuidance, door: Door | None = None) -> ModelPatcher:
-    """A clone of `model` with dual guidance, for any sampler with one positive and one negative conditioning.
+    """A clone of `model` with dual guidance, for any sampler with one positive conditioning and one negative
+    or none.
 
     The sampler's own cfg is not used. door: context that is entered in every step.
 
@@ -189,7 +214,8 @@ def apply_guidance(model: ModelPatcher, guidance: DualGuidance, door: Door | Non
     if model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY):
         raise ValueError("this MODEL has dual guidance already: remove one of the two nodes")
     patched = model.clone()
-    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _Predict(guidance, door or nullcontext()))
+    wrapper = _Predict(guidance.on(model), door or nullcontext())
+    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, wrapper)
     return patched
 
 
@@ -198,30 +224,38 @@ def predict(
 ) -> torch.Tensor:
     """The guided denoised prediction, [images, ...].
 
-    guider: in a run, with `positive` (the edit description) and `negative` (the unconditional one).
+    guider: in a run, with `positive` (the edit description) and, if a row needs it, `negative` (the
+        unconditional one).
     x: [images, ...].
     sigma: [images].
     options: the call's model options.
+
+    Raises ValueError if a row needs the unconditional description and there is none.
     """
     model = guider.inner_model
     bridged = has_bridge(guider.model_patcher)
-    texts = {True: guider.conds["positive"], False: guider.conds["negative"]}
-    rows = guidance.rows(bridged)
-    if any(options.get(name) for name in _PAIRED):
+    texts = {True: guider.conds["positive"], False: guider.conds.get("negative")}
+    rows, alone = guidance.rows(bridged), guidance.formula == "image"
+    if texts[False] is None:
+        _check_rows(guidance, rows)
+    elif any(options.get(name) for name in (_PAIRED[-1:] if alone else _PAIRED)):
         rows = [EDIT, UNCONDITIONAL, *(row for row in rows if row not in (EDIT, UNCONDITIONAL))]
     found = predict_rows(model, rows, texts, x, sigma, options)
 
     image, text = guidance.image, guidance.text
     if guidance.schedule is not None:
         image, text = guidance.schedule.at(progress(model.model_sampling, sigma[:1])[0])
+    text = guidance.text_scale(text)
     call = {"sigma": sigma, "timestep": sigma, "input": x, "model": model, "model_options": options}
+    nothing = torch.zeros_like(x)
+    if alone and EDIT in found:
+        found.setdefault(UNCONDITIONAL, nothing)  # as the host does at cfg 1
     for function in options.get("sampler_pre_cfg_function", []):
-        pair = [found[EDIT], found[UNCONDITIONAL]]
+        pair = [found.get(EDIT, nothing), found.get(UNCONDITIONAL, nothing)]
         found[EDIT], found[UNCONDITIONAL] = function(
             {**call, "conds": [texts[True], texts[False]], "conds_out": pair, "cond_scale": text}
         )[:2]
 
-    nothing = torch.zeros_like(x)
     edit = found.get(EDIT, nothing)
     unconditional = found.get(UNCONDITIONAL, found.get(Row(False, False), nothing))
     call |= {"cond_scale": text, "cond_denoised": edit, "uncond_denoised": unconditional}
@@ -239,3 +273,21 @@ def predict(
     for function in options.get("sampler_post_cfg_function", []):
         result = function({**call, "denoised": result, "cond": texts[True], "uncond": texts[False]})
     return result
+
+
+def _check_rows(guidance: DualGuidance, rows: list[Row]) -> None:
+    """Raise ValueError unless these rows have the edit description alone."""
+    if not all(row.text for row in rows):
+        raise ValueError(
+            f"no unconditional (or negative) description is connected, but the formula {guidance.formula} "
+            "needs it with these scales: connect one, or choose the formula image, which guides by the image "
+            "alone"
+        )
+
+
+def _distilled(model: ModelPatcher) -> bool:
+    """Whether the model has learned guidance by the text, as far as it shows: by an embedding of the scale,
+    or as Flux.1 schnell.
+    """
+    embedded = getattr(getattr(model.model.diffusion_model, "params", None), "guidance_embed", False)
+    return bool(embedded) or isinstance(model.model.model_config, FluxSchnell)

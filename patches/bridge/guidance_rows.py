@@ -38,7 +38,7 @@ EDIT, UNCONDITIONAL = Row(True, True), Row(True, False)
 def predict_rows(
     model: BaseModel,
     rows: list[Row],
-    texts: dict[bool, Entries],
+    texts: dict[bool, Entries | None],
     x: torch.Tensor,
     sigma: torch.Tensor,
     options: dict[str, Any],
@@ -46,7 +46,7 @@ def predict_rows(
     """The denoised prediction of each of `rows`, in one batch if memory allows.
 
     rows: at most one of them without the reference.
-    texts: the run's processed conditioning, by `Row.text`.
+    texts: the run's processed conditioning, by `Row.text`; None where no row needs it.
     x: [images, ...].
     sigma: [images].
     options: the call's model options, unchanged.
@@ -68,7 +68,8 @@ def predict_rows(
         found = run(pair, options)
     else:
         index = 0 if blind.text else 1
-        entries = [{**entry, "uuid": uuid5(_NAMESPACE, str(entry["uuid"]))} for entry in texts[blind.text]]
+        known = texts[blind.text] or ()
+        entries = [{**entry, "uuid": uuid5(_NAMESPACE, str(entry["uuid"]))} for entry in known]
         marks = _Marks(frozenset(entry["uuid"] for entry in entries), index)
         options = marks.attach(options)
         if own is not None:
