@@ -356,6 +356,10 @@ MODULES = {
     "bench": ("lab.bench.command", "speed and memory: bench bridge, unify, start or training"),
     "train": ("training.command", "train a bridge: --config FILE, or --print-config for all settings"),
     "benchmark": ("lab.benchmark.command", "compare workflows on an edit benchmark; benchmark --help"),
+    "calibrate": (
+        "lab.calibrate",
+        "UnifyEdit's settings for a checkpoint, on your pictures; calibrate --help",
+    ),
     "bridge-study": (
         "lab.studies.bridge_study",
         "300 held-out edits: bridges against baselines",

@@ -30,6 +30,7 @@ class Scorer:
 
     clip_vision, clip: files of the two halves of one CLIP.
     missing: the reason for each missing network.
+    judges_text: whether there is CLIP-T.
     """
 
     def __init__(self, clip_vision: Path | None = None, clip: Path | None = None) -> None:
@@ -49,7 +50,7 @@ class Scorer:
             else:
                 self._clip = comfy.sd.load_clip([str(clip)])
                 self._load("clip_t", lambda: ClipText(self._vision, self._clip, "a picture"))
-        self._text = self.networks.pop("clip_t", None) is not None
+        self.judges_text = self.networks.pop("clip_t", None) is not None
 
     def _load(self, name: str, make: Callable[[], Network]) -> None:
         try:
@@ -70,7 +71,7 @@ class Scorer:
         )
         region = None if mask is None else mask[..., 0]
         text = {}
-        if self._text and case.edit_description:
+        if self.judges_text and case.edit_description:
             text["clip_t"] = ClipText(self._vision, self._clip, case.edit_description)
         (metrics,) = as_rows(measure_edit(image, source, target, region, self.networks, text))
         if case.drawn is not None:

@@ -15,14 +15,18 @@ from .statistics import Estimate, difference, estimate, values
 
 # Against the source, all but the edit should stay; `target_` metrics compare with the true edit.
 SHOWN = (
-    *("success", "clip_t", "target_psnr", "target_ssim", "target_lpips"),
+    *("success", "clip_t", "own_text", "target_psnr", "target_ssim", "target_lpips"),
     *("psnr_outside", "ssim_outside", "lpips_outside", "structure_distance"),
+    *("dino_structure", "own_structure"),
     *("lpips", "dino_i", "clip_i", "psnr", "ssim", "l1", "l2", "seconds"),
 )
-EDITABILITY = ("success", "clip_t", "target_psnr_inside", "target_psnr")
-FIDELITY = ("structure_distance", "psnr_outside", "lpips", "psnr")
+EDITABILITY = ("success", "clip_t", "own_text", "target_psnr_inside", "target_psnr")
+FIDELITY = ("dino_structure", "own_structure", "structure_distance", "psnr_outside", "lpips", "psnr")
 RANKED = ("target_lpips", "target_psnr", "clip_t", "psnr_outside", "psnr")
-LOWER = ("l1", "l2", "lpips", "structure_distance", "structure", "seconds", "leaked")
+LOWER = (
+    *("l1", "l2", "lpips", "structure_distance", "dino_structure", "own_structure", "structure"),
+    *("seconds", "leaked"),
+)
 
 
 def better(metric: str) -> int:
