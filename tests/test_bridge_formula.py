@@ -121,11 +121,19 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["apart", "merged"])
+def merged(request: pytest.FixtureRequest, host: Host, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the output matrices of all layers are merged, or those of none."""
+    run = host.pack_module("patches.bridge.run").BridgeRun
+    monkeypatch.setattr(run, "_repaid", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("merged")
 @pytest.mark.parametrize(("direction", "fusion", "self_bridge"), CASES)
 def test_every_layer(host: Host, model: Any, direction: str, fusion: str, self_bridge: bool) -> None:
     """Protects: at every layer, Z_out = Z + strength F(Z') with the direction's Q, K and V, in both rows of a
-    step, and in the reference pass only where the bridge was trained so. One step leaves some layers with
-    merged matrices and some without.
+    step, and in the reference pass only where the bridge was trained so.
     """
     bridge = bridge_edit.random_bridge(
         host, model, direction=direction, fusion=fusion, reference_self_bridge=self_bridge
@@ -170,6 +178,7 @@ def test_sdxl_layout(host: Host, prediction: str) -> None:
         close(blocks.output[layer.key][-1], expected)
 
 
+@pytest.mark.usefixtures("merged")
 def test_lora_reaches_both_readings(host: Host, model: Any) -> None:
     """Protects: the projections are the host's own after LoRA, for the picture, for the reference and in the
     merged output matrix; and it does not matter whether the LoRA comes before or after the bridge.

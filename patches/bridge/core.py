@@ -84,7 +84,7 @@ class ReferenceCache:
         options = self.network.install(
             options,
             hooks.before,
-            hooks.after,
+            hooks.after if self.settings.reference_self_bridge else None,
             size=(x.shape[-2], x.shape[-1]),
             self_layers=self.network.layers.values(),
         )
@@ -213,10 +213,11 @@ class DenoisePatches:
         """Z_out, in the rows that see the reference."""
         rows = self.rows
         assert rows is not None
-        fused = self._cache.fused(layer, attended, out[rows])
+        own = out[rows]
+        fused = self._cache.fused(layer, attended, own)
         if self._masks is not None:
             fused = fused * self._masks[layer.key]
         if isinstance(rows, slice):
-            out[rows].add_(fused, alpha=self._strength)
+            own.add_(fused, alpha=self._strength)
             return out
         return out.index_add_(0, rows, fused.to(out.dtype), alpha=self._strength)

@@ -20,18 +20,20 @@ class Update(NamedTuple):
 
     names: of `q`, `k`, `v` or `out`.
     down: [updates * rank, width].
-    ups: for each of them [rank, width], scaled.
+    ups: for each of them [rank, width].
+    scale: of the updates.
     """
 
     names: tuple[str, ...]
     down: torch.Tensor
     ups: tuple[torch.Tensor, ...]
+    scale: float
 
     def onto(self, hidden: torch.Tensor, *projected: torch.Tensor) -> list[torch.Tensor]:
         """Each projection with its update of `hidden`, all [rows, tokens, width]."""
-        low = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.down)
+        low = F.linear(hidden.flatten(0, 1), self.down)
         return [
-            torch.addmm(base.reshape(-1, base.shape[-1]), part, up).view(base.shape)
+            torch.addmm(base.flatten(0, 1), part, up, alpha=self.scale).view(base.shape)
             for base, part, up in zip(projected, low.chunk(len(self.ups), 1), self.ups, strict=True)
         ]
 
@@ -41,12 +43,13 @@ def updated(updates: tuple[Update, ...], at: Attention, rows: Rows) -> list[torc
     found = []
     for update in updates:
         projected = [at.projected(name, rows) for name in update.names]
-        changed = update.onto(at.updated(update.names[0], rows), *projected)
-        found += [
-            tensor if name == "v" else at.rotated(tensor, rows)
-            for name, tensor in zip(update.names, changed, strict=True)
-        ]
-    return found
+        found += update.onto(at.updated(update.names[0], rows), *projected)
+    if at.rotation is None:
+        return found
+    names = [name for update in updates for name in update.names]
+    return [
+        tensor if name == "v" else at.rotated(tensor, rows) for name, tensor in zip(names, found, strict=True)
+    ]
 
 
 class Merged(NamedTuple):
@@ -109,6 +112,8 @@ def prepare(
         image, reference = reference, image
     if settings.reference_self_bridge:
         reference = ("q", "k", "v")
+    # In a UNet all projections read the same, in a DiT each its own result.
+    groups = [[(name,) for name in names] if settings.joint else [names] for names in (reference, image)]
     for key, layer in network.layers.items():
         learned, project = bridge.layer(key), network.outputs[key]
         linear = plain_linear(project) if repaid and repaid(layer) else None
@@ -116,43 +121,42 @@ def prepare(
             output = _merge(learned, read_weights(linear, torch.float32, device), dtype)
         else:
             update = None if learned.out is None else _update(learned, ("out",), dtype, device)
-            output = Chained(project, update, _fuse(learned, dtype, device))
+            fuse = tuple(matrix.clone() for matrix in _fuse(learned, dtype, device))
+            output = Chained(project, update, fuse)
         reading, denoising = (
-            tuple(_update(learned, group, dtype, device) for group in _groups(names, settings.joint))
-            for names in (reference, image)
+            tuple(_update(learned, names, dtype, device) for names in group) for group in groups
         )
         found[key] = LayerWeights(reading, denoising, output)
     return found
 
 
-def _groups(names: tuple[str, ...], joint: bool) -> list[tuple[str, ...]]:
-    """The projections that read the same: in a UNet all of them, in a DiT each its own result."""
-    return [(name,) for name in names] if joint else [names]
-
-
 def _update(learned: LayerBridge, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> Update:
     pairs = [_pair(getattr(learned, name), dtype, device) for name in names]
-    return Update(names, torch.cat([down for down, _ in pairs]), tuple(up.mT for _, up in pairs))
+    down, ups = torch.cat([down for down, _ in pairs]), torch.stack([up for _, up in pairs])
+    return Update(names, down, ups.mT.unbind(), getattr(learned, names[0]).scale)
 
 
 def _pair(learned: LowRank, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """`down`, [rank, width], and `up`, [width, rank], scaled."""
-    down, up = (read_weights(layer, dtype, device)[0] for layer in (learned.down, learned.up))
-    return down, up * learned.scale
+    """`down`, [rank, width], and `up`, [width, rank]; not copies."""
+    return read_weights(learned.down, dtype, device)[0], read_weights(learned.up, dtype, device)[0]
 
 
 def _fuse(learned: LayerBridge, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The matrices of F; not copies."""
+    if learned.fuse is None:
+        return ()
     if isinstance(learned.fuse, LowRank):
         return _pair(learned.fuse, dtype, device)
-    return () if learned.fuse is None else (read_weights(learned.fuse, dtype, device)[0],)
+    return read_weights(learned.fuse, dtype, device)[:1]
 
 
 def _merge(learned: LayerBridge, base: Matrix, dtype: torch.dtype) -> Merged:
     """F (W + dW) and F b, computed in the dtype of W and b and rounded once."""
     matrix, bias = base
+    wide, device = matrix.dtype, matrix.device
     if learned.out is not None:
-        down, up = _pair(learned.out, matrix.dtype, matrix.device)
-        matrix = torch.addmm(matrix, up, down)
-    for fuse in _fuse(learned, matrix.dtype, matrix.device):
+        down, up = _pair(learned.out, wide, device)
+        matrix = torch.addmm(matrix, up, down, alpha=learned.out.scale)
+    for fuse in _fuse(learned, wide, device):
         matrix, bias = fuse @ matrix, None if bias is None else fuse @ bias
-    return Merged(matrix.to(dtype), None if bias is None else bias.to(dtype))
+    return Merged(matrix.to(dtype), None if bias is None else bias.to(dtype, copy=True))

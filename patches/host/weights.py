@@ -12,11 +12,16 @@ Matrix = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def read_weights(layer: Any, dtype: torch.dtype, device: torch.device) -> Matrix:
-    """Copies of a layer's weight and bias, as the host would compute with them.
+    """A layer's weight and bias, as the host would compute with them.
 
-    layer: one of the host's. Its weights may be stored elsewhere, in another dtype, or streamed: the host may
-        take back what it hands out, so nothing here is a view of it.
+    layer: one of the host's. Its weights may be stored elsewhere or in another dtype, changed by functions,
+        or streamed. The host takes streamed ones back, so copies of them are returned. Weights that stay on
+        the device are returned as they are: what is kept must be a copy of them.
     """
+    weight, bias = layer.weight, layer.bias
+    streamed = weight.device != device or "_v" in vars(layer)
+    if not (streamed or layer.weight_function or layer.bias_function):
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
     weight, bias, handle = comfy.ops.cast_bias_weight(
         layer, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True
     )
