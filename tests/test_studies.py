@@ -177,12 +177,17 @@ def test_instructions(host: Host) -> None:
 PSNR = 20.0
 
 
+def single(lab: Any) -> tuple[Any, ...]:
+    """The studies on scenes of one object."""
+    return (lab.bridge_study.PLAN, lab.unify_study.PLAN)
+
+
 @pytest.fixture
 def known(lab: Any, cases: list[Any], tmp_path: Path) -> Any:
     """Both studies with every result stored: method n succeeds in the cases before the n-th and has a PSNR of
     20 + n, without LPIPS; a style has no outside.
     """
-    plans = lab.results_page.PLANS
+    plans = single(lab)
     tables = {plan.name: plan.tables() for plan in plans}
     study = lab.study.Study(SimpleNamespace(), cases, "test", tables, tmp_path / "rows")
     tuned = {plan.name: plan.search() for plan in plans}
@@ -228,7 +233,7 @@ def test_pages_from_known_results(lab: Any, known: Any, cases: list[Any], tmp_pa
     """Protects: all pages hold the means of the stored results, also by type, with no image made; what was
     not measured is empty and says so; the numbers for machines have their names.
     """
-    metrics, page = lab.results_page.write(known, lab.results_page.PLANS, tmp_path)
+    metrics, page = lab.results_page.write(known, single(lab), tmp_path)
     table = cells(page)
     text = table["text only, CFG 3"]  # the second of all methods, so it succeeds in the first case
     named = [text[name] for name in ("success", "PSNR (dB)", "SSIM", "LPIPS")]
@@ -310,6 +315,49 @@ def test_interrupted_measuring_goes_on(lab: Any, tiny: Any, cases: list[Any], tm
     assert measure(anew=True) == [("whole", 1), ("whole", 12), ("part", 1), ("part", 12)]
 
 
+def test_code_that_makes_other_images(lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:
+    """Protects: writing pages finds rows whose method now makes other images with the same settings, and
+    `--measure` makes these anew and draws the sheet.
+    """
+    shift = 0.0
+
+    def keep(tiny: Any, batch: Any) -> torch.Tensor:
+        return batch.latent + shift
+
+    method = lab.studio.StudioMethod("keep", keep, "keep")
+    rows = {"methods": {"keep": method}}
+    plan = SimpleNamespace(name="a_study", shown=1, tables=lambda: rows, search=dict)
+    study = lab.study.Study(tiny, cases[:6], "test", {"a_study": rows}, tmp_path / "rows")
+
+    def prepare(*words: str) -> str:
+        args = lab.publish.parser("report", "").parse_args(words)
+        lab.publish.prepare([plan], [(study, study)], args, tmp_path)
+        return study.store.state(method)
+
+    assert prepare("--measure") == ""
+    assert prepare() == ""
+    kept = study.mean(method, "psnr")
+    shift = 1.0
+    assert prepare() == "earlier code"
+    assert study.mean(method, "psnr") == kept
+    assert prepare("--measure") == ""
+    assert study.mean(method, "psnr") < kept - 3
+    assert (tmp_path / "pictures" / "a_study.jpg").is_file()
+
+
+def test_claims_against_instruct_pix2pix(lab: Any, known: Any) -> None:
+    """Protects: DescriptiveEdit's main comparison is made in all metrics of the paper's table."""
+    study, tables = known[0][0], lab.bridge_study.tables()
+    rival = lab.studio.StudioMethod("rival", lambda *_: None, "rival")
+    tables["methods"]["InstructPix2Pix, s_I 1.5"] = rival
+    claims = [c for c in lab.bridge_study.claims(study, tables) if "InstructPix2Pix" in c.text]
+    metrics = [comparison.metric for claim in claims for comparison in claim.comparisons]
+    assert metrics[:8] == ["l1", "l2", "lpips", "psnr", "ssim", "dino_i", "clip_i", "clip_t"]
+    assert {lab.claims.judge(study, claim.comparisons[0])[1].rpartition(": ")[2] for claim in claims} == {
+        "not measured"
+    }
+
+
 def test_verdicts(lab: Any, cases: list[Any], tmp_path: Path) -> None:
     """Protects: a claim holds or fails by the interval of the paired differences, in the metric's direction,
     and is open where the interval contains 0, a network or a row is missing.
@@ -342,7 +390,7 @@ def test_verdicts(lab: Any, cases: list[Any], tmp_path: Path) -> None:
     row = cells(claims.claim_table(study, [claims.Claim("A", (claims.Comparison("psnr", good, bad),))]))["A"]
     assert row["here"] == "**holds**"
     assert row["cases"] == "12"
-    assert row["difference (95% interval)"] == "psnr: good against bad: +1.00 (+1.00 to +1.00)"
+    assert row["difference (95% interval)"] == "PSNR to the source: good against bad: +1.00 (+1.00 to +1.00)"
 
 
 def test_contact_sheet(lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:

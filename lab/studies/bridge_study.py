@@ -102,6 +102,19 @@ def claims(study: Study, tables: Tables) -> list[Claim]:
                 )
                 for metric, (name, ours, theirs) in PAPER.items()
             ]
+            rival = (label, method)
+            found.append(
+                Claim(
+                    "Follows the text better than InstructPix2Pix (success stands for CLIP-T)",
+                    (Comparison("success", bridge, rival),),
+                )
+            )
+            found.append(
+                Claim(
+                    "Keeps more than InstructPix2Pix (the structure distance stands for DINO-I)",
+                    (Comparison("structure", bridge, rival),),
+                )
+            )
     for metric in BEST_IN_PAPER:
         rival = strongest(study, others, metric)
         text = f"Best of all methods in {PAPER[metric][0]} (here against the strongest)"
@@ -114,7 +127,7 @@ def claims(study: Study, tables: Tables) -> list[Claim]:
         )
         for direction in DIRECTIONS
     ]
-    found.append(Claim("F starts at zero", _ordered(tables["starts"], ABLATED)))
+    found.append(Claim("F starting at zero is better than at random", _ordered(tables["starts"], ABLATED)))
     sweep = list(zip(SWEEP, tables["sweep"].items(), strict=True))
     inside, outside = (
         strongest(study, [row for image, row in sweep if (1 <= image <= 2.5) == wanted])

@@ -11,6 +11,8 @@ from ..output import markdown
 from .rows import MISSING
 from .study import COLUMNS, Row, Study, shown, unit
 
+# Metrics against the source that no other table has.
+NAMES = {name: f"{name.upper()} to the source" for name in ("l1", "l2", "lpips", "psnr", "ssim")}
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be shown here"
 
 
@@ -52,7 +54,7 @@ def judge(study: Study, comparison: Comparison) -> tuple[str, str, int]:
     """Verdict, figure and number of cases of one comparison."""
     (label, first), (other, second) = comparison.first, comparison.second
     states = [study.store.state(method) for method in (first, second)]
-    name = COLUMNS[comparison.metric][0] if comparison.metric in COLUMNS else comparison.metric
+    name, _ = COLUMNS.get(comparison.metric, (NAMES.get(comparison.metric, comparison.metric), ""))
     what = f"{name}: {label} against {other}"
     if MISSING in states:
         return OPEN, f"{what}: not measured", 0

@@ -119,10 +119,12 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def prepare(
-    plans: Sequence[Plan], tiny: Studio, args: argparse.Namespace, docs: Path = DOCS
-) -> list[tuple[Study, Study]]:
+    plans: Sequence[Plan],
+    pairs: Sequence[tuple[Study, Study]],
+    args: argparse.Namespace,
+    docs: Path = DOCS,
+) -> None:
     """Measure and draw as the options say, or compare the code's images with the stored rows' probes."""
-    pairs = studies(plans, tiny)
     if args.measure or args.anew:
         held = [(study, plan.tables()) for plan, (study, _) in zip(plans, pairs, strict=True)]
         tuned = [(tuning, plan.search()) for plan, (_, tuning) in zip(plans, pairs, strict=True)]
@@ -130,13 +132,12 @@ def prepare(
         measure(tuned, args.anew, args.per_type)
         for plan, (study, _) in zip(plans, pairs, strict=True):
             draw(study, plan, docs)
-        return pairs
+        return
     for plan, (study, _) in zip(plans, pairs, strict=True):
         methods = {method.label: method for rows in plan.tables().values() for method in rows.values()}
         for method in methods.values():
-            if study.store.is_current(method):
+            if study.store.find(method):
                 study.check(method)
-    return pairs
 
 
 def finish(text: str, metrics: Mapping[str, float], json: Path | None) -> None:
@@ -162,6 +163,7 @@ def command(prog: str, description: str | None, plan: Plan) -> None:
         for rows in plan.search().values():
             print(tuning.table(rows, plan.columns), end="\n\n")
         return
-    ((study, tuning),) = prepare([plan], tiny, args)
-    metrics, text = publish(study, tuning, plan)
+    pairs = studies([plan], tiny)
+    prepare([plan], pairs, args)
+    metrics, text = publish(*pairs[0], plan)
     finish(text, metrics, args.json)

@@ -12,13 +12,13 @@ from pathlib import Path
 import comfy.utils
 
 from ..output import DOCS, markdown, write_page
-from . import bridge_study, unify_study
+from . import bridge_study, two_objects, unify_study
 from .claims import claim_table
-from .publish import FIRST, Plan, finish, parser, prepare, publish
+from .publish import FIRST, Plan, finish, parser, prepare, publish, studies
 from .studio import Studio
-from .study import Rows, Study
+from .study import FRACTIONS, Rows, Study
 
-PLANS = (bridge_study.PLAN, unify_study.PLAN)
+PLANS = (bridge_study.PLAN, unify_study.PLAN, two_objects.PLAN)
 
 
 def side_by_side(plans: Sequence[Plan]) -> Rows:
@@ -35,7 +35,7 @@ def side_by_side(plans: Sequence[Plan]) -> Rows:
 def metric_table(metrics: Mapping[str, float]) -> str:
     """A study's metrics as a Markdown table: fractions of the cases in percent, and decibels."""
     rows = [
-        (f"`{name}`", f"{value:.1%}" if name.startswith("success") else f"{value:.2f}")
+        (f"`{name}`", f"{value:.1%}" if name.startswith(FRACTIONS) else f"{value:.2f}")
         for name, value in metrics.items()
         if value == value
     ]
@@ -69,7 +69,8 @@ def write(
 def main() -> None:
     args = parser("dev.py report", __doc__).parse_args()
     comfy.utils.set_progress_bar_enabled(False)
-    pairs = prepare(PLANS, Studio.load(), args)
+    pairs = studies(PLANS, Studio.load())
+    prepare(PLANS, pairs, args)
     metrics, text = write(pairs, PLANS)
     finish(text, metrics, args.json)
 
