@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..patches.host.inputs import samples_of
-from ..patches.inversion import MODES, REFINE, invert, invert_virtually
+from ..patches.inversion import MODES, REFINE, invert, invert_virtually, sampler_inputs
 
 CATEGORY = "descriptive edit/unifyedit"
 ALIASES = ["UnifyEdit", "2504.05594", "attention guidance", "latent optimization"]
@@ -92,7 +92,14 @@ class DescEditInvert(io.ComfyNode):
                 io.Latent.Output(
                     "noise",
                     tooltip="The noisy end of the path, in the latent's own scale. Sample it with "
-                    "DisableNoise and the same SIGMAS.",
+                    "DisableNoise and the same SIGMAS. On flow models (Flux, Chroma): the image itself; "
+                    "sample it with sampler_noise.",
+                ),
+                io.Noise.Output(
+                    "sampler_noise",
+                    tooltip="Together with the latent above, the noisy end of the path for "
+                    "SamplerCustomAdvanced, on every model. On flow models it is needed in place of "
+                    "DisableNoise.",
                 ),
             ],
         )
@@ -114,8 +121,8 @@ class DescEditInvert(io.ComfyNode):
         else:
             inversion = invert(model, samples, source, sigmas, refine)
         noise = {name: value for name, value in latent.items() if name != "noise_mask"}
-        noise["samples"] = model.model.process_latent_out(inversion.trajectory[0].clone())
-        return io.NodeOutput(inversion, noise)
+        noise["samples"], sampler_noise = sampler_inputs(model, samples, inversion)
+        return io.NodeOutput(inversion, noise, sampler_noise)
 
 
 NODES = [DescEditInvert]

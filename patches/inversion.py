@@ -12,9 +12,10 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import CONST
 from comfy.utils import model_trange
 
-from .attention.networks import unet_of
+from .attention.networks import network_of
 from .host.identity import ModelIdentity
 from .host.inputs import read_samples
 from .host.network_runs import NetworkRuns, refuse_cached_steps
@@ -130,7 +131,8 @@ def invert(
 def invert_virtually(
     model: ModelPatcher, samples: torch.Tensor, conditioning: list[Any], sigmas: torch.Tensor, seed: int
 ) -> Inversion:
-    """The straight path x_i = x_0 + sigma_i n from a clean latent to noise n, without a model call.
+    """The straight path from a clean latent to noise n, without a model call: x_i = x_0 + sigma_i n, and on a
+    flow model (1 - sigma_i) x_0 + sigma_i n.
 
     The idea of InfEdit's virtual inversion (arXiv 2312.04965). The path is not a solution of the model's ODE.
     But the sampler knows x_0 at every step and subtracts the error of the source's prediction from the
@@ -149,10 +151,53 @@ def invert_virtually(
         )
     noise = torch.randn([1, *samples.shape[1:]], generator=torch.Generator().manual_seed(seed))
     clean = model.model.process_latent_in(samples.detach().cpu())
-    trajectory = clean + sigmas.view(-1, 1, 1, 1, 1) * noise
+    sampling: Any = model.get_model_object("model_sampling")
+    noise = noise.expand_as(clean)
+    trajectory = torch.stack([sampling.noise_scaling(sigma, noise, clean) for sigma in sigmas])
     return Inversion(
         trajectory, sigmas, conditioning, ModelIdentity.of(model), virtual=True, scale=_scale(model)
     )
+
+
+@dataclass(frozen=True, eq=False)
+class InvertedNoise:
+    """NOISE: with it a sampler begins at the noisy end of a path.
+
+    samples: [images, channels, height, width] in host RAM, in units of the sampler's noise.
+    """
+
+    samples: torch.Tensor
+    seed = 0
+
+    def generate_noise(self, latent: dict[str, Any]) -> torch.Tensor:
+        """The noise for this LATENT, whose images must be those of the path, or any number for one.
+
+        Raises ValueError for another size or number.
+        """
+        size, own = latent["samples"].shape, self.samples.shape
+        if size[1:] != own[1:] or own[0] not in (1, size[0]):
+            raise ValueError(
+                f"the inversion's noise is of {own[0]} images of {_size(own[1:])}, but latent_image has "
+                f"{size[0]} of {_size(size[1:])}: wire the inversion's noise to latent_image"
+            )
+        return self.samples.expand(size)
+
+
+def sampler_inputs(
+    model: ModelPatcher, samples: torch.Tensor, inversion: Inversion
+) -> tuple[torch.Tensor, InvertedNoise]:
+    """The latent and the NOISE with which the host's sampler begins at the noisy end of the path.
+
+    samples: what was inverted, as a VAE gives it.
+
+    On a flow model, whose sampler scales the latent down to nothing at sigma 1, the clean latent and the
+    noise that leads to the path's end. On others the noisy latent, and no noise.
+    """
+    end = inversion.trajectory[0]
+    if not isinstance(model.get_model_object("model_sampling"), CONST):
+        return model.model.process_latent_out(end.clone()), InvertedNoise(torch.zeros_like(end))
+    sigma, clean = inversion.sigmas[0], inversion.trajectory[-1]
+    return samples, InvertedNoise((end - (1 - sigma) * clean) / sigma)
 
 
 def _scale(model: ModelPatcher) -> int:
@@ -164,7 +209,7 @@ def _checked(
     model: ModelPatcher, samples: torch.Tensor, sigmas: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The latent, and `sigmas` on the CPU. Raises ValueError for invalid inputs."""
-    unet_of(model.model.diffusion_model, "inversion")
+    network_of(model.model.diffusion_model)
     samples = read_samples("latent", samples, model)
     if torch.count_nonzero(samples) == 0:
         raise ValueError("latent is empty: encode the image to edit with VAEEncode")
@@ -222,6 +267,7 @@ def _sample_upwards(
     rising = sigmas.flip(0)
     rows = x.new_ones([x.shape[0]])
     slope = last = torch.zeros_like(x)
+    x = model.latent_image  # the host's scaling for noise leaves nothing of it on a flow model
     path.append(x)
     for i in model_trange(len(rising) - 1, disable=disable):
         sigma, rise = rising[i + 1], rising[i + 1] - rising[i]

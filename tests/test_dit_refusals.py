@@ -10,6 +10,7 @@ import pytest
 import small_dits
 import small_models
 import torch
+import unify_edit
 from host import Host
 
 
@@ -133,19 +134,51 @@ def test_tokens_that_are_merged(host: Host, models: dict[str, Any]) -> None:
 
 
 def test_what_runs_on_unets_alone(host: Host, models: dict[str, Any]) -> None:
-    """Protects: inversion, and so UnifyEdit, attention maps and training say that they do not run yet."""
-    model = models["Flux.1 dev"]
-    latent = {"samples": small_models.latent(3, model=model)}
-    with pytest.raises(ValueError, match=r"Invert.*: inversion does not run on Flux yet: use SD1.x"):
-        host.execute(
-            "DescEditInvert",
-            model=model,
-            latent=latent,
-            source=small_models.conditioning(1),
-            sigmas=torch.linspace(1, 0, 4),
+    """Protects: UnifyEdit, its mask and sampler, attention maps and training say that they do not run yet,
+    and UnifyEdit before it inverts anything.
+    """
+    model, latent = models["Flux.1 dev"], {"samples": small_models.latent(3, model=models["Flux.1 dev"])}
+    texts = {"source": small_models.conditioning(1), "edit": small_models.conditioning(2)}
+    tokens, _ = host.execute(
+        "DescEditFindTokens",
+        clip=unify_edit.tokenizer_only_clip(),
+        source_description="a red circle",
+        edit_description="a green circle",
+    )
+    sigmas = torch.tensor([0.9, 0.5, 0.0])
+    inversion, image, noise = host.execute(
+        "DescEditInvert", model=model, latent=latent, source=texts["source"], sigmas=sigmas
+    )
+    with bridge_edit.counted(model) as calls:
+        for node, inputs, method in (
+            ("DescEditUnify", {**texts, "edit_tokens": tokens, "latent": latent}, "UnifyEdit"),
+            ("DescEditFindMask", {**texts, "edit_tokens": tokens, "latent": latent}, "finding a mask"),
+            (
+                "DescEditAttentionMaps",
+                {"conditioning": texts["edit"], "edit_tokens": tokens, "latent": latent},
+                "reading attention maps",
+            ),
+            (
+                "DescEditTrainBridge",
+                {"bridge": bridge_edit.random_bridge(host, model), "pairs": None, "name": "x"},
+                "training a bridge",
+            ),
+        ):
+            with pytest.raises(
+                ValueError, match=f": {method} does not run on Flux yet: use SD1.x, SD2.x or SDXL"
+            ):
+                host.execute(node, model=model, **inputs)
+        (sampler,) = host.execute("DescEditUnifySampler", inversion=inversion, edit_tokens=tokens)
+        (guider,) = host.execute(
+            "CFGGuider", model=model, positive=texts["edit"], negative=texts["source"], cfg=3.0
         )
-    bridge = bridge_edit.random_bridge(host, model)
-    with pytest.raises(
-        ValueError, match=r"Train Attention Bridge: training a bridge does not run on Flux yet"
-    ):
-        host.execute("DescEditTrainBridge", model=model, bridge=bridge, pairs=None, name="x")
+        with pytest.raises(ValueError, match="UnifyEdit Sampler: UnifyEdit does not run on Flux yet"):
+            host.execute(
+                "SamplerCustomAdvanced",
+                noise=noise,
+                guider=guider,
+                sampler=sampler,
+                sigmas=sigmas,
+                latent_image=image,
+            )
+    assert calls.rows == []

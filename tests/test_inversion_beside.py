@@ -30,7 +30,7 @@ def model() -> Any:
 
 def invert(host: Host, model: Any, **inputs: Any) -> torch.Tensor:
     """The path, from noise to image."""
-    inversion, _ = host.execute(
+    inversion, *_ = host.execute(
         "DescEditInvert",
         model=model,
         latent={"samples": small_models.latent(3)},

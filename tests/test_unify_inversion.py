@@ -33,7 +33,7 @@ def invert(host: Host, model: Any, samples: torch.Tensor, sigmas: torch.Tensor, 
     source = inputs.pop("source", small_models.conditioning(1))
     return host.execute(
         "DescEditInvert", model=model, latent={"samples": samples}, source=source, sigmas=sigmas, **inputs
-    )
+    )[:2]
 
 
 def reconstruct(host: Host, model: Any, noise: dict[str, Any], sigmas: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def parts(
 ) -> torch.Tensor:
     """The same edit as a graph of the parts."""
     (sigmas,) = host.execute("BasicScheduler", model=model, scheduler="karras", steps=STEPS, denoise=denoise)
-    inversion, noise = host.execute(
+    inversion, noise, _ = host.execute(
         "DescEditInvert",
         model=model,
         latent={"samples": small_models.latent(3)},

@@ -172,7 +172,7 @@ def test_virtual_inversion_is_exact(host: Host, model: Any, scheduler: str) -> N
     edit = Edit(host, model, batch=2, mode="virtual")
     sampling = model.get_model_object("model_sampling")
     edit.sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, 4)
-    edit.inversion, edit.noise = host.execute(
+    edit.inversion, edit.noise, _ = host.execute(
         "DescEditInvert",
         model=model,
         latent=edit.latent,

@@ -169,7 +169,7 @@ def test_virtual_inversion_of_a_part(host: Host, model: Any) -> None:
         )
     edit = Edit(host, model, steps=2, mode="virtual")
     part = [[text, {**values, "start_percent": 0.0, "end_percent": 0.2}]]
-    edit.inversion, edit.noise = host.execute("DescEditInvert", source=part, sigmas=sigmas, **inputs)
+    edit.inversion, edit.noise, _ = host.execute("DescEditInvert", source=part, sigmas=sigmas, **inputs)
     with pytest.raises(Exception, match="UnifyEdit Sampler: the inversion's source description leaves out"):
         edit.run()
 

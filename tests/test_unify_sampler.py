@@ -142,7 +142,7 @@ def test_batch_is_two_singles(host: Host, model: Any) -> None:
         alone.append(edit.run())
     both = Edit(host, model, batch=2)
     both.latent = {"samples": torch.cat([edit.latent["samples"] for edit in singles])}
-    both.inversion, both.noise = host.execute(
+    both.inversion, both.noise, _ = host.execute(
         "DescEditInvert",
         model=model,
         latent=both.latent,

@@ -34,7 +34,7 @@ class Edit:
             model.get_model_object("model_sampling"), "normal", steps
         )
         self.latent = {"samples": small_models.latent(seed, batch, size)}
-        self.inversion, self.noise = host.execute(
+        self.inversion, self.noise, _ = host.execute(
             "DescEditInvert",
             model=model,
             latent=self.latent,

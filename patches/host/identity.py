@@ -11,8 +11,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassInjectionManager
 
-# Layers at the UNet's two ends: every finetune changes them, and they are small.
-_SAMPLED_LAYERS = ("diffusion_model.input_blocks.0.", "diffusion_model.out.")
+# Layers at both ends of a UNet, and of a DiT: every finetune changes them, and they are small.
+_SAMPLED_LAYERS = (
+    *("diffusion_model.input_blocks.0.", "diffusion_model.out."),
+    *("diffusion_model.img_in", "diffusion_model.final_layer.", "diffusion_model.nerf_final_layer"),
+)
 # Of a larger tensor as many values are read, spread evenly: a merge's patches are whole models.
 _VALUES = 65536
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

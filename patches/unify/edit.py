@@ -12,6 +12,7 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..attention.networks import unet_of
 from ..host.sigmas import schedule
 from ..inversion import invert, invert_virtually
 from .balance import Balance
@@ -57,6 +58,7 @@ def edit_latent(
         "mask": mask,
         "options": options,
     }
+    unet_of(model.model.diffusion_model, "UnifyEdit")
     sigmas = schedule(model, scheduler, steps, denoise)
     if options.inversion == "virtual":
         inversion = invert_virtually(model, samples, source, sigmas, options.virtual_seed)
