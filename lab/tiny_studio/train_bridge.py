@@ -1,7 +1,8 @@
 """Trains the Tiny Studio's bridges on its drawn scenes: `python dev.py run lab.tiny_studio.train_bridge`.
 
-One is the bridge that ships. The others are for the comparison in the bridge study, with the same budget,
-pairs and seeds. Each resumes from its checkpoint and is packed when it is done.
+One is the bridge that ships. The others are for the comparison in the bridge study, with the same pairs and
+seeds: those of the two directions with the whole budget, the rest with a small one. Each resumes from its
+checkpoint and is packed when it is done.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ class Variant:
 
 
 SHIPPED, AGAIN = "shipped", "shipped_again"  # the second after the model itself has learned on
-AUTHORS = "edit_queries"  # the authors' direction with the budget of SHIPPED
 EDIT_TYPES = (*scenes.EDIT_TYPES, scenes.TWO)
+WHOLE = Variant(steps=4400, rate=5e-3, decay=2200)
 VARIANTS = {
-    SHIPPED: Variant(steps=4400, rate=5e-3, decay=2200),
-    AUTHORS: Variant(DIRECTIONS[0], steps=4400, rate=5e-3, decay=2200),
+    SHIPPED: WHOLE,
     AGAIN: Variant(steps=600, rate=1.5e-3, decay=600, again=True),
+    **{direction: replace(WHOLE, direction=direction) for direction in DIRECTIONS},
     **{f"{d}_{f}": Variant(d, f) for d in DIRECTIONS for f in FUSIONS},
     "random_start": Variant(zero_start=False),
     "same_time": Variant(reference_time="same"),
