@@ -25,7 +25,7 @@ COMPARED = Path(__file__).with_name("bridges")
 GUIDANCE = DualGuidance(image=3.0, text=3.0)
 DENOISE, INVERSION_CFG = 0.2, 1.0
 COMPARED_GUIDANCE = DualGuidance(image=1.5, text=3.0)
-SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
 def baselines() -> dict[str, StudioMethod]:
