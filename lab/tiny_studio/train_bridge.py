@@ -68,7 +68,7 @@ EDIT_TYPES = (*scenes.EDIT_TYPES, scenes.TWO)
 WHOLE = Variant(steps=4400, rate=5e-3, decay=2200)
 VARIANTS = {
     SHIPPED: WHOLE,
-    AGAIN: Variant(steps=600, rate=1.5e-3, decay=600, again=True),
+    AGAIN: Variant(steps=1000, rate=4e-3, decay=1000, again=True),
     **{direction: replace(WHOLE, direction=direction) for direction in DIRECTIONS},
     **{f"{d}_{f}": Variant(d, f) for d in DIRECTIONS for f in FUSIONS},
     "random_start": Variant(zero_start=False),
