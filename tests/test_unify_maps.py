@@ -232,7 +232,10 @@ def test_gradient(host: Host, attention: Any, dtype: torch.dtype) -> None:
         with gradients():
             leaf = x.clone().requires_grad_()
             structure, alignment = both(leaf)
-            found = structure.by_latent(leaf, keep_graph=True), alignment.by_latent(leaf)
+            found = [
+                *attention.loss_gradients([structure], [leaf], keep_graph=True),
+                *attention.loss_gradients([alignment], [leaf]),
+            ]
         for index, gradient in enumerate(found):
             for row in range(2):
                 step = torch.zeros_like(x)
@@ -289,7 +292,7 @@ def test_gradient_of_whole_maps(
             (expected,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
             loss = take()
             torch.testing.assert_close(loss.values.double(), value.detach(), rtol=1e-5, atol=0)
-            found = loss.by_latent(leaf, keep_graph=True)
+            (found,) = attention.loss_gradients([loss], [leaf], keep_graph=True)
             assert float((found - expected).norm() / expected.norm()) < 1e-5
             assert loss.parts == []
 
@@ -318,7 +321,8 @@ def test_gradient_in_half_precision(attention: Any, host: Host) -> None:
             ends = [layer.q for layer in made.self_attention.values()]
             assert ends[0].dtype == dtype
             parts = [(end, 1e-9 * end.detach().float()) for end in ends]
-            found.append(loss_gradient(torch.zeros(2), parts).by_latent(leaf) * 1e9)
+            (gradient,) = attention.loss_gradients([loss_gradient(torch.zeros(2), parts)], [leaf])
+            found.append(gradient * 1e9)
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
 
 
@@ -352,7 +356,8 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
                 grads = []
                 for maps in (made.self_attention, made.cross_attention):
                     parts = [(layer.q, layer.q.detach().clone()) for layer in maps.values()]
-                    grads.append(loss_gradient(torch.zeros(1), parts).by_latent(leaf, keep_graph=not grads))
+                    loss = loss_gradient(torch.zeros(1), parts)
+                    grads += attention.loss_gradients([loss], [leaf], keep_graph=not grads)
                 found.append((seen, *grads))
                 assert all(torch.equal(seen[key], made.self_attention[key].q) for key in seen)
     finally:

@@ -278,18 +278,19 @@ def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCapt
     number.
     """
     edit = Edit(host, model)
-    loss = host.pack_module("patches.attention.recorder").LossGradient
-    by_latent = loss.by_latent
+    target = host.pack_module("patches.unify.target")
+    loss_gradients = target.loss_gradients
     broken = {0}
 
-    def sometimes(self: Any, latent: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
-        found, step = by_latent(self, latent, keep_graph), len(seen) // 2  # two losses a step
-        seen.append(step)
-        return found * math.nan if step in broken else found
+    def sometimes(losses: Any, *rest: Any) -> Any:
+        step = len(seen) // 2  # two losses a step
+        seen.extend(losses)
+        found = loss_gradients(losses, *rest)
+        return [gradient * math.nan if step in broken else gradient for gradient in found]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "by_latent", sometimes)
-        seen: list[int] = []
+        patch.setattr(target, "loss_gradients", sometimes)
+        seen: list[Any] = []
         with caplog.at_level(logging.WARNING):
             assert bool(torch.isfinite(edit.run()).all())
         assert "1 of 3 gradient steps had no usable gradient" in caplog.text

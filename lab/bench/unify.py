@@ -21,7 +21,7 @@ import torch
 
 from ...patches.attention.layers import structure_layers, word_layers
 from ...patches.attention.networks import unet_of
-from ...patches.attention.recorder import AttentionRecorder, LossGradient
+from ...patches.attention.recorder import AttentionRecorder, LossGradient, loss_gradients
 from ...patches.host.autograd import differentiable_options, gradients
 from ...patches.inversion import Inversion, ModelIdentity
 from ...patches.unify.balance import Balance
@@ -141,7 +141,8 @@ def gradient_only(model: Any, stop: bool) -> Run:
             ends = [
                 found.q for found in (*recorder.self_attention.values(), *recorder.cross_attention.values())
             ]
-            LossGradient(leaf.new_zeros(1), [(q, torch.ones_like(q)) for q in ends]).by_latent(leaf)
+            loss = LossGradient(leaf.new_zeros(1), [(q, torch.ones_like(q)) for q in ends])
+            loss_gradients([loss], [leaf])
         callback(mark)
         return x
 

@@ -121,6 +121,18 @@ def check_order(found: Collection[tuple[str, torch.Tensor]]) -> None:
             )
 
 
+def check_apart(found: Collection[torch.Tensor]) -> None:
+    """Raise ValueError if a row of a model call had a gradient from another row's loss.
+
+    found: bool tensors, each of one call. Waits for the device if there are any.
+    """
+    if found and bool(torch.stack(list(found)).any()):
+        raise ValueError(
+            "a node mixes the rows of a model call (it lets pictures of a batch see each other), but every row "
+            f"has a gradient of its own here. {TAKE_OUT}"
+        )
+
+
 def check_call(x: torch.Tensor, rows: int, size: Sequence[int]) -> None:
     """Raise ValueError unless a model call has whole images.
 

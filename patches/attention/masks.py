@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from einops import rearrange
@@ -41,13 +42,13 @@ def layer_masks(
     mask: [rows or 1, any height, any width], 0 to 1, or None for the whole image.
     height, width: the latent's.
 
-    Returns [rows or 1, tokens] by layer, on `device`.
+    Returns [rows or 1, tokens] by layer, on `device`; layers of the same grid have the same tensor.
     """
     mask = torch.ones(1, height, width) if mask is None else mask
     mask = rearrange(mask.to(device), "b h w -> b 1 h w")
-    return {
-        layer.key: rearrange(
-            resize(mask, layer.grid(height, width), interpolation="area"), "b 1 h w -> b (h w)"
-        )
-        for layer in layers
-    }
+
+    @cache
+    def on(grid: tuple[int, int]) -> torch.Tensor:
+        return rearrange(resize(mask, grid, interpolation="area"), "b 1 h w -> b (h w)")
+
+    return {layer.key: on(layer.grid(height, width)) for layer in layers}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,13 +42,14 @@ from .unet import UNet
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
 PIECE = 2**24  # probabilities at a time: 64 MiB
+_OWN_PARTS = ("control", "gligen", "hooks")  # of a conditioning entry
 
 
 @dataclass(frozen=True)
 class Expected:
     """Requirements on a recorded call.
 
-    rows: images of the latent.
+    rows: images of the latent, in each branch of the call.
     size: height and width of the latent.
     text: tokens of the description.
     own_grid: whether self-attention must be on the grid of the network's layout, and not on one that another
@@ -73,9 +74,10 @@ _WHOLE = Piece()
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """The queries and keys of one attention in one model call.
+    """The queries and keys of one attention in one model call, or of several (`stack`).
 
-    q: [rows, queries, heads * d] in the network's dtype; a row is an image of the call's batch.
+    q: [rows, queries, heads * d] in the network's dtype; a row is an image of the call's batch. Of several
+    attentions [attentions, rows, ...].
     k: [rows, keys, heads * d].
     heads: of the attention.
 
@@ -86,13 +88,17 @@ class Projections:
     k: torch.Tensor
     heads: int
 
+    def detach(self) -> Projections:
+        """The same outside of every graph."""
+        return Projections(self.q.detach(), self.k.detach(), self.heads)
+
     def pieces(self, whole_heads: bool = False) -> Iterator[Piece]:
         """Pieces of at most PIECE probabilities, or of one query, that together cover all.
 
         whole_heads: every piece has all queries of its heads.
         """
-        rows, queries, _ = self.q.shape
-        line = rows * self.k.shape[1]
+        *rows, queries, _ = self.q.shape
+        line = math.prod(rows) * self.k.shape[-2]
         heads = max(1, PIECE // (line * queries))
         count = queries if whole_heads or line * queries <= PIECE else max(1, PIECE // line)
         for head in range(0, self.heads, heads):
@@ -104,9 +110,9 @@ class Projections:
 
         It sums to 1 over keys.
         """
-        q, k = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (self.q, self.k))
-        q, k = q[:, piece.heads, piece.queries].float(), k[:, piece.heads].float()
-        scores = einsum(q, k, "b h i d, b h j d -> b h i j")
+        q, k = (rearrange(part, "... n (h d) -> ... h n d", h=self.heads) for part in (self.q, self.k))
+        q, k = q[..., piece.heads, piece.queries, :].float(), k[..., piece.heads, :, :].float()
+        scores = einsum(q, k, "... h i d, ... h j d -> ... h i j")
         return scores.mul_(q.shape[-1] ** -0.5).softmax(dim=-1)
 
     def mean(self) -> torch.Tensor:
@@ -115,6 +121,12 @@ class Projections:
         for piece in self.pieces():
             total[:, piece.queries] += self.probabilities(piece).sum(dim=1)
         return total.div_(self.heads)
+
+
+def stack(attentions: Sequence[Projections]) -> Projections:
+    """Several attentions of the same shapes in one."""
+    q, k = (torch.stack(tensors) for tensors in zip(*((one.q, one.k) for one in attentions), strict=True))
+    return Projections(q, k, attentions[0].heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,26 +141,39 @@ class LossGradient:
     values: torch.Tensor
     parts: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def by_latent(self, latent: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
-        """d(sum of values)/d(latent), in float32. Consumes `parts`, so that they take no memory during the
-        network's backward pass.
 
-        latent: the leaf that the model call started from, [rows, ...]; each row's loss depends on its own row
-        only.
-        keep_graph: whether the graph is needed again.
+def loss_gradients(
+    losses: Sequence[LossGradient], latents: Sequence[torch.Tensor], keep_graph: bool = False
+) -> list[Any]:
+    """d(sum of a loss's values)/d(its latent) in float32 for each loss, by one backward pass. Consumes the
+    losses' `parts`, so that they take no memory during it.
 
-        Gradients of attention losses are far too small for half precision. So what enters the network is
-        scaled row by row to a maximum of 1, and scaled back in float32.
-        """
-        peaks = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in self.parts]).amax(dim=0)
-        peaks = torch.where(peaks > 0, peaks, torch.ones_like(peaks))
-        ends, scaled = [], []
-        while self.parts:
-            end, grad = self.parts.pop()
+    latents: for each loss the leaf that its rows of the model call started from, [rows, ...]. More leaves may
+    follow; their gradients follow too, None for one that no loss depends on. Each row's loss depends on its own row only.
+    keep_graph: whether the graph is needed again.
+
+    Gradients of attention losses are far too small for half precision. So what enters the network is scaled
+    row by row to a maximum of 1, and scaled back in float32.
+    """
+    ends, scaled, found = [], [], []
+    for loss in losses:
+        most = torch.stack([grad.flatten(1).abs().amax(dim=1) for _, grad in loss.parts]).amax(dim=0)
+        found.append(torch.where(most > 0, most, torch.ones_like(most)))
+        while loss.parts:
+            end, grad = loss.parts.pop()
             ends.append(end)
-            scaled.append((grad / peaks[:, None, None]).to(end.dtype))
-        (gradient,) = torch.autograd.grad(ends, latent, scaled, retain_graph=keep_graph)
-        return gradient.float() * peaks.view(-1, *[1] * (gradient.ndim - 1))
+            scaled.append((grad / found[-1][:, None, None]).to(end.dtype))
+    gradients = torch.autograd.grad(ends, latents, scaled, retain_graph=keep_graph, allow_unused=True)
+    peaks = [peak.view(-1, *[1] * (gradients[0].ndim - 1)) for peak in found]
+    own = [gradient.float() * peak for gradient, peak in zip(gradients, peaks, strict=False)]
+    return [*own, *gradients[len(peaks) :]]
+
+
+class _Found(NamedTuple):
+    """Queries and keys of one branch by layer; the fields are the host's names of the attentions."""
+
+    attn1: dict[str, Projections]
+    attn2: dict[str, Projections]
 
 
 class AttentionRecorder:
@@ -158,9 +183,11 @@ class AttentionRecorder:
     self_layers, cross_layers: layers whose self- and cross-attention are recorded.
     stop: end the forward after the last of them.
     whole_layers: end it between two blocks, as `checkpointed` needs, and not inside one.
+    branches: uuids of the conditioning entries of a call that runs several. The host may run them in several
+    parts.
 
-    After the call `self_attention` and `cross_attention` hold queries and keys by layer, and `moved` the
-    input of `check_order`.
+    After the call `self_attention` and `cross_attention` hold queries and keys by layer, `branch` those of
+    one of several entries, and `moved` the input of `check_order`.
     """
 
     def __init__(
@@ -171,17 +198,34 @@ class AttentionRecorder:
         *,
         stop: bool = False,
         whole_layers: bool = False,
+        branches: Sequence[Hashable] = (),
     ) -> None:
         self._network = network
         self._self_layers, self._cross_layers = tuple(self_layers), tuple(cross_layers)
-        self._pending = {("attn1", layer.key) for layer in self._self_layers}
-        self._pending |= {("attn2", layer.key) for layer in self._cross_layers}
+        self._branches = tuple(branches) or (None,)
+        wanted = {("attn1", layer.key) for layer in self._self_layers}
+        wanted |= {("attn2", layer.key) for layer in self._cross_layers}
+        self._pending = {branch: set(wanted) for branch in self._branches}
+        self._called = self._branches
         self._stop, self._whole_layers = stop, whole_layers
         self._expected: Expected | None = None
         self._differentiated = False
-        self.self_attention: dict[str, Projections] = {}
-        self.cross_attention: dict[str, Projections] = {}
+        self._found: dict[Hashable, _Found] = {branch: _Found({}, {}) for branch in self._branches}
         self.moved: list[tuple[str, torch.Tensor]] = []
+
+    @property
+    def self_attention(self) -> dict[str, Projections]:
+        """By layer; of the first branch."""
+        return self._found[self._branches[0]].attn1
+
+    @property
+    def cross_attention(self) -> dict[str, Projections]:
+        """By layer; of the first branch."""
+        return self._found[self._branches[0]].attn2
+
+    def branch(self, uuid: Hashable) -> tuple[dict[str, Projections], dict[str, Projections]]:
+        """Self- and cross-attention of one of several entries, by layer."""
+        return self._found[uuid]
 
     @property
     def missing(self) -> list[str]:
@@ -192,7 +236,7 @@ class AttentionRecorder:
             layer_name(kind, layer.key)
             for kind, layers in (("attn1", self._self_layers), ("attn2", self._cross_layers))
             for layer in layers
-            if (kind, layer.key) in self._pending
+            if any((kind, layer.key) in pending for pending in self._pending.values())
         ]
 
     @property
@@ -200,7 +244,7 @@ class AttentionRecorder:
         """Whether any requested attention was recorded. False if another node kept the network from
         running.
         """
-        return bool(self.self_attention or self.cross_attention)
+        return any(any(found) for found in self._found.values())
 
     def clear(self) -> None:
         """Forget what was recorded.
@@ -208,8 +252,9 @@ class AttentionRecorder:
         A graph whose layers are computed again refers to itself through the recorder, and would take memory
         until Python's garbage collector finds the cycle.
         """
-        self.self_attention.clear()
-        self.cross_attention.clear()
+        for found in self._found.values():
+            found.attn1.clear()
+            found.attn2.clear()
 
     def attach(self, model_options: dict[str, Any], expected: Expected | None = None) -> dict[str, Any]:
         """A copy of `model_options` whose model calls are recorded here; the original is unchanged.
@@ -224,28 +269,34 @@ class AttentionRecorder:
         return options
 
     def _wrap(self, executor: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-        x = args[0]
+        x, options = args[0], read_options(args, kwargs)
+        if self._branches != (None,):
+            self._called = tuple(options["uuids"])
         if self._expected is not None:
-            check_call(x, self._expected.rows, self._expected.size)
+            check_call(x, len(self._called) * self._expected.rows, self._expected.size)
         self._differentiated = x.requires_grad
         options = self._network.install(
-            read_options(args, kwargs),
+            options,
             self._record,
             size=(x.shape[-2], x.shape[-1]),
             self_layers=self._self_layers,
             cross_layers=self._cross_layers,
         )
         if self._stop and self._whole_layers:
-            options = self._network.end_between_blocks(options, lambda: not self._pending)
+            options = self._network.end_between_blocks(options, self._complete)
         args, kwargs = replace_options(args, kwargs, options)
         try:
             return executor(*args, **kwargs)
         except ForwardEnded:
             return torch.zeros_like(x)
 
+    def _complete(self) -> bool:
+        """Whether the present call has no layer left to record."""
+        return not any(self._pending[branch] for branch in self._called)
+
     def _record(self, at: Attention) -> None:
         key = at.layer.key
-        if (at.kind, key) not in self._pending:  # a checkpointed layer is computed again
+        if (at.kind, key) not in self._pending[self._called[0]]:  # a checkpointed layer is computed again
             return
         if at.inputs is not None:
             normed = at.inputs.normed
@@ -254,10 +305,12 @@ class AttentionRecorder:
                     self.moved.append((key, moved_tokens(normed, now)))
         if self._expected is not None:
             self._check(self._expected, at)
-        seen = self.self_attention if at.kind == "attn1" else self.cross_attention
-        seen[key] = Projections(at.q, at.k, at.options["n_heads"])
-        self._pending.discard((at.kind, key))
-        if self._stop and not self._pending and not self._whole_layers:
+        count = len(self._called)
+        parts = [tensor.chunk(count) if count > 1 else (tensor,) for tensor in (at.q, at.k)]
+        for branch, q, k in zip(self._called, *parts, strict=True):
+            getattr(self._found[branch], at.kind)[key] = Projections(q, k, at.options["n_heads"])
+            self._pending[branch].discard((at.kind, key))
+        if self._stop and not self._whole_layers and self._complete():
             raise ForwardEnded
 
     def _check(self, expected: Expected, at: Attention) -> None:
@@ -266,8 +319,9 @@ class AttentionRecorder:
             at.layer.grid(*expected.size),
             at.kind == "attn1",
         )
-        check_rows(name, len(at.q), expected.rows)
-        check_rows(name, len(at.k), expected.rows)
+        rows = len(self._called) * expected.rows
+        check_rows(name, len(at.q), rows)
+        check_rows(name, len(at.k), rows)
         if within and not expected.own_grid:
             grid = at.grid or grid
         check_grid(name, at.q.shape[1], grid, at.grid, "this node")
@@ -287,7 +341,7 @@ def record(
     sigma: torch.Tensor,
     options: dict[str, Any],
     own_grid: bool = False,
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """One recorded model call for one conditioning entry; returns the denoised latents.
 
     entry: of a processed conditioning.
@@ -300,11 +354,70 @@ def record(
 
     Raises ValueError if the network or a layer did not run, or if another node changes the call or a layer.
     """
-    text, (height, width) = entry["model_conds"]["c_crossattn"].cond.shape[1], x.shape[-2:]
+    (denoised,) = _run(model, recorder, [entry], x, sigma, options, own_grid)
+    return denoised
+
+
+def record_together(
+    model: BaseModel,
+    recorder: AttentionRecorder,
+    branches: Sequence[tuple[dict[str, Any], torch.Tensor]],
+    sigma: torch.Tensor,
+    options: dict[str, Any],
+    own_grid: bool = False,
+) -> None:
+    """`record` of several conditioning entries in one model call, each with a latent of its own.
+
+    The call has the layout of a stock one: a chunk of rows for each entry, with its index and uuid. Which
+    entries can run together: `joinable`.
+
+    branches: entries with uuids that differ, and their latents, each [rows, ...].
+    """
+    entries, x = [entry for entry, _ in branches], branches[0][1]
+    if len(branches) > 1:
+        x, options = x.detach(), _with_latents(options, {entry["uuid"]: own for entry, own in branches})
+    _run(model, recorder, entries, x, sigma, options, own_grid)
+
+
+def joinable(*entries: dict[str, Any]) -> bool:
+    """Whether `record_together` can run these conditioning entries.
+
+    Their texts must have one length, since the host repeats the shorter one, which halves its attention. And
+    they must have nothing that the host computes from the latent outside of the model call (ControlNet,
+    GLIGEN) or that gives them other weights (hooks).
+    """
+    texts = {entry["model_conds"]["c_crossattn"].cond.shape[1] for entry in entries}
+    return len(texts) == 1 and not any(entry.get(name) for entry in entries for name in _OWN_PARTS)
+
+
+def _with_latents(options: dict[str, Any], latents: Mapping[Hashable, torch.Tensor]) -> dict[str, Any]:
+    """Model options whose calls run each entry on its own latent, before all that other nodes do there."""
+    previous = options.get("model_function_wrapper")
+
+    def call(apply_model: Callable, given: dict[str, Any]) -> torch.Tensor:
+        uuids = given["c"]["transformer_options"]["uuids"]
+        given = {**given, "input": torch.cat([latents[uuid] for uuid in uuids])}
+        if previous is not None:
+            return previous(apply_model, given)
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    return {**options, "model_function_wrapper": call}
+
+
+def _run(
+    model: BaseModel,
+    recorder: AttentionRecorder,
+    entries: list[dict[str, Any]],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    options: dict[str, Any],
+    own_grid: bool,
+) -> list[torch.Tensor]:
+    text, (height, width) = entries[0]["model_conds"]["c_crossattn"].cond.shape[1], x.shape[-2:]
     expected = Expected(len(x), (height, width), text, own_grid)
     with _uncompiled():
         denoised = comfy.samplers.calc_cond_batch(
-            model, [[entry]], x, sigma, recorder.attach(options, expected)
+            model, [entries], x, sigma, recorder.attach(options, expected)
         )
     if recorder.missing and recorder.ran:
         raise ValueError(

@@ -5,8 +5,8 @@ tensors, which autograd refuses to save. A deep copy of the model needs `cached_
 memory. Replacing the parameters changes a model that others share, and misses the weights that the host casts
 or streams in elsewhere. So nothing is replaced: inside `gradients` each inference tensor that reaches a torch
 function is passed on as a normal tensor over the same memory. This needs no copy and no change to the model,
-and works for parameters, conditions, ControlNets and other packs' tensors alike. It costs about 2
-microseconds per torch call.
+and works for parameters, conditions, ControlNets and other packs' tensors alike. It costs about a
+microsecond per torch call.
 
 If memory is short, and always with dynamic VRAM, the host streams weights. A layer then computes with a view
 of pages or of a buffer that the host unmaps or overwrites as soon as the layer has run
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_patcher
 import torch
@@ -33,15 +33,38 @@ from torch.overrides import TorchFunctionMode
 from ..attention.checks import TAKE_OUT
 
 
-def _normal(value: Any) -> Any:
-    if type(value) in (torch.Tensor, torch.nn.Parameter):
-        if not value.is_inference():
-            return value
-        empty = torch.empty(0, dtype=value.dtype, device=value.device)
-        return empty.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
-    if type(value) in (list, tuple):
-        return type(value)(_normal(item) for item in value)
-    return value
+_KINDS = (torch.Tensor, torch.nn.Parameter)
+_SEEN = (*_KINDS, list, tuple)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A normal tensor over the same memory."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+class Aliases:
+    """Normal tensors over the memory of a model's weights, made once and used in several regions.
+
+    An alias is used while its weight lies where it lay. It keeps that memory alive, so those that are not
+    needed any more must be dropped: call `drop_unused` after each region.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._used: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, weight: torch.nn.Parameter) -> torch.Tensor:
+        """The alias of an inference tensor."""
+        found = self._used.get(id(weight)) or self._kept.get(id(weight))
+        if found is None or found[1].data_ptr() != weight.data_ptr() or found[1].shape != weight.shape:
+            found = weight, _alias(weight)  # with the weight, so that no other one has its id
+        self._used[id(weight)] = found
+        return found[1]
+
+    def drop_unused(self) -> None:
+        """Drop all that were not used since the last call."""
+        self._kept, self._used = self._used, {}
 
 
 def _has_gradient(value: Any) -> bool:
@@ -67,12 +90,29 @@ def _writes(func: Any) -> bool:
 
 
 class _NormalTensors(TorchFunctionMode):
+    def __init__(self, aliases: Aliases | None = None) -> None:
+        super().__init__()
+        self._aliases = aliases
+
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args = _normal(args)
-        kwargs = {name: _normal(value) for name, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        if func.__name__ == "__get__":  # of an attribute, such as shape
+            return func(*args)
+        args = tuple([self._normal(value) if type(value) in _SEEN else value for value in args])
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{name: self._normal(value) for name, value in kwargs.items()})
+
+    def _normal(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _KINDS:
+            if not value.is_inference():
+                return value
+            return _alias(value) if kind is torch.Tensor or self._aliases is None else self._aliases.of(value)
+        if kind in (list, tuple):
+            return kind(self._normal(item) for item in value)
+        return value
 
 
 class _OwnTensors(_NormalTensors):
@@ -89,31 +129,42 @@ class _OwnTensors(_NormalTensors):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-# Whether the innermost region is for streamed weights: a recomputation later needs the same kind of region.
-_STREAMED: ContextVar[bool] = ContextVar("descriptive_edit.streamed", default=False)
+class Region(NamedTuple):
+    """How autograd works in a `gradients` region.
+
+    streamed: whether the host may take the weights back after each layer (`weights_streamed`). What autograd
+    keeps is then copied, and aliases are not used.
+    aliases: of weights, if regions share them.
+    """
+
+    streamed: bool = False
+    aliases: Aliases | None = None
+
+
+# The innermost region: a recomputation later needs the same kind of region.
+_REGION: ContextVar[Region] = ContextVar("descriptive_edit.region", default=Region())  # noqa: B039
 
 
 @contextmanager
-def gradients(streamed: bool = False) -> Generator[None]:
+def gradients(streamed: bool = False, aliases: Aliases | None = None) -> Generator[None]:
     """A context in which autograd works although the host runs in inference mode.
 
     A tensor to differentiate with respect to must be created inside (`x.clone().requires_grad_()`).
 
-    streamed: whether the host may take the weights back after each layer (`weights_streamed`); what autograd
-    keeps is then copied.
+    streamed, aliases: as in a Region.
     """
-    mode = _OwnTensors() if streamed else _NormalTensors()
-    before = _STREAMED.set(streamed)
+    mode = _OwnTensors() if streamed else _NormalTensors(aliases)
+    before = _REGION.set(Region(streamed, aliases))
     try:
         with torch.inference_mode(False), torch.enable_grad(), mode:
             yield
     finally:
-        _STREAMED.reset(before)
+        _REGION.reset(before)
 
 
-def in_streamed_region() -> bool:
-    """Whether the code runs inside `gradients` for streamed weights."""
-    return _STREAMED.get()
+def current_region() -> Region:
+    """The innermost region that the code runs in."""
+    return _REGION.get()
 
 
 def weights_streamed(patchers: Iterable[ModelPatcher]) -> bool:

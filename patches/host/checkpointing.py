@@ -20,7 +20,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepBlock, forward_timestep_embed
 from torch.utils.checkpoint import checkpoint
 
-from .autograd import gradients, in_streamed_region
+from .autograd import Region, current_region, gradients
 
 SLOT = "forward_timestep_embed_patch"
 
@@ -28,11 +28,11 @@ SLOT = "forward_timestep_embed_patch"
 class _Again:
     """Enters a new `gradients` region at each recomputation: one forward may have several backwards."""
 
-    def __init__(self, streamed: bool) -> None:
-        self._streamed = streamed
+    def __init__(self, kind: Region) -> None:
+        self._kind = kind
 
     def __enter__(self) -> None:
-        self._region = gradients(self._streamed)
+        self._region = gradients(*self._kind)
         self._region.__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -67,7 +67,7 @@ def checkpointed(options: dict[str, Any]) -> dict[str, Any]:
         if torch.is_grad_enabled():
             # Autograd may compute again in its own thread, and after the context has ended.
             how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            again = _Again(in_streamed_region())
+            again = _Again(current_region())
             x = checkpoint(compute, x, emb, context, context_fn=lambda: (nullcontext(), again), **how)
         else:
             x = compute(x, emb, context)

@@ -2,8 +2,9 @@
 
 The paper does not publish all of its settings; the docstrings say what was chosen here.
 
-Both are sums over layers. Values and derivatives with respect to queries and keys are computed for one layer
-and one piece of its map at a time, so only one piece's probabilities are ever in memory.
+Both are sums over layers. Values and derivatives with respect to queries and keys are computed for one piece
+of a layer's map at a time, or for several layers whose maps fit into a piece, so only one piece's
+probabilities are ever in memory.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from einops import einsum, rearrange, reduce
 
-from ..attention.recorder import LossGradient, Piece, Projections
+from ..attention.recorder import PIECE, LossGradient, Piece, Projections, stack
 from .words import Words
 
 FORMS = ("token_ratio", "absolute", "spatial_ratio", "area_ratio")
 COMPARING = ("spatial_ratio", "area_ratio")  # inside of the mask with outside
 
 
-# From one layer's and one piece's probabilities to their part of a loss, [rows].
-_Part = Callable[[str, Piece, torch.Tensor], torch.Tensor]
+# From one piece's probabilities, [layers, rows, heads, queries, keys], to their part of a loss, [rows].
+_Part = Callable[[Piece, torch.Tensor], torch.Tensor]
 
 
 def structure_loss(
@@ -38,15 +39,20 @@ def structure_loss(
     regions: M at each layer, [rows or 1, tokens], 0 to 1; None for everywhere.
     """
 
-    def part(key: str, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
-        change = probabilities - source[key].probabilities(piece)
-        if regions is not None:
-            region = regions[key]
-            change = change * rearrange(region[:, piece.queries], "b i -> b 1 i 1")
-            change = change * rearrange(region, "b j -> b 1 1 j")
-        return reduce(change.square(), "b h i j -> b", "sum") / (target[key].heads * len(target))
+    def parts(keys: Sequence[str]) -> _Part:
+        before, heads = stack([source[key] for key in keys]), target[keys[0]].heads
 
-    return _derive(target, part)
+        def part(piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
+            change = probabilities - before.probabilities(piece)
+            if regions is not None:
+                region = regions[keys[0]]
+                change = change * rearrange(region[:, piece.queries], "b i -> b 1 i 1")
+                change = change * rearrange(region, "b j -> b 1 1 j")
+            return reduce(change.square(), "l b h i j -> b", "sum") / (heads * len(target))
+
+        return part
+
+    return _derive(target, parts, regions)
 
 
 def alignment_loss(
@@ -75,40 +81,74 @@ def alignment_loss(
     inside and outside.
     """
 
-    def part(key: str, piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
-        attention = einsum(probabilities, words.tokens, "b h p t, b w t -> b h w p")
-        mask = rearrange(masks[key], "b p -> b 1 1 p")
-        if form == "token_ratio":
-            described = einsum(probabilities, words.description, "b h p t, b t -> b h p")
-            share = attention / rearrange(described, "b h p -> b h 1 p")
-            loss = (1 - _mean(share, mask)).square()
-        elif form == "absolute":
-            loss = (1 - _mean(attention, mask)).square()
-        elif form == "spatial_ratio":
-            loss = 3 - 4 * (attention * mask).sum(dim=-1) / attention.sum(dim=-1)
-        else:
-            loss = -(_mean(attention, mask) / _mean(attention, 1 - mask)).square()
-        return einsum(loss, words.weights, "b h w, b w -> b") / (target[key].heads * len(target))
+    def parts(keys: Sequence[str]) -> _Part:
+        mask, heads = rearrange(masks[keys[0]], "b p -> b 1 1 p"), target[keys[0]].heads
 
-    return _derive(target, part, whole_heads=True)
+        def part(piece: Piece, probabilities: torch.Tensor) -> torch.Tensor:
+            attention = einsum(probabilities, words.tokens, "l b h p t, b w t -> l b h w p")
+            if form == "token_ratio":
+                described = einsum(probabilities, words.description, "l b h p t, b t -> l b h p")
+                share = attention / rearrange(described, "l b h p -> l b h 1 p")
+                loss = (1 - _mean(share, mask)).square()
+            elif form == "absolute":
+                loss = (1 - _mean(attention, mask)).square()
+            elif form == "spatial_ratio":
+                loss = 3 - 4 * (attention * mask).sum(dim=-1) / attention.sum(dim=-1)
+            else:
+                loss = -(_mean(attention, mask) / _mean(attention, 1 - mask)).square()
+            return einsum(loss, words.weights, "l b h w, b w -> b") / (heads * len(target))
+
+        return part
+
+    return _derive(target, parts, masks, whole_heads=True)
 
 
-def _derive(target: Mapping[str, Projections], part: _Part, whole_heads: bool = False) -> LossGradient:
-    """The sum of all parts, and its derivatives with respect to the queries and keys that have a gradient."""
-    values, parts = [], []
-    for key, layer in target.items():
-        ends = [tensor for tensor in (layer.q, layer.k) if tensor.requires_grad]
-        q, k = (tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in (layer.q, layer.k))
-        leaves = [leaf for leaf in (q, k) if leaf.requires_grad]
-        slopes: Sequence[torch.Tensor] = ()
-        for piece in layer.pieces(whole_heads):
-            value = part(key, piece, Projections(q, k, layer.heads).probabilities(piece))
+def _derive(
+    target: Mapping[str, Projections],
+    parts: Callable[[Sequence[str]], _Part],
+    weights: Mapping[str, torch.Tensor] | None,
+    whole_heads: bool = False,
+) -> LossGradient:
+    """The sum of all parts, and its derivatives with respect to the queries and keys that have a gradient.
+
+    weights: of the image's tokens at each layer; layers with the same ones are computed together.
+    """
+    values, found = [], []
+    for keys in _alike(target, weights):
+        layers, part = [target[key] for key in keys], parts(keys)
+        together = stack(layers)
+        tensors = [
+            tensor.detach().float().requires_grad_(tensor.requires_grad)
+            for tensor in (together.q, together.k)
+        ]
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        together, slopes = Projections(*tensors, together.heads), []
+        for piece in together.pieces(whole_heads):
+            value = part(piece, together.probabilities(piece))
             values.append(value.detach())
             if leaves:
                 more = torch.autograd.grad(value.sum(), leaves)
                 slopes = [one + other for one, other in zip(slopes, more, strict=True)] if slopes else more
-        parts += zip(ends, slopes, strict=True)
-    return LossGradient(torch.stack(values).sum(dim=0), parts)
+        ends = zip(
+            *([end for end in (layer.q, layer.k) if end.requires_grad] for layer in layers), strict=True
+        )
+        for own, slope in zip(ends, slopes, strict=True):
+            found += zip(own, slope.unbind(), strict=True)
+    return LossGradient(torch.stack(values).sum(dim=0), found)
+
+
+def _alike(target: Mapping[str, Projections], weights: Mapping[str, torch.Tensor] | None) -> list[list[str]]:
+    """Layers of the same shapes and weights, as many at a time as a piece of their maps holds."""
+    groups: dict[tuple, list[str]] = {}
+    for key, layer in target.items():
+        q, k = layer.q, layer.k
+        alike = q.shape, k.shape, layer.heads, q.requires_grad, k.requires_grad
+        groups.setdefault((*alike, weights and id(weights[key])), []).append(key)
+    found = []
+    for (q, k, heads, *_), keys in groups.items():
+        most = max(1, PIECE // (q[0] * heads * q[1] * k[1]))
+        found += [keys[first : first + most] for first in range(0, len(keys), most)]
+    return found
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def find_mask(
             if entry is None:
                 continue
             recorder = AttentionRecorder(source.network, (), layers, stop=True)
-            latent = source.inversion.latent(step, x)
+            latent = source.latent(step, x)
             record(source.model, recorder, entry, latent, x.new_full((len(x),), sigma), source.options)
             attention = recorder.cross_attention
             context = next(iter(attention.values())).k.shape[1]
@@ -104,7 +104,10 @@ def find_mask_of_image(
         if not whole_image(guider.conds["edit"]):
             raise ValueError("edit has no entry for the whole image: wire it without an area or a mask")
         options = one_device(extra_args["model_options"])
-        branch = Source(guider.inner_model, network, inversion, guider.conds["source"], options)
+        path = inversion.trajectory.to(x.device)
+        branch = Source(
+            guider.inner_model, network, True, path, sigmas.tolist(), guider.conds["source"], options
+        )
         found.append(find_mask(branch, guider.conds["edit"], [tokens], layers, plan, x).cpu())
         return x
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.samplers
@@ -30,35 +31,87 @@ from ..host.autograd import weights_streamed
 from .plan import Layers
 
 TEXT_TOKENS = 77
+# Operations in the time of launching a pass: on a multiprocessor of a GPU in half precision, and on a thread
+# of a CPU. The first is estimated from an H200, where one row of SD1.5 costs what three do up to 768x768
+# pixels; the second is measured (docs/unify.md).
+_PER_MULTIPROCESSOR, _PER_THREAD = 8e9, 2e8
 _BLOCK, _BACK, _MAPS = 21, 16, 5
 
 
-def plan_memory(
-    guider: comfy.samplers.CFGGuider, x: torch.Tensor, layers: Layers, checkpoint: bool
-) -> tuple[float, bool]:
-    """Bytes of a gradient, and whether blocks are computed again for it.
+class MemoryPlan(NamedTuple):
+    """How gradients are computed.
 
-    They are if `checkpoint` says so, or if weights are streamed and their copies do not fit otherwise.
+    size: bytes of one.
+    checkpointing: whether blocks are computed again for it.
+    joined: whether the source and a row of the target for each loss run together.
+    """
+
+    size: float
+    checkpointing: bool
+    joined: bool
+
+
+def plan_memory(
+    guider: comfy.samplers.CFGGuider, x: torch.Tensor, layers: Layers, checkpoint: bool, virtual: bool
+) -> MemoryPlan:
+    """The fastest way that fits.
+
+    Rows are joined if a row's arithmetic takes less time than a pass through the network takes to launch
+    (`few_operations`), and not for a virtual inversion, whose source runs to the end of the network. If
+    weights are streamed, and their copies do not fit beside it, rows are not joined, and then blocks are
+    computed again.
 
     guider: the host's, in a run.
     x: the sampled latent.
     """
     patcher, model, network = guider.model_patcher, guider.inner_model, layers.network
     itemsize, streamed = model.get_dtype_inference().itemsize, weights_streamed([patcher])
+    where = layers.structure, layers.words
+    few = not virtual and few_operations(row_operations(network, where, x.shape), x.device, itemsize)
+    ways = [(checkpoint, few), (checkpoint, False), (True, False)]
 
-    def needed(checkpoint: bool) -> float:
-        where = layers.structure, layers.words
+    def needed(checkpoint: bool, joined: bool) -> float:
         copies = copied_bytes(network, [*where[0], *where[1]], itemsize, checkpoint) if streamed else 0
-        return backward_bytes(network, *where, x.shape, itemsize, checkpoint) + copies
+        return backward_bytes(network, *where, x.shape, itemsize, checkpoint, joined) + copies
 
-    if streamed and not checkpoint:
-        free = comfy.model_management.get_free_memory(x.device)
-        if patcher.is_dynamic():  # its weights make room by themselves
-            free += patcher.loaded_size()
-        checkpoint = model.memory_required(list(x.shape)) + needed(False) > free
-        if checkpoint:
-            logging.info("UnifyEdit: memory is short: layers are computed again for their gradient")
-    return needed(checkpoint), checkpoint
+    if not streamed:
+        return MemoryPlan(needed(*ways[0]), *ways[0])
+    free = comfy.model_management.get_free_memory(x.device)
+    if patcher.is_dynamic():  # its weights make room by themselves
+        free += patcher.loaded_size()
+    free -= model.memory_required(list(x.shape))
+    chosen = next((way for way in ways if needed(*way) <= free), ways[-1])
+    if chosen[0] and not checkpoint:
+        logging.info("UnifyEdit: memory is short: layers are computed again for their gradient")
+    return MemoryPlan(needed(*chosen), *chosen)
+
+
+def row_operations(
+    network: Network, layers: Sequence[Collection[AttentionLayer]], shape: Sequence[int]
+) -> int:
+    """Additions and multiplications in one row's forward up to the last of `layers`, to a quarter: two for
+    each weight and position of the image.
+
+    shape: the latent's, [rows, channels, height, width].
+    """
+    paths, found = {layer.path for part in layers for layer in part}, 0
+    for block in network.blocks(*shape[-2:]):
+        if not paths:
+            break
+        found += 2 * block.tokens * block.weights
+        paths = {path for path in paths if not path.startswith(f"{block.path}.")}
+    return found * shape[0]
+
+
+def few_operations(count: int, device: torch.device, itemsize: int) -> bool:
+    """Whether the device computes so many operations faster than Python launches a pass through the network.
+
+    itemsize: bytes of a number. A GPU computes about four times as fast in half precision.
+    """
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return count < _PER_MULTIPROCESSOR * processors * (2 / itemsize) ** 2
+    return device.type == "cpu" and count < _PER_THREAD * torch.get_num_threads()
 
 
 def backward_bytes(
@@ -68,14 +121,17 @@ def backward_bytes(
     shape: Sequence[int],
     itemsize: int,
     checkpoint: bool,
+    joined: bool = False,
 ) -> int:
     """Bytes of the graph from a latent to the recorded attentions, with their losses and gradients.
 
     shape: the latent's, [rows, channels, height, width].
     itemsize: bytes of a number in the network.
     checkpoint: with every layer's inside computed again, one at a time.
+    joined: with rows of the source and of the target for each loss.
     """
     rows, _, height, width = shape
+    copies = 2 * bool(self_layers) + bool(cross_layers) if joined else 1
     paths = {layer.path for layer in (*self_layers, *cross_layers)}
     if not paths:
         return 0
@@ -90,9 +146,11 @@ def backward_bytes(
     maps += [layer.heads * tokens(layer) * TEXT_TOKENS for layer in cross_layers]
     kept += structure + (structure + words if checkpoint else sum(inside))
     back += max(inside) if checkpoint else 0
-    slopes = rows * max(structure, words)
-    piece = min(PIECE, rows * max(maps))
-    return rows * kept * itemsize + max(4 * (slopes + _MAPS * piece), itemsize * (slopes + rows * back))
+    slopes = rows * (structure + words if joined else max(structure, words))
+    piece = min(PIECE, rows * sum(maps))
+    return rows * copies * kept * itemsize + max(
+        4 * (slopes + _MAPS * piece), itemsize * (slopes + rows * copies * back)
+    )
 
 
 def _graph(network: UNet, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:

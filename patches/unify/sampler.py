@@ -115,31 +115,39 @@ def sample_unify(
     layers = choose_layers(settings, plan, network, x)
     tokens = settings.tokens(len(x))
     _check_run(guider, settings, denoise_mask, x)
-    memory, checkpointing = plan_memory(guider, x, layers, options.checkpointing)
+    memory = plan_memory(guider, x, layers, options.checkpointing, inversion.virtual)
     records: list[Record] = []
-    with open_source(guider, network, inversion, x, model_options, extra_args, memory) as (source, patchers):
+    with open_source(guider, network, inversion, x, model_options, extra_args, memory.size) as (
+        source,
+        patchers,
+    ):
         mask = settings.mask
         if mask is None and options.auto_mask:
             mask = find_mask(source, guider.conds["positive"], tokens, layers.words, plan, x)
             settings.check_cover(mask, "the automatic mask")
-        target = make_target(guider, options, tokens, mask, layers, x, model_options, patchers, checkpointing)
+        target = make_target(
+            guider, source, options, tokens, mask, layers, x, model_options, patchers, memory
+        )
         for i in model_trange(len(sigmas) - 1, disable=disable):
             sigma, below, step = sigmas[i], sigmas[i + 1], plan[i]
-            reference, offset = source.read(i, x, sigma * rows, layers.structure if step.structure else ())
+            reading = source.open(i, x, layers.structure if step.structure else ())
+            if inversion.virtual:
+                source.read(reading, sigma * rows)
             move: torch.Tensor | float = 0.0
             for inner in range(options.inner_steps):
-                found = target.gradients(x, step.sigma, reference, step.alignment > 0)
+                found = target.gradients(x, step.sigma, reading, step.alignment > 0)
                 if found is None:
                     break
                 direction = settings.balance.direction(found.structure, found.alignment, step.weights)
                 # The unit of length is the source branch's own step, image by image.
-                length = row_norm(inversion.latent(i, x) - inversion.latent(i + 1, x))
+                length = row_norm(source.latent(i, x) - source.latent(i + 1, x))
                 move = direction * length * reach
                 if options.update_target == "latent":
                     x = x - move
                 usable = (direction != 0).flatten(1).any(dim=1)
-                records.append(Record(i + inner / options.inner_steps, found.values, usable, found.reordered))
-            denoised = model(x, sigma * rows, **watched) + offset
+                at = i + inner / options.inner_steps
+                records.append(Record(at, found.values, usable, found.reordered, found.mixed))
+            denoised = model(x, sigma * rows, **watched) + reading.offset
             runs.check()
             if options.update_target == "noise":
                 # Added to the predicted noise, at the length that moves the next latent by `move`.

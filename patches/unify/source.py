@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -24,45 +24,87 @@ from ..inversion import Inversion
 class Source:
     """The source branch of one sampling.
 
+    virtual: whether the inversion is.
+    path: the inversion's trajectory, on the sampling's device, so that no step waits for a copy.
+    sigmas: of the inversion.
     entries: the source description as the model takes it.
     options: the model options of every call.
     denoise_mask: the sampling's noise mask, or None.
     """
 
     model: BaseModel
+<<<<<<< HEAD
     network: UNet
     inversion: Inversion
+=======
+    network: Network
+    virtual: bool
+    path: torch.Tensor
+    sigmas: Sequence[float]
+>>>>>>> 9397997 (Run UnifyEdit's rows in one forward and one backward pass where launching costs more than arithmetic)
     entries: list[dict[str, Any]]
     options: dict[str, Any]
     denoise_mask: torch.Tensor | None = None
 
     def entry(self, step: int) -> dict[str, Any] | None:
         """The description's entry for the whole image that is active at `step`."""
-        return active_entry(self.entries, float(self.inversion.sigmas[step]))
+        return active_entry(self.entries, self.sigmas[step])
 
-    def read(
-        self, step: int, x: torch.Tensor, sigma: torch.Tensor, layers: Sequence[AttentionLayer]
-    ) -> tuple[Mapping[str, Projections], torch.Tensor | float]:
-        """The self-attention at `layers`, and what to add to the denoised prediction of the target.
+    def latent(self, step: int, x: torch.Tensor) -> torch.Tensor:
+        """The path's latent at `step`, one row for each of `x`."""
+        return self.path[step].expand_as(x)
+
+    def open(self, step: int, x: torch.Tensor, layers: Sequence[AttentionLayer]) -> Reading:
+        """What the source has to give at `step`, before it is read.
 
         x: the target latent, [rows, ...].
+        layers: whose self-attention is needed.
+        """
+        entry = self.entry(step)
+        return Reading(entry, self.latent(step, x), layers if entry is not None else ())
+
+    def read(self, reading: Reading, sigma: torch.Tensor) -> None:
+        """Run the source by itself.
+
         sigma: [rows].
 
-        Stored inversion: nothing is added, and without layers there is no model call. Virtual inversion: the
-        source's own prediction should be the clean image x_0; its error is subtracted from the target's, D* +
-        (x_0 - D_s). This is InfEdit's x_0 + (x*_t - x^s_t) - sigma (eps* - eps_s) (arXiv 2312.04965) in
-        denoised space. If the target is predicted like the source, the result is x_0, exactly.
+        Stored inversion: nothing is added to the target's prediction, and without layers there is no model
+        call. Virtual inversion: the source's own prediction should be the clean image x_0; its error is
+        subtracted from the target's, D* + (x_0 - D_s). This is InfEdit's x_0 + (x*_t - x^s_t) - sigma (eps* -
+        eps_s) (arXiv 2312.04965) in denoised space. If the target is predicted like the source, the result is
+        x_0, exactly.
         """
-        entry, virtual = self.entry(step), self.inversion.virtual
-        if entry is None or not (layers or virtual):
-            return {}, 0.0
-        recorder = AttentionRecorder(self.network, layers, (), stop=not virtual)
-        latent = self.inversion.latent(step, x)
-        (denoised,) = record(self.model, recorder, entry, latent, sigma, self.options)
-        if not virtual:
-            return recorder.self_attention, 0.0
-        error = self.inversion.latent(-1, x) - denoised
-        return recorder.self_attention, error if self.denoise_mask is None else error * self.denoise_mask
+        if reading.entry is None or not (reading.layers or self.virtual):
+            return
+        recorder = AttentionRecorder(self.network, reading.layers, (), stop=not self.virtual)
+        denoised = record(self.model, recorder, reading.entry, reading.latent, sigma, self.options)
+        reading.attention = recorder.self_attention
+        if self.virtual:
+            error = self.latent(-1, reading.latent) - denoised
+            reading.offset = error if self.denoise_mask is None else error * self.denoise_mask
+
+
+@dataclass(eq=False)
+class Reading:
+    """The source branch at one step.
+
+    entry: the description's entry, None if none is active.
+    latent: the inversion's, [rows, ...].
+    layers: whose self-attention is needed.
+    attention: at these layers; empty until the source is read.
+    offset: what to add to the denoised prediction of the target.
+    """
+
+    entry: dict[str, Any] | None
+    latent: torch.Tensor
+    layers: Sequence[AttentionLayer]
+    attention: Mapping[str, Projections] = field(default_factory=dict)
+    offset: torch.Tensor | float = 0.0
+
+    @property
+    def unread(self) -> bool:
+        """Whether attention is needed and not there yet."""
+        return bool(self.layers) and not self.attention
 
 
 @contextmanager
@@ -110,7 +152,16 @@ def open_source(
             extra_args.get("seed"),
             latent_shapes=[x.shape],
         )["positive"]
-        source = Source(guider.inner_model, network, inversion, entries, options, denoise_mask)
+        source = Source(
+            guider.inner_model,
+            network,
+            inversion.virtual,
+            inversion.trajectory.to(x.device),
+            inversion.sigmas.tolist(),
+            entries,
+            options,
+            denoise_mask,
+        )
         if inversion.virtual and any(source.entry(step) is None for step in range(inversion.steps)):
             raise ValueError(
                 "the inversion's source description leaves out a part of the sampling, which a "

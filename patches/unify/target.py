@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -14,13 +15,24 @@ from comfy.model_patcher import ModelPatcher
 
 from ..attention.layers import AttentionLayer
 from ..attention.masks import layer_masks
-from ..attention.recorder import AttentionRecorder, LossGradient, Projections, active_entry, record
-from ..host.autograd import differentiable_options, gradients, naming_writes, weights_streamed
+from ..attention.recorder import (
+    AttentionRecorder,
+    LossGradient,
+    Projections,
+    active_entry,
+    joinable,
+    loss_gradients,
+    record_together,
+    whole_image,
+)
+from ..host.autograd import Aliases, differentiable_options, gradients, naming_writes, weights_streamed
 from ..host.checkpointing import checkpointed
 from .balance import row_norm
 from .losses import alignment_loss, structure_loss
+from .memory import MemoryPlan
 from .plan import Layers
 from .settings import UnifyOptions
+from .source import Reading, Source
 from .tokens import EditTokens
 from .trace import LOSSES
 from .words import Words, edit_words
@@ -33,19 +45,23 @@ class Gradients:
     structure, alignment: [rows, channels, height, width], float32; zero for a loss without a weight.
     values: [4, rows], as in a Trace.
     reordered: to be checked after the run by `check_order`.
+    mixed: the same by `check_apart`.
     """
 
     structure: torch.Tensor
     alignment: torch.Tensor
     values: torch.Tensor
     reordered: list[tuple[str, torch.Tensor]]
+    mixed: list[torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
     """The target branch of one sampling.
 
+    source: the source branch.
     entries: the edit description as the model takes it.
+    twins: the same with uuids of their own, for a second row of the target.
     options: the model options of every call.
     patchers: the models that a call runs.
     words: the edit's words by the number of tokens in the context.
@@ -53,10 +69,14 @@ class Target:
     regions: where structure is kept at each layer for it, [rows or 1, tokens]; None for everywhere.
     alignment: form of the alignment loss.
     checkpointing: whether layers are computed again in the backward pass.
+    joined: whether all rows of a step run together.
+    aliases: of the model's weights.
     """
 
     model: BaseModel
+    source: Source
     entries: list[dict[str, Any]]
+    twins: list[dict[str, Any]]
     options: dict[str, Any]
     patchers: Sequence[ModelPatcher]
     layers: Layers
@@ -65,72 +85,120 @@ class Target:
     regions: Mapping[str, torch.Tensor] | None
     alignment: str
     checkpointing: bool
+    joined: bool
+    aliases: Aliases = field(default_factory=Aliases)
 
-    def gradients(
-        self,
-        x: torch.Tensor,
-        sigma: float,
-        reference: Mapping[str, Projections],
-        words: bool,
-    ) -> Gradients | None:
+    def gradients(self, x: torch.Tensor, sigma: float, reading: Reading, words: bool) -> Gradients | None:
         """Both losses' gradients at the latent `x`; None if there is nothing to differentiate.
 
         x: [rows, channels, height, width].
-        reference: the source's self-attention, empty if structure has no weight.
+        reading: the source at this step, with layers if structure has a weight. It is read here.
         words: whether alignment has a weight.
+
+        Joined, the source and a copy of the target for each loss run in one forward, and one backward pass
+        gives both gradients. Else the source runs by itself, and the target's forward has a backward pass for
+        each loss.
         """
+        wanted = [name for name, weight in zip(LOSSES, (reading.layers, words), strict=True) if weight]
         entry = active_entry(self.entries, sigma)
-        if entry is None or not (words or reference):
+        if entry is None or not wanted:
             return None
-        with naming_writes(), gradients(weights_streamed(self.patchers)):
-            leaf = x.clone().requires_grad_()
-            options = differentiable_options(self.options)
-            if self.checkpointing:
-                options["transformer_options"] = checkpointed(options["transformer_options"])
-            recorder = AttentionRecorder(
-                self.layers.network,
-                self.layers.structure if reference else (),
-                self.layers.words if words else (),
-                stop=True,
-                whole_layers=self.checkpointing,
-            )
+        levels, source = x.new_full((len(x),), sigma), reading.entry if reading.unread else None
+        joined = self.joined and joinable(*(found for found in (entry, source) if found is not None))
+        if source is not None and not joined:
+            self.source.read(reading, levels)
+        with naming_writes(), gradients(weights_streamed(self.patchers), self.aliases):
+            targets = [entry, active_entry(self.twins, sigma)][: len(wanted) if joined else 1]
+            branches = [(target, x.clone().requires_grad_()) for target in targets if target is not None]
+            if source is not None and joined:
+                branches.append((source, reading.latent.clone().requires_grad_()))
+            recorder = self._record(branches, levels, bool(reading.layers), words)
             try:
-                levels, own_grid = x.new_full((len(x),), sigma), self.regions is not None
-                record(self.model, recorder, entry, leaf, levels, options, own_grid)
-                losses = self._losses(recorder, reference, words)
-                values, found = {}, {}
-                for number, (name, take) in enumerate(losses.items(), start=1):
-                    loss = take()
-                    values[name] = loss.values
-                    found[name] = loss.by_latent(leaf, keep_graph=number < len(losses))
+                if source is not None and joined:
+                    attention, _ = recorder.branch(source["uuid"])
+                    reading.attention = {key: found.detach() for key, found in attention.items()}
+                losses = self._losses(recorder, branches, reading.attention, wanted)
+                values, found, rest = _differentiate(losses, [latent for _, latent in branches], joined)
             finally:
                 recorder.clear()
+        self.aliases.drop_unused()
         nothing = x.new_full((len(x),), torch.nan)
         norms = {name: row_norm(gradient).flatten() for name, gradient in found.items()}
         return Gradients(
             *(found.get(name, torch.zeros_like(x)) for name in LOSSES),
             torch.stack([part.get(name, nothing).detach() for part in (values, norms) for name in LOSSES]),
             recorder.moved,
+            [(gradient.abs() > 0).any() for gradient in rest if gradient is not None],
         )
 
+    def _record(
+        self,
+        branches: Sequence[tuple[dict[str, Any], torch.Tensor]],
+        sigma: torch.Tensor,
+        structure: bool,
+        words: bool,
+    ) -> AttentionRecorder:
+        """One forward of these entries, up to the last layer that is read."""
+        options = differentiable_options(self.options)
+        if self.checkpointing:
+            options["transformer_options"] = checkpointed(options["transformer_options"])
+        recorder = AttentionRecorder(
+            self.layers.network,
+            self.layers.structure if structure else (),
+            self.layers.words if words else (),
+            stop=True,
+            whole_layers=self.checkpointing,
+            branches=[entry["uuid"] for entry, _ in branches],
+        )
+        record_together(self.model, recorder, branches, sigma, options, self.regions is not None)
+        return recorder
+
     def _losses(
-        self, recorder: AttentionRecorder, reference: Mapping[str, Projections], words: bool
+        self,
+        recorder: AttentionRecorder,
+        branches: Sequence[tuple[dict[str, Any], torch.Tensor]],
+        reference: Mapping[str, Projections],
+        wanted: Sequence[str],
     ) -> dict[str, Callable[[], LossGradient]]:
-        """The losses that have a weight; each is taken only when the one before it is done with."""
+        """The wanted losses, each of its own branch if there are enough; none is taken yet."""
+        targets = [recorder.branch(entry["uuid"]) for entry, _ in branches]
         losses = {}
-        if reference:
-            losses["structure"] = partial(structure_loss, reference, recorder.self_attention, self.regions)
-        if words:
-            attention = recorder.cross_attention
-            context = next(iter(attention.values())).k.shape[1]
-            losses["alignment"] = partial(
-                alignment_loss, attention, self.words(context), self.masks, self.alignment
-            )
+        for number, name in enumerate(wanted):
+            own, across = targets[min(number, len(targets) - 1)]
+            if name == "structure":
+                losses[name] = partial(structure_loss, reference, own, self.regions)
+            else:
+                context = next(iter(across.values())).k.shape[1]
+                losses[name] = partial(
+                    alignment_loss, across, self.words(context), self.masks, self.alignment
+                )
         return losses
+
+
+def _differentiate(
+    losses: Mapping[str, Callable[[], LossGradient]], latents: Sequence[torch.Tensor], joined: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Values of the losses, their gradients, and what they make of the other latents, which must be 0.
+
+    joined: each loss has its own of `latents`, in their order; else all have the first, and each is taken
+    only when the one before it is done with.
+    """
+    values, found = {}, {}
+    if joined:
+        taken = [take() for take in losses.values()]
+        values = {name: loss.values for name, loss in zip(losses, taken, strict=True)}
+        gradients = loss_gradients(taken, latents)
+        return values, dict(zip(losses, gradients, strict=False)), gradients[len(losses) :]
+    for number, (name, take) in enumerate(losses.items(), start=1):
+        loss = take()
+        values[name] = loss.values
+        (found[name],) = loss_gradients([loss], latents[:1], keep_graph=number < len(losses))
+    return values, found, []
 
 
 def make_target(
     guider: comfy.samplers.CFGGuider,
+    source: Source,
     options: UnifyOptions,
     tokens: Sequence[EditTokens],
     mask: torch.Tensor | None,
@@ -138,7 +206,7 @@ def make_target(
     x: torch.Tensor,
     model_options: dict[str, Any],
     patchers: Sequence[ModelPatcher],
-    checkpointing: bool,
+    memory: MemoryPlan,
 ) -> Target:
     """The target branch of the sampling of `x`, [rows, channels, height, width].
 
@@ -146,17 +214,25 @@ def make_target(
     tokens: one for all rows, or one for each.
     mask: 1 in the edit region, [rows or 1, any height, any width], or None for the whole image.
     """
+    entries = guider.conds["positive"]
+    words = cache(lambda context: edit_words(tokens, context).to(x.device))
+    if layers.words:
+        for entry in whole_image(entries):  # now, so that no step waits for them
+            words(entry["model_conds"]["c_crossattn"].cond.shape[1])
     return Target(
         model=guider.inner_model,
-        entries=guider.conds["positive"],
+        source=source,
+        entries=entries,
+        twins=[{**entry, "uuid": uuid.uuid4()} for entry in entries],
         options=model_options,
         patchers=patchers,
         layers=layers,
-        words=cache(lambda context: edit_words(tokens, context).to(x.device)),
+        words=words,
         masks=layer_masks(mask, layers.words, *x.shape[-2:], x.device),
         regions=_regions(options.structure_region, mask, layers.structure, x),
         alignment=options.alignment,
-        checkpointing=checkpointing,
+        checkpointing=memory.checkpointing,
+        joined=memory.joined,
     )
 
 
@@ -173,4 +249,5 @@ def _regions(
     if region == "inside":
         return regions
     whole = whole.to(x.device)
-    return {key: torch.where(whole, 1, 1 - inside) for key, inside in regions.items()}
+    outside = {id(inside): torch.where(whole, 1, 1 - inside) for inside in regions.values()}
+    return {key: outside[id(inside)] for key, inside in regions.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...pictures.plots import Panel, draw_panels
-from ..attention.checks import check_order
+from ..attention.checks import check_apart, check_order
 from .plan import Step
 
 LOSSES = ("structure", "alignment")
@@ -24,12 +24,14 @@ class Record:
     that had no weight or was not finite.
     usable: [images], whether the latent was moved.
     reordered: layers whose tokens another node replaced, for `check_order`.
+    mixed: whether rows were mixed, for `check_apart`.
     """
 
     at: float
     values: torch.Tensor
     usable: torch.Tensor
     reordered: list[tuple[str, torch.Tensor]]
+    mixed: list[torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ def make_trace(
     """The Trace of a run. Warns of gradient steps that were not usable.
 
     Raises ValueError if the latent should have been optimised and an image was not, or if another node had
-    reordered tokens.
+    reordered tokens or mixed rows.
     """
     mask = None if mask is None else mask.cpu()
     if not records:
@@ -82,6 +84,7 @@ def make_trace(
             )
         return Trace(len(plan), (), torch.empty(0, 4, images), torch.empty(0, images, dtype=torch.bool), mask)
     check_order([moved for record in records for moved in record.reordered])
+    check_apart([mixed for record in records for mixed in record.mixed])
     values = torch.stack([record.values for record in records]).cpu()
     usable = torch.stack([record.usable for record in records]).cpu()
     least, image = (int(value) for value in usable.sum(dim=0).min(dim=0))
