@@ -282,10 +282,10 @@ def test_steps_without_a_gradient(host: Host, model: Any, caplog: pytest.LogCapt
     loss_gradients = target.loss_gradients
     broken = {0}
 
-    def sometimes(losses: Any, *rest: Any) -> Any:
+    def sometimes(losses: Any, *rest: Any, **more: Any) -> Any:
         step = len(seen) // 2  # two losses a step
         seen.extend(losses)
-        found = loss_gradients(losses, *rest)
+        found = loss_gradients(losses, *rest, **more)
         return [gradient * math.nan if step in broken else gradient for gradient in found]
 
     with pytest.MonkeyPatch.context() as patch:

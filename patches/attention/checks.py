@@ -128,8 +128,8 @@ def check_apart(found: Collection[torch.Tensor]) -> None:
     """
     if found and bool(torch.stack(list(found)).any()):
         raise ValueError(
-            "a node mixes the rows of a model call (it lets pictures of a batch see each other), but every row "
-            f"has a gradient of its own here. {TAKE_OUT}"
+            "a node mixes the rows of a model call (it lets pictures of a batch see each other), but every "
+            f"row has a gradient of its own here. {TAKE_OUT}"
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,7 +42,6 @@ from .unet import UNet
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
 PIECE = 2**24  # probabilities at a time: 64 MiB
-_OWN_PARTS = ("control", "gligen", "hooks")  # of a conditioning entry
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,9 @@ def loss_gradients(
     """d(sum of a loss's values)/d(its latent) in float32 for each loss, by one backward pass. Consumes the
     losses' `parts`, so that they take no memory during it.
 
-    latents: for each loss the leaf that its rows of the model call started from, [rows, ...]. More leaves may
-    follow; their gradients follow too, None for one that no loss depends on. Each row's loss depends on its own row only.
+    latents: for each loss the leaf that its rows of the model call started from, [rows, ...]; each row's loss
+    depends on its own row only. More leaves may follow. Their gradients follow too, None for one that no loss
+    depends on.
     keep_graph: whether the graph is needed again.
 
     Gradients of attention losses are far too small for half precision. So what enters the network is scaled
@@ -354,57 +354,11 @@ def record(
 
     Raises ValueError if the network or a layer did not run, or if another node changes the call or a layer.
     """
-    (denoised,) = _run(model, recorder, [entry], x, sigma, options, own_grid)
+    (denoised,) = run_entries(model, recorder, [entry], x, sigma, options, own_grid)
     return denoised
 
 
-def record_together(
-    model: BaseModel,
-    recorder: AttentionRecorder,
-    branches: Sequence[tuple[dict[str, Any], torch.Tensor]],
-    sigma: torch.Tensor,
-    options: dict[str, Any],
-    own_grid: bool = False,
-) -> None:
-    """`record` of several conditioning entries in one model call, each with a latent of its own.
-
-    The call has the layout of a stock one: a chunk of rows for each entry, with its index and uuid. Which
-    entries can run together: `joinable`.
-
-    branches: entries with uuids that differ, and their latents, each [rows, ...].
-    """
-    entries, x = [entry for entry, _ in branches], branches[0][1]
-    if len(branches) > 1:
-        x, options = x.detach(), _with_latents(options, {entry["uuid"]: own for entry, own in branches})
-    _run(model, recorder, entries, x, sigma, options, own_grid)
-
-
-def joinable(*entries: dict[str, Any]) -> bool:
-    """Whether `record_together` can run these conditioning entries.
-
-    Their texts must have one length, since the host repeats the shorter one, which halves its attention. And
-    they must have nothing that the host computes from the latent outside of the model call (ControlNet,
-    GLIGEN) or that gives them other weights (hooks).
-    """
-    texts = {entry["model_conds"]["c_crossattn"].cond.shape[1] for entry in entries}
-    return len(texts) == 1 and not any(entry.get(name) for entry in entries for name in _OWN_PARTS)
-
-
-def _with_latents(options: dict[str, Any], latents: Mapping[Hashable, torch.Tensor]) -> dict[str, Any]:
-    """Model options whose calls run each entry on its own latent, before all that other nodes do there."""
-    previous = options.get("model_function_wrapper")
-
-    def call(apply_model: Callable, given: dict[str, Any]) -> torch.Tensor:
-        uuids = given["c"]["transformer_options"]["uuids"]
-        given = {**given, "input": torch.cat([latents[uuid] for uuid in uuids])}
-        if previous is not None:
-            return previous(apply_model, given)
-        return apply_model(given["input"], given["timestep"], **given["c"])
-
-    return {**options, "model_function_wrapper": call}
-
-
-def _run(
+def run_entries(
     model: BaseModel,
     recorder: AttentionRecorder,
     entries: list[dict[str, Any]],
@@ -413,6 +367,7 @@ def _run(
     options: dict[str, Any],
     own_grid: bool,
 ) -> list[torch.Tensor]:
+    """`record` of several entries with texts of one length; returns what the host makes of all."""
     text, (height, width) = entries[0]["model_conds"]["c_crossattn"].cond.shape[1], x.shape[-2:]
     expected = Expected(len(x), (height, width), text, own_grid)
     with _uncompiled():

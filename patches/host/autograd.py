@@ -32,7 +32,6 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention.checks import TAKE_OUT
 
-
 _KINDS = (torch.Tensor, torch.nn.Parameter)
 _SEEN = (*_KINDS, list, tuple)
 

@@ -86,9 +86,7 @@ def plan_memory(
     return MemoryPlan(needed(*chosen), *chosen)
 
 
-def row_operations(
-    network: Network, layers: Sequence[Collection[AttentionLayer]], shape: Sequence[int]
-) -> int:
+def row_operations(network: UNet, layers: Sequence[Collection[AttentionLayer]], shape: Sequence[int]) -> int:
     """Additions and multiplications in one row's forward up to the last of `layers`, to a quarter: two for
     each weight and position of the image.
 

@@ -33,15 +33,10 @@ class Source:
     """
 
     model: BaseModel
-<<<<<<< HEAD
     network: UNet
-    inversion: Inversion
-=======
-    network: Network
     virtual: bool
     path: torch.Tensor
     sigmas: Sequence[float]
->>>>>>> 9397997 (Run UnifyEdit's rows in one forward and one backward pass where launching costs more than arithmetic)
     entries: list[dict[str, Any]]
     options: dict[str, Any]
     denoise_mask: torch.Tensor | None = None

@@ -20,11 +20,10 @@ from ..attention.recorder import (
     LossGradient,
     Projections,
     active_entry,
-    joinable,
     loss_gradients,
-    record_together,
     whole_image,
 )
+from ..attention.together import joinable, record_together
 from ..host.autograd import Aliases, differentiable_options, gradients, naming_writes, weights_streamed
 from ..host.checkpointing import checkpointed
 from .balance import row_norm
