@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,13 +95,14 @@ class Checkpoint:
 
         Raises ValueError for a file of another kind.
         """
-        if file.suffix == ".safetensors":
-            with safetensors.safe_open(file, "pt") as opened:
-                if "text.table" in opened.keys():  # noqa: SIM118
-                    return cls(studio.load_model(file), studio.load_clip(file), studio.load_vae(file)), TINY
         try:
+            if file.suffix == ".safetensors":
+                with safetensors.safe_open(file, "pt") as opened:
+                    names = set(opened.keys())
+                if "text.table" in names:
+                    return cls(studio.load_model(file), studio.load_clip(file), studio.load_vae(file)), TINY
             model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(file))
-        except RuntimeError as error:
+        except (RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"--checkpoint: {file} is no checkpoint that ComfyUI knows ({error})") from None
         if model is None or clip is None or vae is None:
             raise ValueError(
@@ -125,6 +127,15 @@ class Prepared:
     edit: list[Any]
     negative: list[Any]
     tokens: EditTokens
+
+
+@contextmanager
+def named(case: Case) -> Generator[None]:
+    """Puts the case in front of an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"case {case.id} ({case.origin}): {error}") from None
 
 
 def fitted(case: Case, side: int) -> Case:
@@ -165,10 +176,8 @@ class Calibration:
         case, clip = fitted(case, side), self._checkpoint.clip
         picture, mask = case.source(), case.read("mask")
         texts = (case.source_description, case.edit_description, "")
-        try:
+        with named(case):
             tokens = find_tokens(clip, *texts[:2])
-        except ValueError as error:
-            raise ValueError(f"case {case.id} ({case.origin}): {error}") from None
         encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
         latent = self._checkpoint.vae.encode(to_tensor(picture))
         return Prepared(case, picture, latent, mask, *encoded, tokens)
@@ -214,7 +223,8 @@ class Calibration:
         known = {one.case.id: one for one in self.cases}
         for _, case in self.results.missing([setting], [one.case for one in self.cases]):
             start = time.perf_counter()
-            picture = self.edited(setting, known[case.id])
+            with named(case):
+                picture = self.edited(setting, known[case.id])
             seconds = time.perf_counter() - start
             save_picture(self.results.folder, setting.label, case.id, picture)
             metrics = self._judge(known[case.id], picture)
@@ -228,7 +238,7 @@ class Calibration:
 
 
 def search(
-    calibration: Calibration, start: Setting, grid: Mapping[str, Sequence[float]] = GRID
+    calibration: Calibration, start: Setting, grid: Mapping[str, Sequence[float]]
 ) -> dict[Setting, float]:
     """The tried settings with their scores, the best first.
 
@@ -309,13 +319,12 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     }
     scorer = Scorer(options.clip_vision, options.clip)
     settings = check_run(options.out, where, [])
-    results = Results(options.out)
-    write_run(options.out, {**settings, "missing": scorer.missing})
     checkpoint, start = Checkpoint.load(options.checkpoint)
     start = replace(start, steps=options.steps or start.steps)
-    calibration = Calibration(checkpoint, cases, scorer, results, options.side)
+    calibration = Calibration(checkpoint, cases, scorer, Results(options.out), options.side)
+    write_run(options.out, {**settings, "missing": scorer.missing})
     print(f"{len(cases)} cases; judged by {calibration.text} and {calibration.structure}", flush=True)
-    scores = search(calibration, start)
+    scores = search(calibration, start, GRID)
     print(write(calibration, start, scores))
     write_report(options.out)
     best, score = next(iter(scores.items()))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from host import Host
 from PIL import Image
@@ -102,41 +103,59 @@ def test_pictures_fit(lab: Any, tmp_path: Path) -> None:
         assert [fitted.read(name).size for name in names] == [size] * 3
 
 
-def test_search_finds_the_shipped_settings(lab: Any, cases: list[Any], pairs: Path, tmp_path: Path) -> None:
+def test_search_finds_the_shipped_settings(
+    lab: Any, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Protects: from settings that leave the picture as it is, the search on a user's pictures finds ones
     that make the edits and score at least as well as the shipped ones; a second run makes no edit again.
     """
-    calibrate = lab.calibrate
-    checkpoint, shipped = calibrate.Checkpoint.load(lab.studio_file)
-    shipped = calibrate.replace(shipped, steps=5)
-    scorer, results = calibrate.Scorer(), calibrate.Results(tmp_path)
-    found = calibrate.read_cases("folder", pairs, "")
-    calibration = calibrate.Calibration(checkpoint, found, scorer, results, 512)
-    assert (calibration.text, calibration.structure) == ("own_text", "own_structure")
-    start = calibrate.replace(shipped, denoise=0.1)
-    scores = calibrate.search(calibration, start, {"denoise": (0.6,), "cfg": (shipped.cfg, 8.0)})
-    best = next(iter(scores))
-    assert scores[best] >= scores[shipped] > scores[start]
-    made, left = (
-        min(result["metrics"]["own_text"] for result in calibration.of(setting)) for setting in (best, start)
-    )
-    assert made > max(left, 0)
-    table = calibrate.write(calibration, start, scores)
-    assert json.loads((tmp_path / "settings.json").read_text()) == calibrate.asdict(best)
-    assert table.splitlines()[2].startswith(f"| {best.denoise:.3g} | {best.cfg:.3g} |")
-    assert (tmp_path / "sheet.jpg").is_file()
-    again = calibrate.Calibration(checkpoint, found, scorer, calibrate.Results(tmp_path), 512)
-    again.edited = lambda *_: pytest.fail("made again")
-    assert again.judged(best) == calibration.judged(best)
+    calibrate, out = lab.calibrate, tmp_path / "out"
+    shipped = calibrate.TINY
+    monkeypatch.setattr(calibrate, "TINY", calibrate.replace(shipped, denoise=0.1))
+    monkeypatch.setattr(calibrate, "GRID", {"denoise": (shipped.denoise,), "cfg": (shipped.cfg, 8.0)})
+    arguments = ["--checkpoint", str(lab.studio_file), "--pairs", str(pairs), "--out", str(out)]
+    arguments += ["--steps", "5", "--json", str(tmp_path / "found.json")]
+    assert calibrate.main(arguments) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    lines = (out / "settings.md").read_text().splitlines()
+    names, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    scores = {(float(row[0]), float(row[1])): float(row[5]) for row in rows[1:]}
+    tried, start = (shipped.denoise, shipped.cfg), (0.1, shipped.cfg)
+    assert names[5] == "score"
+    assert found["score"] == pytest.approx(max(scores.values()), rel=0.01)
+    assert found["score"] >= 0.99 * scores[tried] > scores[start]
+    best = calibrate.Setting(**json.loads((out / "settings.json").read_text()))
+    assert calibrate.asdict(best).items() <= found.items()
+    results = calibrate.Results(out).all
+    made = [r["metrics"]["own_text"] for r in results if r["method"] == best.label]
+    left = [r["metrics"]["own_text"] for r in results if "denoise 0.1" in r["method"]]
+    assert len(made) == 2
+    assert min(made) > max(min(left), 0)
+    assert {"sheet.jpg", "report.html", "tables"} <= {file.name for file in out.iterdir()}
+    monkeypatch.setattr(calibrate.Calibration, "edited", lambda *_: pytest.fail("made again"))
+    assert calibrate.main(arguments) == 0
+    assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
 def test_refusals(lab: Any, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Protects: a missing checkpoint, a file that is none, and a folder without cases are refused by name."""
-    none, other = tmp_path / "none.safetensors", tmp_path / "other.safetensors"
-    lab.calibrate.safetensors.torch.save_file({"a": torch.zeros(1)}, other)
+    """Protects: a missing checkpoint, a file that is none, a folder without cases and a case that cannot be
+    edited are refused by name.
+    """
+    files = ("none", "other", "broken")
+    none, other, broken = (tmp_path / f"{name}.safetensors" for name in files)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, other)
+    broken.write_bytes(b"not a file of weights")
+    same = tmp_path / "same"
+    same.mkdir()
+    Image.new("RGB", (64, 64)).save(same / "a.png")
+    texts = {"source_description": "a red circle", "edit_description": "a red circle"}
+    line = {"id": "one", "type": "t", "source_image": "a.png", **texts}
+    (same / "cases.jsonl").write_text(json.dumps(line), encoding="utf-8")
     for checkpoint, folder, said in (
         (none, pairs, "there is no file"),
         (other, pairs, "is no checkpoint"),
+        (broken, pairs, "is no checkpoint"),
+        (lab.studio_file, same, "case one"),
         (lab.studio_file, tmp_path, "is not a benchmark folder"),
     ):
         arguments = ["--checkpoint", str(checkpoint), "--pairs", str(folder), "--out", str(tmp_path / "out")]
