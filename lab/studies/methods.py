@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import comfy.samplers
 import torch
 
 from ...models.bridge_file import load_bridge
@@ -141,79 +140,3 @@ def edit_tokens(tiny: Studio, batch: Batch) -> tuple[EditTokens, ...]:
 @cache
 def _find_tokens(clip: Any, source: str, edit: str) -> EditTokens:
     return find_tokens(clip, source, edit)
-
-
-def injected(cfg: float, self_fraction: float, cross_fraction: float) -> StudioMethod:
-    """Attention injection in the manner of prompt-to-prompt (arXiv 2208.01626).
-
-    The source runs beside the target along its DDIM inversion. For a fraction of the steps, 0 to 1, the
-    target's self-attention gets the queries and keys of the source. Its cross-attention gets the queries of
-    the source, and its keys for the words that both descriptions have or that replace one another.
-    """
-
-    def edit(tiny: Studio, batch: Batch) -> torch.Tensor:
-        sigmas, size = schedule(tiny), len(batch)
-        source = conditioning(batch.source_text)
-        path = inversion.invert(tiny.model, batch.latent, source, sigmas, refine=1)
-        partners = _partners(edit_tokens(tiny, batch), batch.edit_text.shape[1])[..., None]
-        step = 0
-
-        def targets(options: Mapping[str, Any]) -> list[slice]:
-            """The target's rows in each part with the positive text; the source's rows are before them."""
-            starts = [
-                2 * size * part + size for part, kind in enumerate(options["cond_or_uncond"]) if not kind
-            ]
-            return [slice(start, start + size) for start in starts]
-
-        def sources(rows: slice) -> slice:
-            return slice(rows.start - size, rows.start)
-
-        def inject_self(query: Any, key: Any, value: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]:
-            if step < self_fraction * (len(sigmas) - 1):
-                query, key = query.clone(), key.clone()
-                for rows in targets(options):
-                    query[rows], key[rows] = query[sources(rows)], key[sources(rows)]
-            return query, key, value
-
-        def inject_cross(query: Any, key: Any, value: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]:
-            if step < cross_fraction * (len(sigmas) - 1):
-                query, key = query.clone(), key.clone()
-                for rows in targets(options):
-                    query[rows] = query[sources(rows)]
-                    both = torch.cat([key[rows], key[sources(rows)]], dim=1)
-                    key[rows] = both.gather(1, partners.to(key.device).expand_as(batch.edit_text))
-            return query, key, value
-
-        def inject(model: Callable, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any, **_: Any) -> Any:
-            nonlocal step
-            for step in range(len(sigmas) - 1):
-                x = torch.cat([path.latent(step, x[:size]), x[size:]])
-                denoised = model(x, sigmas[step].expand(len(x)), **extra_args)
-                x = x + (x - denoised) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
-            return x
-
-        model = tiny.model.clone()
-        model.set_model_attn1_patch(inject_self)
-        model.set_model_attn2_patch(inject_cross)
-        positive = torch.cat([batch.source_text, batch.edit_text])
-        guider = cfg_guider(model, positive, torch.cat([batch.no_text] * 2), cfg)
-        start = tiny.model.model.process_latent_out(path.trajectory[0].clone()).repeat(2, 1, 1, 1)
-        sampler = comfy.samplers.KSAMPLER(inject)
-        return sample(guider, torch.zeros_like(start), start, sigmas, sampler)[size:]
-
-    return StudioMethod("attention injection", edit, f"injected {cfg:g} {self_fraction} {cross_fraction}")
-
-
-def _partners(found: tuple[EditTokens, ...], context: int) -> torch.Tensor:
-    """[rows, context]: for each token of the edit description its index in edit and source tokens joined."""
-    indices = torch.arange(context).repeat(len(found), 1)
-    for row, tokens in enumerate(found):
-        replaced = [
-            pair
-            for word in tokens.words
-            if len(word.tokens) == len(word.source_tokens)
-            for pair in zip(word.tokens, word.source_tokens, strict=True)
-        ]
-        for new, old in [*tokens.alignment, *replaced]:
-            indices[row, new] = context + old
-    return indices

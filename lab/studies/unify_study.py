@@ -18,7 +18,8 @@ from ..output import markdown
 from . import bridge_study
 from .balances import CHOSEN, DECAYS, drawn
 from .claims import Aim, Claim, Comparison
-from .methods import Edit, injected, unify
+from .methods import Edit, unify
+from .paper_methods import guide_and_rescale, infedit, injected, masactrl, pix2pix_zero
 from .publish import Plan, command
 from .studio import StudioMethod
 from .study import Rows, Study, Tables, best, cell
@@ -68,6 +69,31 @@ def injection(fractions: tuple[float, float]) -> Rows:
     return {label: injected(3.0, *fractions)}
 
 
+def papers() -> Rows:
+    """Methods of other papers, each with a setting chosen on tuning cases."""
+    return {
+        **injection(INJECTION),
+        "MasaCtrl": masactrl(3.0, 0.4, "output"),
+        "pix2pix-zero": pix2pix_zero(3.0, 0.1),
+        "Guide-and-Rescale": guide_and_rescale(3.0, 1e4),
+        "InfEdit": infedit(2.0, 0.3, 0.7),
+    }
+
+
+def searched_papers() -> Rows:
+    """The search for the settings of `papers`."""
+    found = {}
+    for cfg, start in ((3.0, 0.1), (3.0, 0.4), (3.0, 0.6), (5.0, 0.4)):
+        found[f"MasaCtrl, CFG {cfg:g}, from {start:g} of the steps"] = masactrl(cfg, start, "output")
+    for cfg, rate in ((3.0, 0.02), (3.0, 0.1), (3.0, 0.5), (5.0, 0.1)):
+        found[f"pix2pix-zero, CFG {cfg:g}, rate {rate:g}"] = pix2pix_zero(cfg, rate)
+    for cfg, scale in ((3.0, 1e3), (3.0, 1e4), (3.0, 1e5), (5.0, 1e4)):
+        found[f"Guide-and-Rescale, CFG {cfg:g}, scale {scale:g}"] = guide_and_rescale(cfg, scale)
+    for cfg, own, cross in ((2.0, 0.3, 0.7), (3.0, 0.3, 0.7), (3.0, 0.0, 0.7), (3.0, 0.0, 0.3)):
+        found[f"InfEdit, CFG {cfg:g}, self {own:g}, cross {cross:g}"] = infedit(cfg, own, cross)
+    return found
+
+
 def combinations(edits: Edits) -> Rows:
     """The ways to combine the gradients."""
     found = {"balanced": unify(edits)}
@@ -90,7 +116,7 @@ def tables() -> dict[str, Rows]:
             "UnifyEdit without a mask": edited(PRESET_EDITS, masked=False, structure_region="everywhere"),
             "UnifyEdit, denoise 0.4": lower,
             **dict([image, inversion]),
-            **injection(INJECTION),
+            **papers(),
             **dict([text]),
         },
         "wide_losses": losses(ALL_LEVELS),
@@ -236,7 +262,7 @@ def search() -> dict[str, Rows]:
     for cfg, beta1, k1, beta2 in wider:
         label = f"denoise 1, CFG {cfg:g}, β1 {beta1:g}, k1 {k1:g}, β2 {beta2:g}"
         balances[label] = every(replace(wide, cfg=cfg, balance=Balance(beta1=beta1, k1=k1, beta2=beta2)))
-    return {"search_ways": ways, "search_balances": balances}
+    return {"search_ways": ways, "search_balances": balances, "search_papers": searched_papers()}
 
 
 def wording_table(study: Study, rows: Rows) -> str:
