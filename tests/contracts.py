@@ -109,6 +109,7 @@ class DualGuidance(Bridge):
             model=super().patched(graph, **inputs),
             image_guidance=scales["image"],
             text_guidance=scales["text"],
+            formula="paper",
         )
         return patched
 

@@ -1,0 +1,86 @@
+"""The Tiny Flux: what is trained is what the host samples, and training makes it better."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from host import Host
+
+
+@pytest.fixture(scope="module")
+def trained(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed weights of a training of six steps."""
+    work = tmp_path_factory.mktemp("flux")
+    _train(host, work, 6)
+    path = work / "flux.safetensors"
+    host.pack_module("lab.tiny_studio.train_flow").pack(work, path)
+    return path
+
+
+def _train(host: Host, work: Path, steps: int) -> None:
+    """Train on fifty scenes until `steps`, eight at a time."""
+    train_flow, scenes = (
+        host.pack_module(name) for name in ("lab.tiny_studio.train_flow", "models.tiny_studio.scenes")
+    )
+    rng = np.random.default_rng(3)
+    pool = [scenes.sample_scene(rng) for _ in range(50)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.model_management, "in_training", False)  # what training sets ends with it
+        patch.setattr(train_flow, "BATCH", 8)
+        train_flow.train_two.encode_pool(work / "latents.pt", pool, train_flow.studio.FILE)
+        train_flow.train(work, pool, steps, train_flow.studio.FILE)
+
+
+def test_its_size(host: Host, trained: Path) -> None:
+    """Protects: 6.2M parameters, and a file of at most 13 MB."""
+    network = host.pack_module("lab.tiny_studio.tiny_flux").new_network()
+    count = sum(weight.numel() for weight in network.parameters())
+    assert 6.1e6 < count < 6.3e6
+    assert trained.stat().st_size < 13e6
+
+
+def test_the_host_samples_what_was_trained(host: Host, trained: Path) -> None:
+    """Protects: the stock sampler with the packed weights and the Tiny Studio's CLIP follows the velocity
+    that the training saw for the same latent, time and words; it is not zero any more.
+    """
+    train_flow, tiny_flux = (
+        host.pack_module(f"lab.tiny_studio.{name}") for name in ("train_flow", "tiny_flux")
+    )
+    words, studio = (host.pack_module(f"models.tiny_studio.{name}") for name in ("words", "studio"))
+    model, clip = tiny_flux.load_model(trained), studio.load_clip()
+    (text,) = host.execute("CLIPTextEncode", clip=clip, text="a red circle")
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    sigmas = torch.tensor([1.0, 0.0])
+    found = comfy.sample.sample_custom(
+        model, noise, 1.0, comfy.samplers.sampler_object("euler"), sigmas, text, text, torch.zeros_like(noise)
+    )
+    reader = train_flow.train_diffusion.TextAndUNet(words.vocabulary())
+    reader.load_state_dict(train_flow.train_diffusion.packed(studio.FILE))
+    own = reader.context(words.padded(["a red circle"], reader.rows))[:, : tiny_flux.TOKENS]
+    network = tiny_flux.new_network()
+    network.load_state_dict({name: w.float() for name, w in safetensors.torch.load_file(trained).items()})
+    with torch.no_grad():
+        velocity = train_flow.predict(network, noise, torch.ones(1), own)
+    expected = (noise - velocity) / 0.18215
+    assert float(velocity.std()) > 0.01
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.std())
+
+
+def test_it_learns(host: Host, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects: the loss falls within forty steps from what a network that predicts zero has, and training
+    goes on from its checkpoint.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.pack_module("lab.tiny_studio.stage"), "LOG_EVERY", 10)
+        _train(host, trained.parent, 46)
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 4  # at the steps 10, 20, 30 and 40: six were done
+    assert losses[-1] < 0.9 * losses[0]
