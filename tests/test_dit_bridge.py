@@ -9,6 +9,7 @@ import pytest
 import small_dits
 import small_models
 import torch
+from closeness import same
 from dit_formula import Blocks, Call, Formula
 from host import Host
 from unify_edit import FakeControl
@@ -352,3 +353,57 @@ def test_another_packs_attention_is_used(host: Host, models: dict[str, Any]) -> 
     other.model_options["transformer_options"]["optimized_attention_override"] = override
     assert torch.equal(bridge_edit.sample(host, other, steps=2), expected)
     assert len(seen) == 4 + 2 * 10  # the last block's own attention is not computed in the reference pass
+
+
+def test_each_image_has_its_reference(host: Host, models: dict[str, Any]) -> None:
+    """Protects: n references for n images are paired in order, in both rows of each."""
+    model = models["Flux.1 dev"]
+    references, latent = small_models.latent(9, batch=3, model=model), torch.zeros(3, 16, 16, 16)
+    _, together = _bridged(host, model, references)
+    found = bridge_edit.sample(host, together, latent=latent, steps=2)
+    for image in range(3):
+        _, alone = _bridged(host, model, references[image : image + 1])
+        assert same(bridge_edit.sample(host, alone, latent=latent, steps=2)[image], found[image])
+
+
+def test_a_model_with_an_image_channel(host: Host) -> None:
+    """Protects: Flux.1 that takes an image beside the latent (Depth, Canny, Fill) reads the reference with
+    the channels that it needs, zeros where the source description has none.
+    """
+    model = small_dits.small_dit("Flux.1 dev", in_channels=32)
+    bridge, patched = _bridged(host, model)
+    with Blocks(model) as seen:
+        found = bridge_edit.sample(host, patched, steps=1)
+    for key, (read, call) in seen.calls.items():
+        formula = Formula(model, bridge, key)
+        grid = formula.grid(8, 8)
+        own = formula.own(call, grid)
+        _close(call.result, own + formula.change(own, formula.bridged(call, grid, read, grid)))
+    assert not torch.equal(found, bridge_edit.sample(host, model, steps=1))
+
+
+@pytest.mark.parametrize("direction", ["edit_queries", "reference_queries"])
+def test_memory_is_asked_for(
+    host: Host, models: dict[str, Any], direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: the host is asked for what a run keeps of the reference at every block, K and V or Q, and for
+    the bridge's own weights.
+    """
+    import comfy.model_management
+
+    asked: list[float] = []
+    real = comfy.model_management.load_models_gpu
+
+    def load(models: Any, memory_required: float = 0, *args: Any, **kwargs: Any) -> Any:
+        asked.append(memory_required)
+        return real(models, memory_required, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
+    model = models["Flux.1 dev"]
+    bridge = bridge_edit.random_bridge(host, model, direction=direction, fuse_rank=6)
+    patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9, model=model))
+    for which in (model, patched):
+        bridge_edit.sample(host, which, steps=1)
+    kept = 5 * 64 * 64 * (2 if direction == "edit_queries" else 1)
+    weights = 5 * (3 * 2 * 64 * 4 + 2 * 64 * 6)
+    assert asked[1] - asked[0] >= 4 * (kept + weights)
