@@ -252,7 +252,7 @@ def test_rows_of_earlier_weights_settings_and_code(
     opened = opened_with(rows)
     store = opened.store
     assert {store.state(method) for method in rows.values()} == {""}
-    store.check(bridge, [1.01])
+    store.check(bridge, [1.002])
     store.check(text, [1.05])
     assert (store.state(bridge), store.state(text)) == ("", "earlier code")
     other = replace(image, settings="denoise 0.25")

@@ -27,7 +27,7 @@ STORED = (
     *("target_l1", "target_lpips", "target_psnr", "target_ssim", "target_psnr_inside"),
 )
 DIGITS = 4  # significant ones of a stored number
-TOLERANCE = 0.02  # of a probe, relative to its root mean square
+TOLERANCE = 0.005  # of a probe, relative to its root mean square
 CURRENT, MISSING = "", "not measured"
 CODE, ANEW = "code", "run"
 MADE = ("settings", "weights", "probe", "device", "method", "rows", "outdated")
