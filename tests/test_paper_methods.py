@@ -127,8 +127,7 @@ def test_gradients(lab: Any, tiny: Any, batch: Any, kind: str, described: str) -
 
     def step(run: Any, x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         entries = run.guider.conds["positive"] if described == "edit" else run.source.entries
-        inversion = run.source.inversion
-        sigma, start = inversion.sigmas[number].to(x), inversion.latent(number, x)
+        sigma, start = run.source.sigmas[number], run.source.latent(number, x)
         wanted = run.read(run.source.entries, start, sigma, kind)
 
         def total(at: torch.Tensor) -> float:
@@ -158,7 +157,7 @@ def test_rescaled(lab: Any, tiny: Any, batch: Any, monkeypatch: pytest.MonkeyPat
 
     def along(tiny: Any, batch: Any, negative: Any, step: Any) -> torch.Tensor:
         def spied(run: Any, x: torch.Tensor, number: int) -> Any:
-            texts = run.texts(x, run.source.inversion.sigmas[number].to(x))
+            texts = run.texts(x, run.source.sigmas[number])
             seen.append((texts, step(run, x, number)[1]))
             return x, x
 

@@ -223,26 +223,24 @@ class Along:
     source: Source
     options: dict[str, Any]
 
-    def texts(self, x: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
+    def texts(self, x: torch.Tensor, sigma: float) -> list[torch.Tensor]:
         """The denoised latents with the edit description, and with the negative."""
         conds = [self.guider.conds["positive"], self.guider.conds["negative"]]
         return comfy.samplers.calc_cond_batch(
-            self.guider.inner_model, conds, x, sigma.expand(len(x)), self.options
+            self.guider.inner_model, conds, x, x.new_full((len(x),), sigma), self.options
         )
 
-    def read(
-        self, entries: Any, x: torch.Tensor, sigma: torch.Tensor, kind: str
-    ) -> Mapping[str, Projections]:
+    def read(self, entries: Any, x: torch.Tensor, sigma: float, kind: str) -> Mapping[str, Projections]:
         """The attention in all layers with a description. kind: `self` or `cross`."""
         network = self.source.network
         layers = network.layers.values()
         recorder = AttentionRecorder(
             network, layers if kind == "self" else (), layers if kind == "cross" else (), stop=True
         )
-        entry = active_entry(entries, float(sigma))
+        entry = active_entry(entries, sigma)
         assert entry is not None
         options = differentiable_options(self.options) if x.requires_grad else self.options
-        record(self.guider.inner_model, recorder, entry, x, sigma.expand(len(x)), options)
+        record(self.guider.inner_model, recorder, entry, x, x.new_full((len(x),), sigma), options)
         return recorder.self_attention if kind == "self" else recorder.cross_attention
 
     def gradient(
@@ -254,9 +252,8 @@ class Along:
         energy: of the difference to the source's probabilities, [rows, heads, queries, keys], a number for
         each row.
         """
-        inversion = self.source.inversion
-        sigma = inversion.sigmas[number].to(x)
-        wanted = self.read(self.source.entries, inversion.latent(number, x), sigma, kind)
+        sigma = self.source.sigmas[number]
+        wanted = self.read(self.source.entries, self.source.latent(number, x), sigma, kind)
         with gradients():
             leaf = x.clone().requires_grad_()
             found = self.read(entries, leaf, sigma, kind)
@@ -299,7 +296,7 @@ def pix2pix_zero(cfg: float, rate: float) -> StudioMethod:
     """
 
     def step(run: Along, x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        sigma = run.source.inversion.sigmas[number].to(x)
+        sigma = run.source.sigmas[number]
         gradient = run.gradient(
             number, x, run.guider.conds["positive"], "cross", lambda d: d.square().sum((2, 3)).mean(1)
         )
@@ -323,16 +320,16 @@ def guide_and_rescale(cfg: float, scale: float, end: float = 0.6) -> StudioMetho
     """
 
     def step(run: Along, x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inversion = run.source.inversion
-        sigma = inversion.sigmas[number].to(x)
+        sigmas = run.source.sigmas
+        sigma = sigmas[number]
         text, negative = run.texts(x, sigma)
         guidance = cfg * (text - negative)
         denoised = negative + guidance
-        if 0 < number < end * inversion.steps:  # the first has no energy: both are the same latent
+        if 0 < number < end * (len(sigmas) - 1):  # the first has no energy: both are the same latent
             gradient = run.gradient(
                 number, x, run.source.entries, "self", lambda d: d.square().mean((1, 2, 3))
             )
-            noise = scale * (1 + sigma**2).sqrt() * gradient
+            noise = scale * (1 + sigma**2) ** 0.5 * gradient
             unit = row_norm(guidance) / sigma
             length = row_norm(noise).clamp(unit / 3, 3 * unit)
             denoised = denoised - sigma * normalize(noise) * length
