@@ -275,6 +275,7 @@ class BridgeRun:
         in_order: whether the rows are in the host's order, every image for each conditioning.
         """
         whole, size = (self._height, self._width), tuple(x.shape[-2:])
+        network = self.cache.network
         from_edit = self._setup.settings.direction == "edit_queries"
         if not from_edit and size != whole and any(areas):
             raise ValueError(
@@ -286,8 +287,11 @@ class BridgeRun:
         if any(size != _size_of(area, whole) for area in areas):
             reasons += ["it has a mask"] if self._mask is not None else []
             reasons += [] if from_edit else ["it has reference_queries"]
-            reasons += [f"a {self.cache.network.name} has positions"] if self.cache.network.positional else []
+            reasons += [f"a {network.name} has positions"] if network.positional else []
         if not in_order:
+            reasons += (
+                [f"a {network.name} has positions in an area"] if network.positional and any(areas) else []
+            )
             several = not self._setup.joined and len(self._setup.reference) > 1
             reasons += ["each image has its own reference"] if several else []
             reasons += ["some rows of dual guidance see no reference"] if seen < len(areas) else []
