@@ -25,7 +25,7 @@ from .server import NodeError, Prompt, Server, ServerError, device_arguments
 from .studies.balances import CHOSEN
 from .tiny_studio.attribute_classifier import shows
 
-WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "UnifyEdit - start here.json"
+WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "01 Start here.json"
 # The sample scenes: this one of each edit type.
 SEED, WORDING = 1, "complex"
 

@@ -2,10 +2,26 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, describe, guidance, inversion, metrics, settings, tiny_studio, training, unify, viewers
+from . import (
+    bridge,
+    describe,
+    guidance,
+    inversion,
+    metrics,
+    pairs,
+    photo,
+    settings,
+    tiny_studio,
+    training,
+    unify,
+    viewers,
+)
 from .errors import named
 
-_FAMILIES = (bridge, guidance, training, unify, settings, inversion, metrics, viewers, describe, tiny_studio)
+_FAMILIES = (
+    *(bridge, guidance, pairs, training, unify, photo, settings),
+    *(inversion, metrics, viewers, describe, tiny_studio),
+)
 NODES = [named(node) for family in _FAMILIES for node in family.NODES]
 
 

@@ -5,34 +5,28 @@ from __future__ import annotations
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..patches.unify.tokens import find_tokens
+from ..models.tiny_studio.studio import unknown_words
+from ..patches.unify.tokens import EditTokens, find_tokens
 from .inversion import ALIASES
 from .inversion import CATEGORY as UNIFY
+from .previews import show_text
 
 CATEGORY = "descriptive edit/text"
 EditTokensType = io.Custom("DESCEDIT_EDIT_TOKENS")
 _CLIP = io.Clip.Input("clip", tooltip="The model's text encoder.")
-_TEXTS = (
-    io.String.Input(
-        "source_description",
-        multiline=True,
-        tooltip="What the image shows now. Not empty, at most 75 tokens.",
-    ),
-    io.String.Input(
-        "edit_description",
-        multiline=True,
-        tooltip="What the edited image shows. Not empty, at most 75 tokens. Its words must differ from the "
-        "source description, unless some are named in words. Weights such as (red:1.3) and embedding:name "
-        "are allowed.",
-    ),
-    io.String.Input(
-        "words",
-        default="",
-        optional=True,
-        tooltip="Words or phrases of the edit description that carry the edit, separated by commas. Empty: "
-        "the words that differ from the source description, or, if words are only removed, their "
-        "neighbours. Punctuation, case and weights do not count.",
-    ),
+_SOURCE = "What the image shows now. Not empty, at most 75 tokens."
+_EDIT = (
+    "What the edited image shows. Not empty, at most 75 tokens. Its words must differ from the source "
+    "description, unless some are named in words. Weights such as (red:1.3) and embedding:name are allowed."
+)
+_WORDS = io.String.Input(
+    "words",
+    default="",
+    optional=True,
+    placeholder="words that carry the edit (empty: those that differ)",
+    tooltip="Words or phrases of the edit description that carry the edit, separated by commas. Empty: the "
+    "words that differ from the source description, or, if words are only removed, their neighbours. "
+    "Punctuation, case and weights do not count.",
 )
 # The begin and end marks are two of them; of CLIP's tokens, ordinary English needs about 1.3 a word.
 MARKS, WORDS_PER_TOKEN = 2, 0.75
@@ -139,7 +133,31 @@ class DescEditDescribe(io.ComfyNode):
                 "that carry the edit. For UnifyEdit and Find Edit Mask."
             ),
             search_aliases=[*ALIASES, "prompt", "CLIP Text Encode", "edit by description"],
-            inputs=[_CLIP, *_TEXTS],
+            inputs=[
+                _CLIP,
+                io.String.Input(
+                    "source_description",
+                    multiline=True,
+                    placeholder="source description: what the image shows now",
+                    tooltip=f"{_SOURCE} Empty: the connected source_text is used.",
+                ),
+                io.String.Input(
+                    "edit_description",
+                    multiline=True,
+                    placeholder="edit description: the same, with only the words of the edit changed",
+                    tooltip=f"{_EDIT} Empty: the connected edit_text is used.",
+                ),
+                _WORDS,
+                *(
+                    io.String.Input(
+                        f"{name}_text",
+                        optional=True,
+                        force_input=True,
+                        tooltip=f"A text from another node, used while {name}_description is empty.",
+                    )
+                    for name in ("source", "edit")
+                ),
+            ],
             outputs=[
                 io.Conditioning.Output("source", tooltip="The encoded source description."),
                 io.Conditioning.Output("edit", tooltip="The encoded edit description."),
@@ -150,14 +168,23 @@ class DescEditDescribe(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip: CLIP, source_description: str, edit_description: str, words: str = ""
+        cls,
+        clip: CLIP,
+        source_description: str,
+        edit_description: str,
+        words: str = "",
+        source_text: str | None = None,
+        edit_text: str | None = None,
     ) -> io.NodeOutput:
+        source_description = source_description if source_description.strip() else source_text or ""
+        edit_description = edit_description if edit_description.strip() else edit_text or ""
         tokens = find_tokens(clip, source_description, edit_description, words)
         source, edit = (
             clip.encode_from_tokens_scheduled(clip.tokenize(text))
             for text in (source_description, edit_description)
         )
-        return io.NodeOutput(source, edit, tokens, tokens.describe())
+        text = _text(clip, tokens, source_description, edit_description)
+        return io.NodeOutput(source, edit, tokens, text)
 
 
 class DescEditFindTokens(io.ComfyNode):
@@ -171,10 +198,16 @@ class DescEditFindTokens(io.ComfyNode):
             category=UNIFY,
             description=(
                 "Finds the tokens of the edit description that carry the edit: by default the words that "
-                "are not in the source description."
+                "are not in the source description. For a text that another node encodes: wire the same "
+                "texts there. Describe Edit does both."
             ),
             search_aliases=[*ALIASES, "token index", "word position"],
-            inputs=[_CLIP, *_TEXTS],
+            inputs=[
+                _CLIP,
+                io.String.Input("source_description", force_input=True, tooltip=_SOURCE),
+                io.String.Input("edit_description", force_input=True, tooltip=_EDIT),
+                _WORDS,
+            ],
             outputs=[
                 EditTokensType.Output("edit_tokens"),
                 io.String.Output("text", tooltip="The words found and their token positions, as text."),
@@ -186,7 +219,16 @@ class DescEditFindTokens(io.ComfyNode):
         cls, clip: CLIP, source_description: str, edit_description: str, words: str = ""
     ) -> io.NodeOutput:
         tokens = find_tokens(clip, source_description, edit_description, words)
-        return io.NodeOutput(tokens, tokens.describe())
+        return io.NodeOutput(tokens, _text(clip, tokens, source_description, edit_description))
+
+
+def _text(clip: CLIP, tokens: EditTokens, *descriptions: str) -> str:
+    """The words found, and those that the Tiny Studio does not know; also shown on the node."""
+    text, unknown = tokens.describe(), unknown_words(clip, *descriptions)
+    if unknown:
+        text += f"\nnot known to the Tiny Studio: {', '.join(unknown)}"
+    show_text(text)
+    return text
 
 
 NODES = [DescEditDescribe, DescEditFindTokens, DescEditDescribePrompt]

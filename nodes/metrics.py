@@ -13,6 +13,7 @@ from ..metrics.backbones import ClipSimilarity, ClipText, DinoSimilarity, Struct
 from ..metrics.image import Network, measure_edit
 from ..metrics.lpips import NETS, Lpips
 from ..patches.host.inputs import read_images, read_mask
+from .previews import show_text
 
 CATEGORY = "descriptive edit/evaluation"
 OFF = "off"
@@ -142,7 +143,9 @@ class DescEditMetrics(io.ComfyNode):
             name: [None if math.isnan(value) else value for value in values.tolist()]
             for name, values in found.items()
         }
-        return io.NodeOutput(json.dumps(numbers), table(numbers))
+        text = table(numbers)
+        show_text(text)
+        return io.NodeOutput(json.dumps(numbers), text)
 
 
 def table(numbers: Metrics) -> str:

@@ -1,4 +1,4 @@
-"""Checks file names that users give and finds the next free file. No file is overwritten."""
+"""Checks file names that users give and finds the next free name. No file is overwritten."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import folder_paths
 SUFFIX = ".safetensors"
 LONGEST = 200  # bytes: file systems allow 255; a counter and an extension are appended
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
+_PAIR = re.compile(r"pair_(\d+)[_.]")
 # Devices, with any extension (learn.microsoft.com, "Naming Files, Paths, and Namespaces").
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 
@@ -43,6 +44,12 @@ def checked_name(name: str) -> str:
             "such as soft-portraits"
         )
     return stem
+
+
+def next_pair(folder: Path) -> str:
+    """Name of the next edit pair in a folder: pair_00001, or one more than the highest there."""
+    found = [_PAIR.match(file.name) for file in folder.iterdir()] if folder.is_dir() else []
+    return f"pair_{max((int(match[1]) for match in found if match), default=0) + 1:05}"
 
 
 def next_path(folder: Path, stem: str) -> Path:

@@ -13,6 +13,7 @@ from ..patches.unify.balance import COMBINATIONS, Balance, draw_balance
 from ..patches.unify.losses import FORMS
 from ..patches.unify.settings import REGIONS, TARGETS, UnifyOptions
 from .inversion import ALIASES, CATEGORY
+from .previews import show_images
 
 BalanceType = io.Custom("DESCEDIT_BALANCE")
 OptionsType = io.Custom("DESCEDIT_UNIFY_OPTIONS")
@@ -39,6 +40,7 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
         return io.Schema(
             node_id="DescEditAdaptiveScheduler",
             display_name="Adaptive Scheduler (UnifyEdit)",
+            has_intermediate_output=True,
             category=CATEGORY,
             description=(
                 "Balances keeping the structure against following the words over the sampling. The "
@@ -127,7 +129,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
             )
             drawn = first, second
         balance = Balance(combination, beta1, k1, beta2, k2, drawn)
-        return io.NodeOutput(balance, draw_balance(balance))
+        plot = draw_balance(balance)
+        return io.NodeOutput(balance, plot, ui=show_images(cls, plot))
 
 
 class DescEditUnifyOptions(io.ComfyNode):
@@ -245,8 +248,9 @@ class DescEditUnifyOptions(io.ComfyNode):
                     "auto_mask",
                     default=default.auto_mask,
                     optional=True,
-                    tooltip="On: if no mask is connected, find one from where the edit's words and the "
-                    "words they replace attend in the inverted image. A connected mask has priority.",
+                    tooltip="On: if no mask is connected, or one of the whole image, find one from where the "
+                    "edit's words and the words they replace attend in the inverted image. Off for a change "
+                    "of style.",
                 ),
                 io.Combo.Input(
                     "inversion",

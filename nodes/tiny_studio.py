@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -9,6 +14,8 @@ from comfy_api.latest import io
 from ..models.bridge_file import load_bridge
 from ..models.tiny_studio import drawing, scenes, studio
 from .bridge import BridgeType
+from .pairs import EditPairsType
+from .previews import show_images, show_text
 
 CATEGORY = "descriptive edit/tiny studio"
 ALIASES = ["Tiny Studio", "tiny model", "demo model"]
@@ -56,6 +63,7 @@ class DescEditTinyScene(io.ComfyNode):
         return io.Schema(
             node_id="DescEditTinyScene",
             display_name="Draw Tiny Scene",
+            has_intermediate_output=True,
             category=CATEGORY,
             description=(
                 "Draws a scene for the Tiny Studio and its true edit, with exact descriptions of both and a "
@@ -104,7 +112,66 @@ class DescEditTinyScene(io.ComfyNode):
         source, target, mask = (
             torch.from_numpy(array)[None] for array in (pair.source.draw(), pair.target.draw(), mask)
         )
-        return io.NodeOutput(source, target, mask, pair.source_text, pair.edit_text)
+        show_text(f"{pair.source_text}\n{pair.edit_text}")
+        return io.NodeOutput(
+            source, target, mask, pair.source_text, pair.edit_text, ui=show_images(cls, source)
+        )
 
 
-NODES = [DescEditTinyStudio, DescEditTinyScene]
+class DescEditTinyPairs(io.ComfyNode):
+    """Node: `models.tiny_studio.scenes.sample_edit`, encoded by `training.cache.encode_pairs`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DescEditTinyPairs",
+            display_name="Draw Tiny Pairs",
+            category=CATEGORY,
+            description=(
+                "Draws edit pairs for the Tiny Studio, to try Train Attention Bridge without a download. "
+                "Draw Tiny Scene draws other scenes, which can show what was learned."
+            ),
+            search_aliases=[*ALIASES, "edit pairs", "training data"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="From Load Tiny Studio."),
+                io.Clip.Input("clip", tooltip="From Load Tiny Studio."),
+                io.Combo.Input(
+                    "edit_type",
+                    options=list(scenes.EDIT_TYPES),
+                    tooltip="What the edits of the pairs change.",
+                ),
+                io.Int.Input(
+                    "pairs", default=128, min=1, max=10_000, tooltip="Number of pairs, 1 to 10,000."
+                ),
+                io.Combo.Input(
+                    "wording",
+                    options=list(scenes.WORDINGS),
+                    tooltip="simple: the descriptions name the object and what changes, so all else must "
+                    "come from the source. complex: they name everything in the image.",
+                ),
+            ],
+            outputs=[EditPairsType.Output("pairs")],
+        )
+
+    @classmethod
+    def execute(cls, vae: Any, clip: Any, edit_type: str, pairs: int, wording: str) -> io.NodeOutput:
+        from ..training.cache import encode_pairs
+        from ..training.pairs import EditPair
+
+        drawn = (scenes.sample_edit(edit_type, seed, wording) for seed in range(pairs))
+        images = (
+            EditPair(
+                f"{edit_type} {number}",
+                torch.from_numpy(pair.source.draw()),
+                torch.from_numpy(pair.target.draw()),
+                pair.source_text,
+                pair.edit_text,
+            )
+            for number, pair in enumerate(drawn)
+        )
+        bar = comfy.utils.ProgressBar(pairs)
+        cache = Path(folder_paths.get_temp_directory()) / "edit_pairs"
+        return io.NodeOutput(encode_pairs(images, vae, clip, cache, bar.update_absolute))
+
+
+NODES = [DescEditTinyStudio, DescEditTinyScene, DescEditTinyPairs]

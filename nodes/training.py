@@ -29,6 +29,8 @@ from ..training.settings import (
     TrainSettings,
 )
 from .bridge import BridgeType, keep_bridge
+from .pairs import EditPairsType, inside_input
+from .previews import show_images, show_text
 from .saving import checked_name
 
 if TYPE_CHECKING:  # what only a training needs is imported when there is one
@@ -38,8 +40,7 @@ if TYPE_CHECKING:  # what only a training needs is imported when there is one
 CATEGORY = "descriptive edit/training"
 ALIASES = ["2508.20505", "train bridge", "finetune", "edit pairs"]
 PREVIEW_EVERY = 10
-
-EditPairsType = io.Custom("DESCEDIT_EDIT_PAIRS")
+LEARNING_RATE = 1e-4  # for the short runs of this node; the paper's 1e-5 learns nothing visible in them
 
 
 class DescEditEditPairs(io.ComfyNode):
@@ -54,7 +55,8 @@ class DescEditEditPairs(io.ComfyNode):
             description=(
                 "Reads edit pairs from a folder in ComfyUI's input folder and encodes them once. Each pair "
                 'has name_source.png, name_edit.png and name.json with {"source": text, "edit": text}. '
-                "Encoded pairs stay in the temp folder until ComfyUI restarts."
+                "Encoded pairs stay in the temp folder until ComfyUI restarts. Pairs that cannot be read are "
+                "left out and named; more than 1% of them, and at least two, are an error."
             ),
             search_aliases=[*ALIASES, "dataset"],
             inputs=[
@@ -78,7 +80,7 @@ class DescEditEditPairs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **_: Any) -> list[tuple[str, float]]:
-        files = sorted(_inside_input(folder).iterdir())
+        files = sorted(_folder(folder).iterdir())
         return [(file.name, file.stat().st_mtime) for file in files]
 
     @classmethod
@@ -86,19 +88,20 @@ class DescEditEditPairs(io.ComfyNode):
         from ..training.cache import encode_pairs
         from ..training.pairs import read_folder
 
-        path = _inside_input(folder)
+        path = _folder(folder)
         cache = Path(folder_paths.get_temp_directory()) / "edit_pairs"
         reading = read_folder(path, resolution, 64)
         bar = comfy.utils.ProgressBar(reading.total)
         pairs = encode_pairs(reading, vae, clip, cache, bar.update_absolute)
+        left_out = [problem for _, problem in reading.bad]
+        show_text("\n".join([f"{len(pairs)} pairs, {len(left_out)} left out", *left_out]))
         return io.NodeOutput(pairs)
 
 
-def _inside_input(folder: str) -> Path:
-    base = Path(folder_paths.get_input_directory()).resolve()
-    path = (base / folder).resolve()
-    if not path.is_relative_to(base) or not path.is_dir():
-        raise ValueError(f"folder is {folder!r} but must be a folder inside ComfyUI's input folder")
+def _folder(folder: str) -> Path:
+    path = inside_input(folder)
+    if not path.is_dir():
+        raise ValueError(f"folder is {folder!r}, which is not in ComfyUI's input folder: make it there")
     return path
 
 
@@ -111,6 +114,7 @@ class DescEditTrainBridge(io.ComfyNode):
         return io.Schema(
             node_id="DescEditTrainBridge",
             display_name="Train Attention Bridge",
+            has_intermediate_output=True,
             category=CATEGORY,
             description=(
                 "Trains a bridge on edit pairs. The model itself does not change. If the training stops "
@@ -123,10 +127,11 @@ class DescEditTrainBridge(io.ComfyNode):
                 EditPairsType.Input("pairs", tooltip="From Edit Pairs from Folder, with this model's VAE."),
                 io.Int.Input(
                     "steps",
-                    default=1000,
+                    default=2000,
                     min=1,
                     max=1_000_000,
-                    tooltip="Optimiser steps, 1 to 1,000,000. The authors train for 100,000.",
+                    tooltip="Optimiser steps, 1 to 1,000,000. A few hundred pairs take about 2,000. The "
+                    "authors train for 100,000.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -145,12 +150,13 @@ class DescEditTrainBridge(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=default.learning_rate,
+                    default=LEARNING_RATE,
                     min=1e-8,
                     max=1.0,
                     step=1e-6,
                     round=False,
-                    tooltip="Learning rate of AdamW. The paper uses 1e-5; a short run may need more.",
+                    tooltip="Learning rate of AdamW, 1e-8 to 1. 1e-4 for a run of some thousand steps; the "
+                    "paper's 1e-5 needs about 100,000.",
                 ),
                 io.Combo.Input(
                     "dropout",
@@ -239,7 +245,8 @@ class DescEditTrainBridge(io.ComfyNode):
             bar.update_absolute(trainer.step, steps, _preview(trainer))
 
         trainer = train_bridge(model, bridge, pairs, settings, steps, show, partial(_keep, stem))
-        return io.NodeOutput(manage(trainer.bridge), _plot(trainer))
+        plot = _plot(trainer)
+        return io.NodeOutput(manage(trainer.bridge), plot, ui=show_images(cls, plot))
 
 
 def _keep(stem: str, trainer: Trainer) -> str:

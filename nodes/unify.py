@@ -20,6 +20,7 @@ from ..patches.unify.tokens import EditTokens
 from .describe import EditTokensType
 from .errors import naming
 from .inversion import ALIASES, CATEGORY, InversionType
+from .previews import show_images, show_text
 from .settings import BalanceType, OptionsType
 
 _NEGATIVE = (
@@ -41,6 +42,7 @@ class DescEditUnify(io.ComfyNode):
         return io.Schema(
             node_id="DescEditUnify",
             display_name="UnifyEdit",
+            has_intermediate_output=True,
             category=CATEGORY,
             description=(
                 "Edits an image from a description of the image and a description of the result, without "
@@ -163,9 +165,13 @@ class DescEditUnify(io.ComfyNode):
             structure=structure,
             words=words,
             options=options or UnifyOptions(),
+            report=show_text,
         )
+        show_text(f"edited, in {float(region.mean()):.0%} of the image")
         kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
-        return io.NodeOutput({**kept, "samples": samples}, region, trace.draw())
+        plot = trace.draw()
+        shown = (region, plot) if options is not None and options.auto_mask else (plot,)
+        return io.NodeOutput({**kept, "samples": samples}, region, plot, ui=show_images(cls, *shown))
 
 
 class DescEditUnifySampler(io.ComfyNode):
@@ -242,6 +248,7 @@ class DescEditFindMask(io.ComfyNode):
         return io.Schema(
             node_id="DescEditFindMask",
             display_name="Find Edit Mask",
+            has_intermediate_output=True,
             category=CATEGORY,
             description=(
                 "Finds where an edit would happen: where the edit's words, and the words they replace, "
@@ -284,7 +291,8 @@ class DescEditFindMask(io.ComfyNode):
         cross_attn_res: int = UnifyOptions.cross_attn_res,
     ) -> io.NodeOutput:
         samples = samples_of("latent", latent)
-        return io.NodeOutput(find_mask_of_image(model, samples, source, edit, edit_tokens, cross_attn_res))
+        mask = find_mask_of_image(model, samples, source, edit, edit_tokens, cross_attn_res)
+        return io.NodeOutput(mask, ui=show_images(cls, mask))
 
 
 NODES = [DescEditUnify, DescEditFindMask, DescEditUnifySampler]

@@ -15,6 +15,7 @@ from ..patches.unify.tokens import EditTokens
 from ..pictures.contact_sheet import draw_sheet
 from .describe import EditTokensType
 from .inversion import InversionType
+from .previews import show_images
 
 CATEGORY = "descriptive edit/evaluation"
 
@@ -27,6 +28,7 @@ class DescEditAttentionMaps(io.ComfyNode):
         return io.Schema(
             node_id="DescEditAttentionMaps",
             display_name="Attention Maps",
+            has_intermediate_output=True,
             category=CATEGORY,
             description=(
                 "Shows what the model attends to at one point of the sampling: for each word where in the "
@@ -137,7 +139,8 @@ class DescEditAttentionMaps(io.ComfyNode):
         samples = None if latent is None else samples_of("latent", latent)
         source = LatentSource(percent, samples, inversion, seed)
         maps = capture_attention(model, conditioning, edit_tokens, source, cross_attn_res, self_attn_res)
-        return io.NodeOutput(*draw_maps(maps, image, side))
+        words, structure = draw_maps(maps, image, side)
+        return io.NodeOutput(words, structure, ui=show_images(cls, words, structure))
 
 
 class DescEditCompare(io.ComfyNode):
@@ -149,6 +152,7 @@ class DescEditCompare(io.ComfyNode):
         return io.Schema(
             node_id="DescEditCompare",
             display_name="Contact Sheet (labelled)",
+            has_intermediate_output=True,
             category=CATEGORY,
             description=(
                 "Puts images side by side under labels in one image: a column for each input, a row for "
@@ -191,7 +195,8 @@ class DescEditCompare(io.ComfyNode):
                 "give one line for each"
             )
         titles += [""] * (len(shown) - len(titles))
-        return io.NodeOutput(draw_sheet(list(zip(titles, shown, strict=True)), side))
+        sheet = draw_sheet(list(zip(titles, shown, strict=True)), side)
+        return io.NodeOutput(sheet, ui=show_images(cls, sheet))
 
 
 NODES = [DescEditAttentionMaps, DescEditCompare]

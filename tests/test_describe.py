@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host import ROOT, Host
-from test_workflows import input_specs
+import torch
+from host import ROOT, Host, Prompt
+from test_workflows import input_specs, widget_values
 
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 ENDS = (-10, -20)
@@ -80,13 +81,15 @@ def test_blueprint_is_served(file: Path, live_server: Any) -> None:
 @pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
 def test_blueprint_is_sound(file: Path, object_info: dict[str, Any]) -> None:
     """Protects: inside a blueprint every node exists as the server has it, every required input is wired or
-    a widget, links are the same from both ends, and a beginner sees image, two texts and one strength.
+    a widget, links are the same from both ends, and the model stays outside, beside photo, mask, texts and seed.
     """
     shown = json.loads(file.read_text(encoding="utf-8"))
     (outer,), (graph,) = shown["nodes"], shown["definitions"]["subgraphs"]
     assert outer["type"] == graph["id"]
     names = [item["name"] for item in graph["inputs"]]
-    assert names[:4] == ["image", "source_description", "edit_description", "strength"]
+    assert {"model", "clip", "vae", "image", "mask", "source_description", "edit_description", "seed"} <= {
+        *names
+    }
     assert [item["name"] for item in outer["inputs"]] == names
     nodes = {node["id"]: node for node in graph["nodes"]}
     links = {link["id"]: link for link in graph["links"]}
@@ -112,3 +115,44 @@ def test_blueprint_is_sound(file: Path, object_info: dict[str, Any]) -> None:
     assert {*ends, *inner} == set(links)
     for node_id, name in outer["properties"]["proxyWidgets"]:
         assert name in input_specs(object_info[nodes[int(node_id)]["type"]])
+
+
+def as_prompt(graph: dict[str, Any], given: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
+    """The inside of a blueprint as the page would queue it, with `given` on the blueprint's own inputs."""
+    links = {link["id"]: link for link in graph["links"]}
+    prompt: Prompt = {}
+    for node in graph["nodes"]:
+        inputs = widget_values(node, input_specs(object_info[node["type"]]))
+        for item in node["inputs"]:
+            link = links.get(item["link"])
+            if link is None:
+                continue
+            if link["origin_id"] != ENDS[0]:
+                inputs[item["name"]] = [str(link["origin_id"]), link["origin_slot"]]
+            elif (name := graph["inputs"][link["origin_slot"]]["name"]) in given:
+                inputs[item["name"]] = given[name]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
+def test_blueprint_runs_with_the_tiny_studio(host: Host, object_info: dict[str, Any], file: Path) -> None:
+    """Protects: with nothing but the Tiny Studio and a scene wired to it, a blueprint edits inside the mask
+    and keeps every pixel outside.
+    """
+    (graph,) = json.loads(file.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    studio, scene = (["studio", slot] for slot in range(4)), [["scene", slot] for slot in range(5)]
+    given = dict(zip(("model", "clip", "vae", "bridge"), studio, strict=True))
+    given |= {"image": scene[0], "mask": scene[2], "source_description": scene[3]}
+    given |= {"edit_description": scene[4], "side": 128, "steps": 2}
+    prompt = as_prompt(graph, given, object_info)
+    prompt["studio"] = {"class_type": "DescEditTinyStudio", "inputs": {}}
+    scene_inputs = {"edit_type": "colour", "seed": 8, "wording": "complex"}
+    prompt["scene"] = {"class_type": "DescEditTinyScene", "inputs": scene_inputs}
+    (result,) = [key for key, node in prompt.items() if node["class_type"] == "DescEditStitch"]
+    prompt["shown"] = {"class_type": "PreviewImage", "inputs": {"images": [result, 0]}}
+    outputs = host.run_graph(prompt)
+    (edited, *_), (source, _, mask, *_) = outputs[result], outputs["scene"]
+    outside = mask[0] == 0
+    assert torch.equal(edited[0][outside], source[0][outside])
+    assert float((edited - source).abs().max()) > 0.1

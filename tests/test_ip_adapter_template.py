@@ -63,36 +63,28 @@ def test_template_by_number(host: Host, monkeypatch: pytest.MonkeyPatch) -> None
     prompt = json.loads((ROOT / "workflows/api" / f"{IP_ADAPTER}.json").read_text())
     by_class = {node["class_type"]: key for key, node in prompt.items()}
     prompt[by_class["CheckpointLoaderSimple"]].update(class_type="DescEditTinyStudio", inputs={})
-    for name in ("ImageScale", "EmptyLatentImage"):
-        prompt[by_class[name]]["inputs"].update(width=128, height=128)
-    prompt[by_class["BasicScheduler"]]["inputs"]["steps"] = 1
+    prompt[by_class["DescEditCrop"]]["inputs"]["side"] = 128
+    prompt[by_class["KSampler"]]["inputs"]["steps"] = 1
     pictures = [node for node in prompt.values() if node["class_type"] == "LoadImage"]
     for node in pictures:
         node["inputs"]["image"] = "template.png"
     files = {prompt[key]["class_type"]: prompt[key] for key in by_class.values()}
     write_files(host, {**files, **_NO_FILES})
-    guider = by_class["DescEditDualGuider"]
+    sampler = by_class["KSampler"]
 
     def sampled(graph: dict[str, Any]) -> torch.Tensor:
-        return host.run_graph(graph)[by_class["SamplerCustomAdvanced"]][0]["samples"].double()
+        return host.run_graph(graph)[sampler][0]["samples"].double()
 
     def row(model: list[Any], cfg: float) -> torch.Tensor:
         """One row as the stock guider computes it: the edit's at cfg 1, the unconditional one at cfg 0."""
-        graph, inputs = copy.deepcopy(prompt), prompt[guider]["inputs"]
-        graph[guider] = {
-            "class_type": "CFGGuider",
-            "inputs": {
-                "model": model,
-                "positive": inputs["edit"],
-                "negative": inputs["unconditional"],
-                "cfg": cfg,
-            },
-        }
+        graph = copy.deepcopy(prompt)
+        graph[sampler]["inputs"].update(model=model, cfg=cfg)
         return sampled(graph)
 
-    bridged, plain = prompt[guider]["inputs"]["model"], [by_class["IPAdapter"], 0]
+    guidance = prompt[by_class["DescEditDualGuidance"]]["inputs"]
+    bridged, plain = guidance["model"], [by_class["IPAdapter"], 0]
     both, seen, neither = row(bridged, 1.0), row(bridged, 0.0), row(plain, 0.0)
-    image, text = (prompt[guider]["inputs"][f"{name}_guidance"] for name in ("image", "text"))
+    image, text = (guidance[f"{name}_guidance"] for name in ("image", "text"))
     expected = neither + image * (seen - neither) + text * (both - seen)
     found = sampled(prompt)
     assert float((found - expected).abs().max() / expected.std()) < 1e-4

@@ -15,7 +15,7 @@ import pytest
 from host import ROOT, Host, NodeError, Prompt
 from PIL import Image
 
-START = ROOT / "workflows" / "api" / "UnifyEdit - start here.json"
+START = ROOT / "workflows" / "api" / "01 Start here.json"
 PARTS = ROOT / "lab" / "benchmark" / "tiny" / "unify.api.json"
 STEPS = 4
 
@@ -68,9 +68,9 @@ def test_shipped_workflow_runs(live_server: Any, prompt: Prompt) -> None:
     live_server.run(prompt, progress)
     assert steps["DescEditUnify"] == STEPS
     found = pictures(live_server, prompt)
-    assert found["Edited"].shape == found["Source"].shape == (128, 128, 3)
+    assert found["Edited"].shape == found["Draw Tiny Scene"].shape == (128, 128, 3)
     assert np.isfinite(found["Edited"]).all()
-    assert np.abs(found["Edited"] - found["Source"]).max() > 0.1
+    assert np.abs(found["Edited"] - found["Draw Tiny Scene"]).max() > 0.1
 
 
 def test_shipped_workflow_edits(live_server: Any, host: Host) -> None:
@@ -83,7 +83,7 @@ def test_shipped_workflow_edits(live_server: Any, host: Host) -> None:
     (read,) = host.pack_module("lab.tiny_studio.attribute_classifier").load().read(found["Edited"][None])
     assert {name: read.get(name) for name in pair.target.values} == pair.target.values
     keep = pair.mask() <= 0
-    assert np.mean((found["Edited"][keep] - found["Source"][keep]) ** 2) < 0.01
+    assert np.mean((found["Edited"][keep] - found["Draw Tiny Scene"][keep]) ** 2) < 0.01
 
 
 def test_same_queue_same_picture(live_server: Any, prompt: Prompt) -> None:
@@ -96,7 +96,7 @@ def test_same_queue_same_picture(live_server: Any, prompt: Prompt) -> None:
 
 
 def empty_source(prompt: Prompt) -> None:
-    node(prompt, "DescEditDescribe")["source_description"] = " "
+    node(prompt, "DescEditDescribe")["source_text"] = " "
 
 
 def equal_descriptions(prompt: Prompt) -> None:

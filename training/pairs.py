@@ -24,6 +24,9 @@ from einops import rearrange
 from kornia.geometry.transform import center_crop, resize
 from PIL import Image, ImageOps
 
+from ..models.files import write_bytes
+from ..pictures.contact_sheet import save_image, to_image
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST = 64
 WIDE = "IF"  # first letters of Pillow's modes with more than 8 bits
@@ -142,6 +145,20 @@ def read_folder(folder: Path, resolution: int, step: int) -> Reading:
     """
     samples = folder_samples(folder)
     return Reading(folder.name, samples, resolution, step, len(samples))
+
+
+def write_pair(
+    folder: Path, name: str, before: torch.Tensor, after: torch.Tensor, *, source: str, edit: str
+) -> None:
+    """Write a pair as `read_folder` reads it. The texts come last, so that no half pair is ever read.
+
+    before, after: [height, width, 3], 0 to 1.
+    source, edit: the descriptions of both.
+    """
+    save_image(to_image(before), folder / f"{name}_source.png")
+    save_image(to_image(after), folder / f"{name}_edit.png")
+    texts = json.dumps({"source": source, "edit": edit}, indent=1, ensure_ascii=False)
+    write_bytes(folder / f"{name}.json", texts.encode())
 
 
 def folder_samples(folder: Path) -> list[Sample]:

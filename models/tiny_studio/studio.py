@@ -6,6 +6,7 @@ The host detects a checkpoint's family from a fixed list of widths that does not
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,11 +58,27 @@ class TinyClip(SD1ClipModel):
 
 
 class TinyTokenizer(SD1Tokenizer):
-    """CLIP's tokens, for embeddings of this width."""
+    """CLIP's tokens, for embeddings of this width. Warns once of each word that is not known.
+
+    known: the tokens of the embedding table.
+    """
+
+    known: frozenset[int] = frozenset()
 
     def __init__(self, **options: Any) -> None:
         width = networks.TEXT["hidden_size"]
         super().__init__(tokenizer=partial(SDTokenizer, embedding_size=width), **options)
+        self._named: set[str] = set()
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Any:
+        unknown = [word for word in words.unknown(text, self.known) if word not in self._named]
+        self._named.update(unknown)
+        if unknown:
+            logging.warning(
+                "Tiny Studio: %s not known, so without effect. The help of Load Tiny Studio lists its words.",
+                ", ".join(unknown),
+            )
+        return super().tokenize_with_weights(text, return_word_ids, **options)
 
 
 def load_model(
@@ -98,7 +115,15 @@ def load_clip(path: Path = FILE) -> comfy.sd.CLIP:
     full[rows] = table
     state["text_model.embeddings.token_embedding.weight"] = full
     parameters = comfy.utils.calculate_parameters(state)
-    return comfy.sd.CLIP(ClipTarget(TinyTokenizer, TinyClip), parameters=parameters, state_dict=[state])
+    clip = comfy.sd.CLIP(ClipTarget(TinyTokenizer, TinyClip), parameters=parameters, state_dict=[state])
+    clip.tokenizer.known = frozenset(rows.tolist())
+    return clip
+
+
+def unknown_words(clip: Any, *texts: str) -> list[str]:
+    """Words of the texts that the Tiny Studio does not know; none for another model's CLIP."""
+    tokenizer = getattr(clip, "tokenizer", None)
+    return words.unknown(" ".join(texts), tokenizer.known) if isinstance(tokenizer, TinyTokenizer) else []
 
 
 def load_vae(path: Path = FILE) -> comfy.sd.VAE:

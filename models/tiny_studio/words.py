@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from functools import cache, lru_cache
 
 import numpy as np
@@ -30,6 +32,15 @@ def tokens(text: str) -> list[int]:
     CLIP's byte pairs never join words, so words can be looked up one by one.
     """
     return [START, *(token for word in text.split() for token in _word_tokens(word)), END]
+
+
+def unknown(text: str, known: Collection[int]) -> list[str]:
+    """The words of a text, in order and once each, that need a token which is not in `known`.
+
+    Numbers, such as a prompt's weights, and punctuation do not count.
+    """
+    found = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
+    return [word for word in found if not set(_word_tokens(word)) <= set(known)]
 
 
 def vocabulary() -> list[int]:

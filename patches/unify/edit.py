@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -40,6 +41,7 @@ def edit_latent(
     structure: float,
     words: float,
     options: UnifyOptions,
+    report: Callable[[str], None],
 ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
     """The edited latent; the edit region, [rows or 1, height, width] in pixels; the run's Trace.
 
@@ -48,6 +50,7 @@ def edit_latent(
     source, edit, negative: CONDITIONING; without a negative one zeros.
     mask: as in UnifySettings.
     structure, words: the balance's beta1 and beta2.
+    report: gets the name of each phase when it begins.
 
     Raises ValueError for anything that the inversion or the sampler refuses, and if the balance in `options`
     conflicts with structure or words.
@@ -60,6 +63,7 @@ def edit_latent(
     }
     unet_of(model.model.diffusion_model, "UnifyEdit")
     sigmas = schedule(model, scheduler, steps, denoise)
+    report("inverting")
     if options.inversion == "virtual":
         inversion = invert_virtually(model, samples, source, sigmas, options.virtual_seed)
     else:
@@ -69,6 +73,7 @@ def edit_latent(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(edit, _zeros(edit) if negative is None else negative)
     guider.set_cfg(cfg)
+    report("editing")
     edited = guider.sample(
         torch.zeros_like(samples),
         samples,

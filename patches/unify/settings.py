@@ -87,7 +87,8 @@ class UnifySettings:
     """Settings of one edit.
 
     edit_tokens: one for all images, or one for each.
-    mask: [rows or 1, height, width], 1 in the edit region, or None for the whole image.
+    mask: [rows or 1, height, width], 1 in the edit region, or None for the whole image. One of ones counts as
+    None, so that with auto_mask a mask is found.
 
     Raises ValueError for a mask that does not fit the inverted image, and for invalid combinations.
     """
@@ -99,6 +100,8 @@ class UnifySettings:
     options: UnifyOptions = field(default_factory=UnifyOptions)
 
     def __post_init__(self) -> None:
+        if self.mask is not None and self.options.auto_mask and bool((self.mask >= 1).all()):
+            object.__setattr__(self, "mask", None)
         if self.mask is not None:
             images, _, height, width = self.inversion.trajectory.shape[1:]
             rows = len(self.mask) if images == 1 else images  # one inverted image may be edited several times

@@ -11,7 +11,7 @@ import pytest
 from host import ROOT
 from playwright.sync_api import expect
 
-START = ROOT / "workflows" / "UnifyEdit - start here.json"
+START = ROOT / "workflows" / "01 Start here.json"
 OLD = Path(__file__).parent / "first_start_here.json"
 DONE = "type => app.graph.nodes.some(n => n.type === type && app.nodeOutputs[n.id]?.images?.length)"
 

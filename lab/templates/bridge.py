@@ -1,0 +1,281 @@
+"""The templates and the blueprint of an attention bridge."""
+
+from __future__ import annotations
+
+from .graph import Blueprint, Graph, Node, Output, Place
+from .shared import (
+    BRIDGE,
+    CANNY,
+    CONTROL,
+    FIFTH,
+    FOURTH,
+    LEFT,
+    LORA,
+    NOW,
+    PICTURE,
+    SECOND,
+    THEN,
+    THIRD,
+    add_notes,
+    add_result,
+    load_checkpoint,
+    load_photo,
+)
+
+
+def guidance(graph: Graph) -> None:
+    """One edit at every pair of the bridge's two scales."""
+    studio = graph.add("DescEditTinyStudio", (LEFT, 0), 270, 110)
+    scene = graph.add("DescEditTinyScene", studio.below(), 270, 500, edit_type="background", seed=3)
+    describe = graph.add(
+        "DescEditDescribe",
+        (SECOND, 0),
+        310,
+        440,
+        clip=studio["clip"],
+        source_text=scene["source_description"],
+        edit_text=scene["edit_description"],
+    )
+    empty = graph.add("CLIPTextEncode", (SECOND, 500), 310, 100, "Empty description", clip=studio["clip"])
+    latent = graph.add("VAEEncode", (THIRD, 0), 300, 60, pixels=scene["source"], vae=studio["vae"])
+    bridged = graph.add(
+        "DescEditApplyBridge",
+        latent.below(),
+        300,
+        260,
+        model=studio["model"],
+        bridge=studio["bridge"],
+        reference=latent[0],
+        source=describe["source"],
+    )
+    grid = graph.add(
+        "DescEditGuidanceGrid",
+        bridged.below(),
+        300,
+        300,
+        model=bridged[0],
+        vae=studio["vae"],
+        edit=describe["edit"],
+        unconditional=empty[0],
+        latent=latent[0],
+        image_guidance="0, 1, 4",
+        text_guidance="0, 1, 5",
+        steps=12,
+        seed=1,
+    )
+    at = (FOURTH, 0)
+    graph.add("SaveImage", at, 560, 660, "Grid", images=grid[0], filename_prefix="descriptive-edit/guidance")
+    add_notes(graph, (SECOND, 640), (310, 280))
+
+
+def _bridged(graph: Graph, model: Output, clip: Output, latent: Node, then: str) -> tuple[Node, Node, Node]:
+    """Describe Edit, the empty text and the applied bridge, in the second column."""
+    describe = graph.add(
+        "DescEditDescribe", (SECOND, 0), 310, 360, clip=clip, source_description=NOW, edit_description=then
+    )
+    empty = graph.add("CLIPTextEncode", describe.below(), 310, 100, "Empty description", clip=clip)
+    loaded = graph.add("DescEditLoadBridge", empty.below(), 310, 110, bridge_name=BRIDGE)
+    applied = graph.add(
+        "DescEditApplyBridge",
+        loaded.below(),
+        310,
+        240,
+        model=model,
+        bridge=loaded[0],
+        reference=latent[0],
+        source=describe["source"],
+    )
+    return describe, empty, applied
+
+
+def _sampled(
+    graph: Graph,
+    model: Output,
+    edit: Output,
+    negative: Output,
+    latent: Node,
+    vae: Output,
+    crop: Node,
+    picture: Node,
+    at: Place,
+) -> None:
+    """Dual guidance, a KSampler and the photo with the result in it."""
+    guided = graph.add("DescEditDualGuidance", at, 300, 150, model=model)
+    empty = graph.add(
+        "LatentMultiply",
+        guided.below(),
+        300,
+        80,
+        "Empty latent",
+        samples=latent[0],
+        multiplier=0.0,
+    )
+    sampled = graph.add(
+        "KSampler",
+        empty.below(),
+        300,
+        280,
+        model=guided[0],
+        positive=edit,
+        negative=negative,
+        seed=1,
+        steps=50,
+        cfg=7.5,
+        sampler_name="euler",
+        scheduler="normal",
+        latent_image=empty[0],
+    )
+    edited = graph.add("VAEDecode", sampled.below(), 300, 60, samples=sampled[0], vae=vae)
+    whole = graph.add("DescEditStitch", edited.below(), 300, 110, crop=crop["crop"], edited=edited[0])
+    add_result(graph, (at[0] + 350, 0), picture["IMAGE"], whole[0])
+
+
+def bridge(graph: Graph) -> None:
+    """Your photo, edited with a bridge."""
+    model = load_checkpoint(graph)
+    picture, crop, latent = load_photo(graph, model)
+    describe, empty, applied = _bridged(graph, model["MODEL"], model["CLIP"], latent, THEN)
+    _sampled(graph, applied[0], describe["edit"], empty[0], latent, model["VAE"], crop, picture, (THIRD, 0))
+    add_notes(graph, (FIFTH, 0), (340, 700))
+
+
+def bridge_control(graph: Graph) -> None:
+    """A bridge beside a ControlNet and a LoRA."""
+    base = load_checkpoint(graph)
+    picture, crop, latent = load_photo(graph, base)
+    styled = graph.add(
+        "LoraLoader",
+        (FIFTH, 0),
+        340,
+        160,
+        model=base["MODEL"],
+        clip=base["CLIP"],
+        lora_name=LORA,
+        strength_model=0.8,
+        strength_clip=0.8,
+    )
+    describe, empty, applied = _bridged(graph, styled["MODEL"], styled["CLIP"], latent, THEN)
+    edges = graph.add(
+        "Canny", styled.below(), 340, 90, image=crop["image"], low_threshold=0.3, high_threshold=0.6
+    )
+    net = graph.add("ControlNetLoader", edges.below(), 340, 60, control_net_name=CANNY, models=CONTROL)
+    controlled = graph.add(
+        "ControlNetApplyAdvanced",
+        net.below(),
+        340,
+        190,
+        positive=describe["edit"],
+        negative=empty[0],
+        control_net=net[0],
+        image=edges[0],
+        strength=0.6,
+        end_percent=0.6,
+        vae=base["VAE"],
+    )
+    _sampled(
+        graph,
+        applied[0],
+        controlled["positive"],
+        controlled["negative"],
+        latent,
+        base["VAE"],
+        crop,
+        picture,
+        (THIRD, 0),
+    )
+    add_notes(graph, (FIFTH, 750), (340, 220))
+
+
+def bridge_adapter(graph: Graph) -> None:
+    """A bridge beside an IP-Adapter, of another pack."""
+    base = load_checkpoint(graph)
+    picture, crop, latent = load_photo(graph, base)
+    style = graph.add("LoadImage", (THIRD, 0), 300, 240, "Style image", image=PICTURE)
+    loaded = graph.add(
+        "IPAdapterUnifiedLoader", style.below(), 300, 120, model=base["MODEL"], preset="PLUS (high strength)"
+    )
+    adapted = graph.add(
+        "IPAdapter",
+        loaded.below(),
+        300,
+        240,
+        model=loaded[0],
+        ipadapter=loaded[1],
+        image=style["IMAGE"],
+        weight=0.6,
+        start_at=0.0,
+        end_at=1.0,
+        weight_type="style transfer",
+    )
+    then = "an oil painting of a girl in a pink dress on a green hill"
+    describe, empty, applied = _bridged(graph, adapted[0], base["CLIP"], latent, then)
+    _sampled(graph, applied[0], describe["edit"], empty[0], latent, base["VAE"], crop, picture, (FOURTH, 0))
+    add_notes(graph, (THIRD, 790), (300, 330), (FOURTH + 350, 880))
+
+
+def bridge_blueprint(graph: Blueprint) -> None:
+    """A bridge on a photo as one node."""
+    sockets = {
+        name: graph.socket(name, kind)
+        for name, kind in (
+            ("model", "MODEL"),
+            ("clip", "CLIP"),
+            ("vae", "VAE"),
+            ("bridge", "ATTENTION_BRIDGE"),
+            ("image", "IMAGE"),
+            ("mask", "MASK"),
+            ("source_description", "STRING"),
+            ("edit_description", "STRING"),
+            ("side", "INT"),
+            ("steps", "INT"),
+            ("image_guidance", "FLOAT"),
+            ("text_guidance", "FLOAT"),
+            ("seed", "INT"),
+        )
+    }
+    crop = graph.add(
+        "DescEditCrop", (0, 0), image=sockets["image"], mask=sockets["mask"], side=sockets["side"]
+    )
+    latent = graph.add("VAEEncode", crop.below(), pixels=crop["image"], vae=sockets["vae"])
+    empty = graph.add("CLIPTextEncode", latent.below(), title="Empty description", clip=sockets["clip"])
+    describe = graph.add(
+        "DescEditDescribe",
+        (380, 0),
+        clip=sockets["clip"],
+        source_description=sockets["source_description"],
+        edit_description=sockets["edit_description"],
+    )
+    applied = graph.add(
+        "DescEditApplyBridge",
+        describe.below(),
+        model=sockets["model"],
+        bridge=sockets["bridge"],
+        reference=latent[0],
+        source=describe["source"],
+    )
+    guided = graph.add(
+        "DescEditDualGuidance",
+        (760, 0),
+        model=applied[0],
+        image_guidance=sockets["image_guidance"],
+        text_guidance=sockets["text_guidance"],
+    )
+    blank = graph.add(
+        "LatentMultiply", guided.below(), title="Empty latent", samples=latent[0], multiplier=0.0
+    )
+    sampled = graph.add(
+        "KSampler",
+        blank.below(),
+        model=guided[0],
+        positive=describe["edit"],
+        negative=empty[0],
+        latent_image=blank[0],
+        seed=sockets["seed"],
+        steps=sockets["steps"],
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="normal",
+    )
+    edited = graph.add("VAEDecode", sampled.below(), samples=sampled[0], vae=sockets["vae"])
+    whole = graph.add("DescEditStitch", edited.below(), crop=crop["crop"], edited=edited[0])
+    graph.results += [("image", whole[0])]

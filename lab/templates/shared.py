@@ -1,0 +1,74 @@
+"""What several templates share: files, texts, settings, columns, and parts of their graphs.
+
+Widths and heights leave room for what nodes show after a run, in both of the page's renderers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .graph import Graph, Node, Output, Place
+
+NOTES = Path(__file__).with_name("notes")
+CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+REPACKAGED = "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
+SD15 = ({"name": CHECKPOINT, "url": REPACKAGED + CHECKPOINT, "directory": "checkpoints"},)
+CANNY = "control_v11p_sd15_canny_fp16.safetensors"
+CONTROL = (
+    {
+        "name": CANNY,
+        "url": f"https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/{CANNY}",
+        "directory": "controlnet",
+    },
+)
+LORA, BRIDGE = "your_style_sd15.safetensors", "sd15_bridge_00001_.safetensors"
+TALKER = "qwen3vl_4b_fp8_scaled.safetensors"
+TALKERS = (
+    {
+        "name": TALKER,
+        "url": f"https://huggingface.co/Comfy-Org/Qwen3-VL/resolve/main/text_encoders/{TALKER}",
+        "directory": "text_encoders",
+    },
+)
+# The picture that every ComfyUI has, and what it shows.
+PICTURE = "example.png"
+NOW = "a drawing of a girl in a pink dress on a green hill"
+THEN = "a drawing of a girl in a blue dress on a green hill"
+# DDIM with 50 steps and cfg 7.5, from pure noise: what Prompt-to-Prompt, MAG-Edit and Guide-and-Rescale use
+# on Stable Diffusion 1.x.
+LITERATURE: dict[str, Any] = {"steps": 50, "cfg": 7.5, "denoise": 1.0}
+# What the Tiny Studio's study chose.
+MEASURED: dict[str, Any] = {"steps": 25, "cfg": 2.0, "denoise": 0.6}
+LEFT, SECOND, THIRD, FOURTH, FIFTH = 0, 310, 660, 1000, 1400
+PAIRED: dict[str, Any] = {"steps": 200, "batch": 4, "learning_rate": 1e-3}
+
+
+def add_notes(graph: Graph, at: Place, size: Place, folded: Place | None = None) -> None:
+    """The note in English, and the Chinese one folded up, below it if there is no other place for it."""
+    number = graph.name[:2]
+    english, chinese = ((NOTES / f"{number}.{language}.md").read_text("utf-8") for language in ("en", "zh"))
+    graph.note(english, at, size, "Read me first")
+    place = folded or (at[0], at[1] + size[1] + 90)
+    graph.note(chinese, place, (min(270, size[0]), 100), "先读我（中文）", collapsed=True)
+
+
+def add_result(graph: Graph, at: Place, before: Output, after: Output, side: float = 380) -> Node:
+    """The slider, and beside it what saves the result."""
+    graph.add("ImageCompare", at, side, side + 20, "Before and after", image_a=before, image_b=after)
+    prefix = "descriptive-edit/edited"
+    place = (at[0], at[1] + side + 80)
+    return graph.add("SaveImage", place, side, 330, "Edited", images=after, filename_prefix=prefix)
+
+
+def load_checkpoint(graph: Graph) -> Node:
+    """The checkpoint, at the top left."""
+    return graph.add("CheckpointLoaderSimple", (LEFT, 0), 270, 110, ckpt_name=CHECKPOINT, models=SD15)
+
+
+def load_photo(graph: Graph, model: Node) -> tuple[Node, Node, Node]:
+    """A photo, its crop and the crop's latent, below the checkpoint."""
+    photo = graph.add("LoadImage", model.below(), 270, 360, "Your photo", image=PICTURE)
+    crop = graph.add("DescEditCrop", photo.below(), 270, 360, image=photo["IMAGE"], mask=photo["MASK"])
+    latent = graph.add("VAEEncode", crop.below(), 270, 60, pixels=crop["image"], vae=model["VAE"])
+    return photo, crop, latent
