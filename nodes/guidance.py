@@ -317,7 +317,7 @@ class DescEditGuidanceGrid(io.ComfyNode):
                 column.append(vae.decode(sampled))
                 bar.update(1)
         captions = [[f"image {image:g}, text {text:g}" for image in columns] for text in rows]
-        sheet = draw_sheet([(name, torch.cat(column)) for name, column in pictures.items()], 256, captions)
+        sheet = draw_sheet([(name, torch.cat(column)) for name, column in pictures.items()], 160, captions)
         return io.NodeOutput(sheet, ui=show_images(cls, sheet))
 
 

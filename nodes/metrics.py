@@ -28,6 +28,7 @@ class DescEditMetrics(io.ComfyNode):
         return io.Schema(
             node_id="DescEditMetrics",
             display_name="Measure Edit",
+            is_output_node=True,
             category=CATEGORY,
             description=(
                 "Measures an edited image against its source: L1, L2, PSNR, SSIM; and LPIPS, DINO-I, DINO "

@@ -14,15 +14,13 @@ def show_images(node: type[io.ComfyNode], *images: torch.Tensor) -> dict[str, An
     """The `ui` of a NodeOutput that shows images, [images, height, width, 3], and masks, [masks, height,
     width], on the node.
     """
-    shown = []
-    for image in images:
-        kind = ui.PreviewMask if image.ndim == 3 else ui.PreviewImage
-        shown += kind(image, cls=node).as_dict()["images"]
-    return {"images": shown}
+    pictures = [image[..., None].expand(-1, -1, -1, 3) if image.ndim == 3 else image for image in images]
+    shown = [ui.PreviewImage(picture, cls=node).as_dict()["images"] for picture in pictures]
+    return {"images": [entry for entries in shown for entry in entries]}
 
 
 def show_text(text: str) -> None:
     """Show a text on the node that is running, in the place of its last one."""
-    running = get_executing_context()
-    if running is not None:
-        PromptServer.instance.send_progress_text(text, running.node_id)
+    running, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if running is not None and server is not None:
+        server.send_progress_text(text, running.node_id)

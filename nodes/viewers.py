@@ -28,7 +28,7 @@ class DescEditAttentionMaps(io.ComfyNode):
         return io.Schema(
             node_id="DescEditAttentionMaps",
             display_name="Attention Maps",
-            has_intermediate_output=True,
+            is_output_node=True,
             category=CATEGORY,
             description=(
                 "Shows what the model attends to at one point of the sampling: for each word where in the "
@@ -152,7 +152,7 @@ class DescEditCompare(io.ComfyNode):
         return io.Schema(
             node_id="DescEditCompare",
             display_name="Contact Sheet (labelled)",
-            has_intermediate_output=True,
+            is_output_node=True,
             category=CATEGORY,
             description=(
                 "Puts images side by side under labels in one image: a column for each input, a row for "

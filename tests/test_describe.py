@@ -81,7 +81,7 @@ def test_blueprint_is_served(file: Path, live_server: Any) -> None:
 @pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
 def test_blueprint_is_sound(file: Path, object_info: dict[str, Any]) -> None:
     """Protects: inside a blueprint every node exists as the server has it, every required input is wired or
-    a widget, links are the same from both ends, and the model stays outside, beside photo, mask, texts and seed.
+    a widget, links are the same from both ends, and the model, the mask and the seed come from outside.
     """
     shown = json.loads(file.read_text(encoding="utf-8"))
     (outer,), (graph,) = shown["nodes"], shown["definitions"]["subgraphs"]
@@ -141,8 +141,10 @@ def test_blueprint_runs_with_the_tiny_studio(host: Host, object_info: dict[str, 
     and keeps every pixel outside.
     """
     (graph,) = json.loads(file.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
-    studio, scene = (["studio", slot] for slot in range(4)), [["scene", slot] for slot in range(5)]
-    given = dict(zip(("model", "clip", "vae", "bridge"), studio, strict=True))
+    scene = [["scene", slot] for slot in range(5)]
+    given: dict[str, Any] = {
+        name: ["studio", slot] for slot, name in enumerate(("model", "clip", "vae", "bridge"))
+    }
     given |= {"image": scene[0], "mask": scene[2], "source_description": scene[3]}
     given |= {"edit_description": scene[4], "side": 128, "steps": 2}
     prompt = as_prompt(graph, given, object_info)
@@ -156,3 +158,53 @@ def test_blueprint_runs_with_the_tiny_studio(host: Host, object_info: dict[str, 
     outside = mask[0] == 0
     assert torch.equal(edited[0][outside], source[0][outside])
     assert float((edited - source).abs().max()) > 0.1
+
+
+def test_typed_texts_come_first(host: Host) -> None:
+    """Protects: a connected text is used only while its box is empty, each box for itself."""
+    clip = host.execute("DescEditTinyStudio")[1]
+    wired = {"source_text": "a red circle", "edit_text": "a blue circle"}
+    typed = {"source_description": "a red circle", "edit_description": "a green circle"}
+
+    def tokens(**texts: str) -> Any:
+        given = {"source_description": "", "edit_description": " ", **texts}
+        return host.execute("DescEditDescribe", clip=clip, **given)
+
+    found = tokens(**wired)
+    assert found[2] == tokens(source_description="a red circle", edit_description="a blue circle")[2]
+    assert torch.equal(found[0][0][0], tokens(**typed)[0][0][0])
+    assert tokens(**wired, **typed)[2] == tokens(**typed)[2] != found[2]
+    assert [word.text for word in tokens(**wired, edit_description="a star")[2].words] == ["star"]
+    with pytest.raises(ValueError, match="Describe Edit: source_description is empty: describe the image"):
+        tokens(edit_text="a blue circle")
+
+
+def test_unknown_words_are_named(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """Protects: words that the Tiny Studio does not know are named, once each, by Describe Edit's text and in
+    the log, also if a stock node encodes them; numbers and punctuation are no words.
+    """
+    _, clip, *_ = host.execute("DescEditTinyStudio")
+    texts = {"source_description": "a red circle", "edit_description": "a (turquoise:1.3) elephant, red"}
+    assert host.execute("DescEditDescribe", clip=clip, **texts)[3].endswith(
+        "\nnot known to the Tiny Studio: turquoise, elephant"
+    )
+    host.execute("CLIPTextEncode", clip=clip, text="a purple zebra and an elephant")
+    warned = [record.getMessage() for record in caplog.records if "Tiny Studio" in record.getMessage()]
+    assert [message.partition(" not known")[0].removeprefix("Tiny Studio: ") for message in warned] == [
+        "turquoise, elephant",
+        "zebra",
+    ]
+    known = {"source_description": "a red circle", "edit_description": "a large blue circle"}
+    assert "not known" not in host.execute("DescEditDescribe", clip=clip, **known)[3]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_help_lists_the_vocabulary(host: Host, language: str) -> None:
+    """Protects: the help of Load Tiny Studio lists exactly the words of the shipped embedding table."""
+    _, clip, *_ = host.execute("DescEditTinyStudio")
+    page = (ROOT / "web/docs/DescEditTinyStudio" / f"{language}.md").read_text(encoding="utf-8")
+    lists = [line.partition(": ")[2] for line in page.splitlines() if re.match(r"- [^*]+: [a-z]", line)]
+    listed = {word for line in lists for word in re.findall("[a-z]+", line)}
+    assert host.pack_module("models.tiny_studio.studio").unknown_words(clip, " ".join(listed)) == []
+    tokens = {token for word in listed for token in host.pack_module("models.tiny_studio.words").tokens(word)}
+    assert tokens == set(clip.tokenizer.known)

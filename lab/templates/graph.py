@@ -312,7 +312,7 @@ def _default(settings: Mapping[str, Any], wire: str) -> Any:
     """The value that the page gives a widget."""
     if "default" in settings:
         return settings["default"]
-    choices = settings.get("options") or [""]
+    choices: list[Any] = settings.get("options") or [""]
     if wire == "COMFY_DYNAMICCOMBO_V3":
         return choices[0]["key"]
     return choices[0] if wire == "COMBO" else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .graph import Blueprint, Graph, Node, Place
 from .shared import (
     CANNY,
@@ -368,6 +370,7 @@ def unify_blueprint(graph: Blueprint) -> None:
         virtual_seed=sockets["seed"],
     )
     names = ("steps", "cfg", "denoise", "structure", "words")
+    dials: dict[str, Any] = {name: sockets[name] for name in names}
     unify = graph.add(
         "DescEditUnify",
         (760, 0),
@@ -379,7 +382,7 @@ def unify_blueprint(graph: Blueprint) -> None:
         negative=empty[0],
         mask=crop["mask"],
         options=options[0],
-        **{name: sockets[name] for name in names},
+        **dials,
     )
     edited = graph.add("VAEDecode", unify.below(), samples=unify["latent"], vae=sockets["vae"])
     whole = graph.add(
