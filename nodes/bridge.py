@@ -224,7 +224,7 @@ class DescEditApplyBridge(io.ComfyNode):
                 "edited image in the sampler's positive prompt. LoRAs on the model affect the reference too; "
                 "ControlNet and other nodes' patches affect only the image being denoised."
             ),
-            search_aliases=["DescriptiveEdit", *ALIASES, "apply bridge", "reference image"],
+            search_aliases=["DescriptiveEdit", *ALIASES, "apply bridge", "reference image", "image edit"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the bridge was trained for."),
                 BridgeType.Input("bridge", tooltip="A trained attention bridge. One bridge per model."),

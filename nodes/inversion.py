@@ -33,11 +33,8 @@ class DescEditInvert(io.ComfyNode):
             ),
             search_aliases=[
                 *ALIASES,
-                "DDIM inversion",
-                "virtual inversion",
-                "InfEdit",
-                "inverse noise",
-                "unsample",
+                *("DDIM inversion", "inversion", "invert image", "inverse noise", "unsample", "unsampler"),
+                *("null text", "null-text inversion", "rf inversion", "virtual inversion", "InfEdit"),
             ],
             inputs=[
                 io.Model.Input(

@@ -86,7 +86,7 @@ class DescEditStitch(io.ComfyNode):
                 "Puts an edited crop back into the photo at full size. Outside the mask every pixel stays "
                 "as it was."
             ),
-            search_aliases=[*ALIASES, "paste back", "composite"],
+            search_aliases=[*ALIASES, "paste back", "composite", "before after"],
             inputs=[
                 CropType.Input("crop", tooltip="From Crop for Edit."),
                 io.Image.Input("edited", tooltip="The edited crop, in any size."),

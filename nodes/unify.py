@@ -50,7 +50,11 @@ class DescEditUnify(io.ComfyNode):
                 "losses on the attention keep the structure and make the edit's words take effect. Used "
                 "like a KSampler."
             ),
-            search_aliases=[*ALIASES, "image edit", "edit image", "KSampler", "prompt-to-prompt"],
+            search_aliases=[
+                *ALIASES,
+                *("image edit", "edit image", "image editing", "image to image", "KSampler"),
+                *("p2p", "prompt-to-prompt", "ip2p", "instructpix2pix", "masactrl", "plug and play"),
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its patches."),
                 io.Conditioning.Input("source", tooltip="What the image shows now, from Describe Edit."),
@@ -91,11 +95,11 @@ class DescEditUnify(io.ComfyNode):
                 io.Float.Input(
                     "denoise",
                     default=1.0,
-                    min=0.0,
+                    min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much noise the edit starts from, above 0, up to 1. 1: all of it. Low "
-                    "values change less. 0 is an error: nothing would be sampled.",
+                    tooltip="How much noise the edit starts from, 0.01 to 1. 1: all of it. Low values change "
+                    "less.",
                 ),
                 io.Float.Input(
                     "structure",

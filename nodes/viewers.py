@@ -158,7 +158,7 @@ class DescEditCompare(io.ComfyNode):
                 "Puts images side by side under labels in one image: a column for each input, a row for "
                 "each image of a batch."
             ),
-            search_aliases=["contact sheet", "grid", "side by side", "comparison"],
+            search_aliases=["contact sheet", "grid", "side by side", "comparison", "before after"],
             inputs=[
                 io.Autogrow.Input(
                     "images",

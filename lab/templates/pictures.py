@@ -67,11 +67,17 @@ def _of(server: Server, prompt: Prompt, kind: str) -> Image.Image:
     """The picture that a node of a type shows, in the middle of a square."""
     (key,) = [key for key, node in prompt.items() if node["class_type"] == kind]
     shown = _read(server, _run(server, prompt)[key]["images"][0])
-    shown.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    if max(shown.size) < SIDE:
-        scale = SIDE / max(shown.size)
-        size = (round(shown.width * scale), round(shown.height * scale))
-        shown = shown.resize(size, Image.Resampling.LANCZOS)
+    if shown.width > 3 * shown.height:  # four pictures in a row: two and two
+        half = shown.width // 2
+        stacked = Image.new("RGB", (half, 2 * shown.height), "white")
+        for row in range(2):
+            stacked.paste(
+                shown.crop((row * half, 0, (row + 1) * half, shown.height)), (0, row * shown.height)
+            )
+        shown = stacked
+    scale = SIDE / max(shown.size)
+    size = (round(shown.width * scale), round(shown.height * scale))
+    shown = shown.resize(size, Image.Resampling.LANCZOS)
     square = Image.new("RGB", (SIDE, SIDE), shown.getpixel((0, 0)))
     square.paste(shown, ((SIDE - shown.width) // 2, (SIDE - shown.height) // 2))
     return square

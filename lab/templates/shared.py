@@ -41,7 +41,7 @@ LITERATURE: dict[str, Any] = {"steps": 50, "cfg": 7.5, "denoise": 1.0}
 # What the Tiny Studio's study chose.
 MEASURED: dict[str, Any] = {"steps": 25, "cfg": 2.0, "denoise": 0.6}
 LEFT, SECOND, THIRD, FOURTH, FIFTH = 0, 310, 660, 1000, 1400
-PAIRED: dict[str, Any] = {"steps": 200, "batch": 4, "learning_rate": 1e-3}
+PAIRED: dict[str, Any] = {"steps": 300, "batch": 4, "learning_rate": 1e-3}
 
 
 def add_notes(graph: Graph, at: Place, size: Place, folded: Place | None = None) -> None:

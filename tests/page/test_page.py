@@ -87,6 +87,24 @@ def test_search_by_paper(site: Any, paper: str, first: str, second: str) -> None
     expect(results.nth(1)).to_contain_text(second)
 
 
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        *[(typed, "UnifyEdit") for typed in ("p2p", "ip2p", "masactrl", "image edit", "edit image")],
+        *[(typed, "Invert Image (DDIM)") for typed in ("null text", "rf inversion", "unsampler")],
+        ("before after", "Contact Sheet (labelled)"),
+        ("crop and stitch", "Crop for Edit"),
+    ],
+)
+def test_search_by_other_words(site: Any, typed: str, found: str) -> None:
+    """Protects: the words that the field uses lead to our nodes, within the first results."""
+    site.page.keyboard.press("Escape")
+    site.page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    site.page.keyboard.type(typed)
+    results = site.page.get_by_test_id("result-item")
+    expect(results.filter(has_text=found).first).to_be_visible(timeout=60_000)
+
+
 def test_every_node_is_drawn(site: Any) -> None:
     """Protects: every node of ours draws on the page with its title, its inputs, their defaults and room."""
     ours = {key: info for key, info in site.server.object_info().items() if key.startswith("DescEdit")}
