@@ -41,7 +41,7 @@ def edit_latent(
     structure: float,
     words: float,
     options: UnifyOptions,
-    report: Callable[[str], None],
+    report: Callable[[str], None] = lambda phase: None,
 ) -> tuple[torch.Tensor, torch.Tensor, Trace]:
     """The edited latent; the edit region, [rows or 1, height, width] in pixels; the run's Trace.
 

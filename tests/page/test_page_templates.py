@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Site
 from host import ROOT
 from playwright.sync_api import Browser
 
@@ -23,10 +22,10 @@ BOXES = """app.graph.nodes.map(n => {
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["default page", "Nodes 2.0"])
-def shown(request: pytest.FixtureRequest, browser: Browser, site: Site) -> Iterator[Site]:
+def shown(request: pytest.FixtureRequest, browser: Browser, site: Any) -> Iterator[Any]:
     """The page in one of its two renderers."""
     site.settings(**{"Comfy.VueNodes.Enabled": request.param})
-    page = Site(browser, site.server)
+    page = type(site)(browser, site.server)
     page.open()
     yield page
     page.page.close()
@@ -36,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def open_template(shown: Site, name: str) -> None:
+def open_template(shown: Any, name: str) -> None:
     """Open a template as a user does, and wait until the page has fitted it."""
     page = shown.page
     page.keyboard.press("Escape")
@@ -59,7 +58,7 @@ def open_template(shown: Site, name: str) -> None:
 
 
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
-def test_opens_readable(shown: Site, file: Path) -> None:
+def test_opens_readable(shown: Any, file: Path) -> None:
     """Protects: at 1500 x 950 a template opens at a zoom that draws its texts, no node covers another, only
     another pack's nodes are unknown, files to download are named, and the page queues what the tests run.
     """
@@ -86,7 +85,7 @@ def test_opens_readable(shown: Site, file: Path) -> None:
 
 
 @pytest.mark.parametrize("number", NO_DOWNLOAD)
-def test_runs_and_shows(shown: Site, number: str) -> None:
+def test_runs_and_shows(shown: Any, number: str) -> None:
     """Protects: a template without a download runs at one click, and every node that has something to show
     shows it on itself.
     """
