@@ -57,7 +57,7 @@ def judge(study: Study, comparison: Comparison) -> tuple[str, str, int]:
     name, _ = COLUMNS.get(comparison.metric, (NAMES.get(comparison.metric, comparison.metric), ""))
     what = f"{name}: {label} against {other}"
     if MISSING in states:
-        return OPEN, f"{what}: not measured", 0
+        return MISSING, what, 0
     found = study.difference(first, second, comparison.metric)
     if not found.cases:
         return OPEN, f"{what}: its network is not here", 0
@@ -74,7 +74,8 @@ def verdict_of(verdicts: Sequence[str]) -> str:
     """The verdict of a claim from those of its comparisons."""
     if FAILS in verdicts:
         return FAILS
-    return HOLDS if verdicts and set(verdicts) == {HOLDS} else OPEN
+    alike = set(verdicts) in ({HOLDS}, {MISSING})
+    return verdicts[0] if alike else OPEN
 
 
 def claim_table(study: Study, claims: Iterable[Claim]) -> str:
