@@ -23,7 +23,7 @@ from ...patches.attention.networks import network_of
 from ...patches.bridge.apply import apply_bridge
 from ...patches.bridge.guidance import DualGuidance, DualGuider
 from ...patches.bridge.run import BridgeSetup
-from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory
+from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory, sides
 from .operations import Operations, print_operations
 from .random_sd15 import NARROW, NARROW_ROUNDS, NARROW_SIDE, random_sd15
 
@@ -39,6 +39,7 @@ AIMS = {
     "overhead_reference_pass_forwards": 1.10,
     "ops_dual_extra": 112,
 }
+CARD_AIMS = {"dual_step_ratio_64": 1.15, "dual_step_ratio_96": 1.12}
 Conditioning = list[list[Any]]
 
 
@@ -195,7 +196,7 @@ def wide(rounds: int) -> dict[str, float]:
         model = random_sd15(dtype=dtype())
         choose_attention(model)
         passes = []
-        for side in (32, 64):
+        for side in sides():
             guiders = {"stock": stock_dual(model), "dual": dual(bridged(model, side)), "row": single(model)}
             clocks = timed(guiders, side, rounds)
             stock, step, row = (statistics.median(clocks[name].step) for name in ("stock", "dual", "row"))
@@ -206,7 +207,8 @@ def wide(rounds: int) -> dict[str, float]:
             print(f"{side}x{side:<5}{seconds}{(step + reading) / stock:>15.2f}x", flush=True)
         found["reference_pass_forwards"] = max(passes)
         peaks = [
-            peak_memory(partial(sample, guiders[name], 64, Clock().sampler(1))) for name in ("stock", "dual")
+            peak_memory(partial(sample, guider, 64, Clock().sampler(1)))
+            for guider in (stock_dual(model), dual(bridged(model, 64)))
         ]
         found["peak_memory_ratio_64"] = peaks[1] / peaks[0]
         small = dual(bridged(model, 8))

@@ -26,6 +26,11 @@ def dtype() -> torch.dtype:
     return torch.float16 if device().type == "cuda" else torch.float32
 
 
+def sides() -> tuple[int, ...]:
+    """Sides of the measured latents; on a GPU also of 768x768 images."""
+    return (32, 64, 96) if device().type == "cuda" else (32, 64)
+
+
 def on_card() -> dict[str, str]:
     """The name of the GPU as `card`, for the results; it is printed. Nothing on a CPU."""
     if device().type != "cuda":
@@ -36,9 +41,13 @@ def on_card() -> dict[str, str]:
 
 
 def now() -> float:
-    """Seconds of a clock, read after the GPU has finished its queued work."""
+    """Seconds of a clock. On a GPU it is read after its queued work has finished. On a CPU in one thread it is
+    the time that this process computed, which other programs hardly change.
+    """
     if device().type == "cuda":
         torch.cuda.synchronize(device())
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 

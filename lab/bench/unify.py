@@ -31,7 +31,7 @@ from ...patches.unify.source import active_entry, record
 from . import whole_edit
 from .attend_and_excite import attend_and_excite
 from .bridge import conditioning, plain_cfg, sample
-from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory
+from .measuring import alternating, choose_attention, dtype, median_ratio, now, one_thread, peak_memory, sides
 from .operations import Operations, print_operations
 from .random_sd15 import NARROW, NARROW_ROUNDS, NARROW_SIDE, random_sd15
 from .sdxl_memory import gradient_gib
@@ -51,6 +51,12 @@ AIMS = {
     "overhead_edit_ratio": 3.5,
     "sdxl_1024_gradient_gib": 6.0,
     "sdxl_1024_gradient_gib_checkpointed": 4.0,
+}
+CARD_AIMS = {
+    "step_ratio_64": 2.4,
+    "step_ratio_96": 2.0,
+    "step_ratio_64_checkpointed": 3.5,
+    "step_to_attend_and_excite_64": 0.7,
 }
 
 
@@ -210,7 +216,7 @@ def wide(rounds: int, compare: bool = False) -> dict[str, float]:
         found["peak_memory_ratio_64_checkpointed"] = checkpointed / least
         heads = ("stock step", "optimised step", "checkpointed", "gradient", "without stop")
         print(f"{'latent':<8}" + "".join(f"{head:>16}" for head in heads))
-        for side in (32, 64):
+        for side in sides():
             steps = {
                 "stock": stock(model),
                 "unify": unify(model, side),
@@ -226,6 +232,7 @@ def wide(rounds: int, compare: bool = False) -> dict[str, float]:
             if compare:
                 other = attend_and_excite(side, rounds)
                 found[f"attend_and_excite_step_ratio_{side}"] = other["seconds"] / median["stock"]
+                found[f"step_to_attend_and_excite_{side}"] = median["unify"] / other["seconds"]
         options = UnifyOptions(max_self_attn_res=SIDE, cross_attn_res=SIDE)
         found |= whole_edit.measure(model, WIDE_EDIT_SIDE, WIDE_EDIT_STEPS, max(1, rounds // 2), options)
     if compare:
