@@ -41,8 +41,8 @@ def on_card() -> dict[str, str]:
 
 
 def now() -> float:
-    """Seconds of a clock. On a GPU it is read after its queued work has finished. On a CPU in one thread it is
-    the time that this process computed, which other programs hardly change.
+    """Seconds of a clock. On a GPU it is read after its queued work has finished. In one thread on a CPU it
+    is the time that this process computed, which other programs hardly change.
     """
     if device().type == "cuda":
         torch.cuda.synchronize(device())
