@@ -17,10 +17,10 @@ def tolerance(dtype: torch.dtype = torch.float32) -> float:
     return 1e-4 if dtype == torch.float32 else 1e-3
 
 
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal to `tolerance()` of the expected values' deviation, on whichever devices they are."""
+def same(found: torch.Tensor, expected: torch.Tensor, times: float = 1) -> bool:
+    """Equal to `times` `tolerance()` of the expected values' deviation, on whichever devices they are."""
     found, expected = found.double().cpu(), expected.double().cpu()
-    return float((found - expected).abs().max()) <= tolerance() * float(expected.std())
+    return float((found - expected).abs().max()) <= times * tolerance() * float(expected.std())
 
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -53,6 +53,7 @@ class Bridge:
     )
     redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts: tuple[str, ...] = bridge_edit.LAYOUTS
+    rounding = 1  # how many times the tolerance a split for memory may change
     on_dits = True
 
     def __init__(self, host: Host, model: Any) -> None:
@@ -137,6 +138,7 @@ class Recorder(Bridge):
 class UnifyEdit(Bridge):
     """UnifyEdit's sampler, from an inverted latent."""
 
+    rounding = 10  # where memory is short the rows run apart, and a gradient of fewer rows rounds differently
     neutral: ClassVar[Inputs] = ()
     redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts = ("three images", "an area")
@@ -249,7 +251,7 @@ def test_split_for_memory(host: Host, method: Bridge, monkeypatch: pytest.Monkey
             patch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda *_: 0)
             alone = method.run(graph)
         assert max(calls.rows) == graph.images, name
-        assert same(alone, together), name
+        assert same(alone, together, method.rounding), name
 
 
 def test_any_size(method: Bridge) -> None:
