@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..metrics.image import measure
-from ..models.tiny_studio import drawing, scenes
+from ..models.tiny_studio import drawing, scenes, studio, words
 from ..pictures.contact_sheet import draw_sheet, save_image, to_image
 from .edit_options import EditOptions, parse
 from .output import write_json
@@ -25,7 +26,8 @@ from .server import NodeError, Prompt, Server, ServerError, device_arguments
 from .studies.balances import CHOSEN
 from .tiny_studio.attribute_classifier import shows
 
-WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "01 Start here.json"
+WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows" / "api"
+DRAWN, PHOTO = WORKFLOWS / "01 Start here.json", WORKFLOWS / "03 Edit a photo.json"
 # The sample scenes: this one of each edit type.
 SEED, WORDING = 1, "complex"
 
@@ -35,7 +37,7 @@ class Edited:
     """One edit.
 
     texts: source and edit description.
-    source, edited: [128, 128, 3], 0 to 1. mask: [128, 128], 1 where the edit happens, or None.
+    source, edited: [height, width, 3], 0 to 1. mask: [height, width], 1 where the edit happens, or None.
     target: the scene of the true edit, None for the user's image.
     """
 
@@ -83,7 +85,7 @@ def read_picture(file: Path, mode: str, option: str) -> Image.Image:
 
 
 def read_pictures(options: EditOptions) -> dict[str, Image.Image]:
-    """The user's image and mask, checked, cropped to a square and scaled to the Tiny Studio's size."""
+    """The user's image and mask, checked; for the Tiny Studio cropped to a square and scaled to its size."""
     pictures = {}
     if options.image is not None:
         pictures["source"] = read_picture(options.image, "RGB", "--image")
@@ -95,6 +97,8 @@ def read_pictures(options: EditOptions) -> dict[str, Image.Image]:
             )
         if not mask.getbbox():
             refuse(f"--mask: {options.mask} is black everywhere; paint what may change white")
+    if options.checkpoint is not None:
+        return pictures
     size = (drawing.SIZE, drawing.SIZE)
     return {name: ImageOps.fit(picture, size, Image.Resampling.LANCZOS) for name, picture in pictures.items()}
 
@@ -102,6 +106,13 @@ def read_pictures(options: EditOptions) -> dict[str, Image.Image]:
 def refuse(message: str) -> NoReturn:
     print(f"dev.py edit: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def warn_of_words(*texts: str) -> None:
+    """Name the words that have no effect, because the Tiny Studio does not know them."""
+    unknown = words.unknown(" ".join(texts), studio.known_tokens())
+    if unknown:
+        print(f"dev.py edit: the Tiny Studio does not know: {', '.join(unknown)}", file=sys.stderr)
 
 
 class ProgressLine:
@@ -163,6 +174,33 @@ def run_image(
     }
     names = server.object_info()["DescEditTinyScene"]["output_name"]
     replace_node(prompt, scene, {index: links[name] for index, name in enumerate(names)})
+    print(f"{options.image}: {options.source} -> {options.edit}", flush=True)
+    arrays = {name: torch.from_numpy(_values(picture)) for name, picture in pictures.items()}
+    texts = (options.source, options.edit)
+    return Edited("picture", texts, arrays["source"], run_one(server, prompt), arrays.get("mask"), None)
+
+
+def run_photo(
+    server: Server, workflow: Prompt, options: EditOptions, pictures: dict[str, Image.Image]
+) -> Edited:
+    """Edit the user's image at full size with the user's checkpoint."""
+    assert options.checkpoint is not None
+    prompt = copy.deepcopy(workflow)
+    folder = server.base / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    there = folder / options.checkpoint.name
+    try:
+        os.link(options.checkpoint.resolve(), there)
+    except OSError:  # another disk
+        shutil.copyfile(options.checkpoint, there)
+    for name, picture in pictures.items():
+        picture.save(server.base / "input" / f"{name}.png")
+    set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=options.checkpoint.name)
+    set_inputs(prompt, "LoadImage", image="source.png")
+    set_inputs(prompt, "DescEditDescribe", source_description=options.source, edit_description=options.edit)
+    if "mask" in pictures:
+        prompt["mask"] = {"class_type": "LoadImageMask", "inputs": {"image": "mask.png", "channel": "red"}}
+        set_inputs(prompt, "DescEditCrop", mask=["mask", 0])
     print(f"{options.image}: {options.source} -> {options.edit}", flush=True)
     arrays = {name: torch.from_numpy(_values(picture)) for name, picture in pictures.items()}
     texts = (options.source, options.edit)
@@ -231,11 +269,15 @@ def main(arguments: Sequence[str]) -> int:
     """Run the edits; 0, or 1 if the server or a node failed."""
     options = parse(arguments)
     pictures = read_pictures(options)
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    workflow = json.loads((DRAWN if options.checkpoint is None else PHOTO).read_text(encoding="utf-8"))
+    if options.checkpoint is None:
+        warn_of_words(options.source, options.edit)
     print("starting ComfyUI ...", flush=True)
     try:
         with Server(Path(os.environ["COMFYUI_PATH"]), device_arguments()) as server:
-            if pictures:
+            if options.checkpoint is not None:
+                edits = [run_photo(server, workflow, options, pictures)]
+            elif pictures:
                 edits = [run_image(server, workflow, options, pictures)]
             else:
                 edits = run_samples(server, workflow)

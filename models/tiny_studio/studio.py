@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import safetensors
 import safetensors.torch
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
@@ -118,6 +119,12 @@ def load_clip(path: Path = FILE) -> comfy.sd.CLIP:
     clip = comfy.sd.CLIP(ClipTarget(TinyTokenizer, TinyClip), parameters=parameters, state_dict=[state])
     clip.tokenizer.known = frozenset(rows.tolist())
     return clip
+
+
+def known_tokens(path: Path = FILE) -> frozenset[int]:
+    """The tokens of the embedding table."""
+    with safetensors.safe_open(path, "pt") as file:
+        return frozenset(file.get_tensor("text.tokens").tolist())
 
 
 def unknown_words(clip: Any, *texts: str) -> list[str]:
