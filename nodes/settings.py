@@ -64,8 +64,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of keeping the structure, 0 to 10, in lengths of a denoising step. 0: "
-                    "off. Use about 0.3 for a change of style.",
+                    tooltip="Strength of keeping the structure, 0 to 10, in lengths of a denoising step, and "
+                    "never more than the loss asks for. 0: off. Use about 0.3 for a change of style.",
                 ),
                 io.Float.Input(
                     "k1",
@@ -82,8 +82,8 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of following the words, 0 to 10, in lengths of a denoising step. 0: "
-                    "off.",
+                    tooltip="Strength of following the words, 0 to 10, in lengths of what text guidance "
+                    "(CFG) moves in a step, and never more than the loss asks for. 0: off.",
                 ),
                 io.Float.Input(
                     "k2",
@@ -187,10 +187,11 @@ class DescEditUnifyOptions(io.ComfyNode):
                     "cross_attn_res",
                     default=default.cross_attn_res,
                     optional=True,
-                    min=1,
+                    min=0,
                     max=256,
                     tooltip="The word loss uses the cross-attention layers with the grid nearest to this "
-                    "many tokens per side, 1 to 256. 1: the model's coarsest grid. 256: the finest.",
+                    "many tokens per side, 0 to 256. 0: the layers where this kind of model was measured to "
+                    "keep its words, else 16. 1: the model's coarsest grid. 256: the finest.",
                 ),
                 io.String.Input(
                     "structure_layers",

@@ -271,12 +271,13 @@ class DescEditFindMask(io.ComfyNode):
                 io.Int.Input(
                     "cross_attn_res",
                     default=UnifyOptions.cross_attn_res,
-                    min=1,
+                    min=0,
                     max=256,
                     optional=True,
                     advanced=True,
                     tooltip="Cross-attention layers with the grid nearest to this many tokens per side are "
-                    "read, 1 to 256. 1: the model's coarsest grid. 256: the finest.",
+                    "read, 0 to 256. 0: the layers where this kind of model was measured to keep its words, "
+                    "else 16. 1: the model's coarsest grid. 256: the finest.",
                 ),
             ],
             outputs=[

@@ -237,7 +237,9 @@ def test_drawn_curves_of_the_node(host: Host) -> None:
 
 
 def test_direction(balance: Any) -> None:
-    """Protects: the three combinations, each row normed by itself."""
+    """Protects: the three combinations, each row normed by itself, in units of length for each loss, and no
+    step longer than a linear loss needs to reach its least value.
+    """
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(2, 4, 3, 3, generator=generator) * torch.tensor([1e-6, 5.0])[:, None, None, None]
     two = torch.randn(2, 4, 3, 3, generator=generator)
@@ -245,21 +247,60 @@ def test_direction(balance: Any) -> None:
     for row in range(2):
         a, b = one[row].double(), two[row].double()
         expected = {
-            "balanced": first * a / a.norm() + second * b / b.norm(),
-            "norm": 0.5 * a / a.norm() + 2.0 * b / b.norm(),
-            "naive": math.hypot(0.5, 2.0) * (a + b) / (a + b).norm(),
+            "balanced": (first, second),
+            "norm": (0.5, 2.0),
+            "naive": (0.5, 2.0),
         }
-        for name, value in expected.items():
+        for name, weights in expected.items():
             made = balance.Balance(name, 0.5, 3.0, 2.0, 1.5)
-            result = made.direction(one, two, made.weights(0.25))[row]
-            torch.testing.assert_close(result.double(), value, rtol=1e-5, atol=1e-7)
+            for excess in ((1e9, 1e9), (0.3, 1e9), (1e9, 0.2), (0.3, 0.2)):
+                # Units of 3 and 0.7; the second row's are twice as long.
+                units = torch.tensor([1.0, 2.0])[:, None, None, None]
+                slopes = [
+                    balance.Slope(gradient, torch.full((2,), left), unit * units)
+                    for gradient, left, unit in zip((one, two), excess, (3.0, 0.7), strict=True)
+                ]
+                lengths = [
+                    weight * unit * (row + 1) for weight, unit in zip(weights, (3.0, 0.7), strict=True)
+                ]
+                if name == "naive":
+                    length = min(math.hypot(*lengths), sum(excess) / float((a + b).norm()))
+                    value = length * (a + b) / (a + b).norm()
+                else:
+                    value = min(lengths[0], excess[0] / float(a.norm())) * a / a.norm()
+                    value += min(lengths[1], excess[1] / float(b.norm())) * b / b.norm()
+                result = made.move(*slopes, made.weights(0.25))[row]
+                torch.testing.assert_close(result.double(), value, rtol=1e-5, atol=1e-7)
 
 
 def test_useless_gradients(balance: Any) -> None:
     """Protects: a row whose gradient is zero or not finite adds nothing and spoils no other row."""
     gradient = torch.ones(3, 4)
     gradient[0], gradient[1, 2] = 0, math.nan
-    torch.testing.assert_close(balance.normalize(gradient), torch.tensor([[0.0] * 4, [0.0] * 4, [0.5] * 4]))
+    excess, unit = torch.tensor([0.0, math.nan, math.inf]), torch.ones(3, 1)
+    slopes = (
+        balance.Slope(gradient, excess, unit),
+        balance.Slope(0 * gradient[[0, 0, 0]], 0 * unit[:, 0], unit),
+    )
+    moved = balance.Balance("norm", beta1=1.0).move(*slopes, (1.0, 1.0))
+    torch.testing.assert_close(moved, torch.tensor([[0.0] * 4, [0.0] * 4, [0.5] * 4]))
+
+
+@pytest.mark.parametrize("form", ["token_ratio", "absolute", "spatial_ratio", "area_ratio"])
+def test_least_values(host: Host, losses: Any, form: str) -> None:
+    """Protects: the least value of each form, up to which a step may go, is what the loss is when all of the
+    attention in the mask is the word's, and none outside.
+    """
+    words = host.pack_module("patches.unify.words").edit_words([edit_tokens(host, 4, (2,))], 6)
+    target = {LAYERS[0]: torch.zeros(1, 1, 4, 6)}
+    target[LAYERS[0]][:, :, 2:, 0] = target[LAYERS[0]][:, :, :2, 2] = 1.0
+    masks = {LAYERS[0]: torch.tensor([[1.0, 1.0, 0.0, 0.0]])}
+    value = losses.alignment_loss(layers(host, target), words, masks, form).values.item()
+    if form == "area_ratio":
+        assert value < -1e6
+        assert losses.LEAST[form] == -math.inf
+    else:
+        assert value == pytest.approx(losses.LEAST[form], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["beta1", "k1", "beta2", "k2"])

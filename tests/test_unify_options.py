@@ -246,12 +246,31 @@ def test_automatic_mask(host: Host) -> None:
         readings = {layer.key: projections(host, maps.flatten(2, 3))}
         made = words(tokens, description, torch.ones(1, 1))
         found.append(mask.word_attention(readings, made, [layer], 8, 8))
-        torch.testing.assert_close(found[-1][0, 2, left], torch.tensor(0.9 / 1.1))
-        torch.testing.assert_close(found[-1][0, 0, 0], torch.tensor(1 / 3))
+        torch.testing.assert_close(found[-1][0, 2, left], torch.tensor(0.9 / 1.4))
+        torch.testing.assert_close(found[-1][0, 0, 0], torch.tensor(1 / 6))
     expected = torch.zeros(2, 8, 8)
     expected[0, 2:4, 1:3] = expected[0, 2:4, 4:6] = 1
     expected[1, 6, 6] = 1
     assert torch.equal(mask.attention_mask(found), expected)
+
+
+def test_layers_where_words_are(host: Host, model: Any) -> None:
+    """Protects: by default words are read at the layers measured for the kind of model, and at those nearest
+    to 16x16 of a kind that was not measured; a resolution or names come first.
+    """
+    choose = host.pack_module("patches.attention.layers").word_layers
+    layers = host.network(model).layers.values()
+
+    def chosen(res: int, names: str = "", kind: str = "TinySD15") -> set[str]:
+        return {layer.key for layer in choose(layers, 16, 16, res, names, kind)}
+
+    usual = chosen(16)
+    assert chosen(0) == {"output.3.0", "output.4.0"} != usual
+    assert chosen(0, kind="SD15") == chosen(0, kind="") == usual
+    assert chosen(0, names="middle") == {"middle.0.0"}
+    assert chosen(4) == chosen(4, kind="SD15")
+    network = host.pack_module("models.tiny_studio.studio")
+    assert network.TinySD15.__name__ in host.pack_module("patches.attention.layers").MEASURED
 
 
 def test_automatic_mask_in_a_run(host: Host, model: Any) -> None:
@@ -289,7 +308,7 @@ def test_rows_of_their_own(host: Host, model: Any) -> None:
     def edit(rows: tuple[int, ...]) -> torch.Tensor:
         made = Edit(host, model, steps=2)
         made.latent = {"samples": torch.cat([small_models.latent(3 + row) for row in rows])}
-        made.inversion, made.noise = host.execute(
+        made.inversion, made.noise, _ = host.execute(
             "DescEditInvert",
             model=model,
             latent=made.latent,

@@ -95,8 +95,9 @@ def measure(host: Host, edit: Edit, latent: torch.Tensor) -> tuple[float, float]
 def test_update_follows_the_formula(
     host: Host, model: Any, monkeypatch: pytest.MonkeyPatch, masked: bool
 ) -> None:
-    """Protects: the latent moves by the balanced direction times the length of the source's own step, inside
-    a noise mask.
+    """Protects: the latent moves along both gradients, structure's in units of the source's own step, words'
+    in units of what the last prediction's text guidance moves (before it, a fifth of that step), neither
+    further than its loss needs, inside a noise mask.
     """
     edit = Edit(host, model, batch=2)
     edit.sampler_inputs["balance"] = edit.balance(beta1=0.3, k1=2.0, beta2=0.7, k2=1.0)
@@ -106,7 +107,14 @@ def test_update_follows_the_formula(
         mask[..., SIZE // 2 :] = reach[8:] = 0
         edit.noise = {**edit.noise, "noise_mask": mask}
     target = host.pack_module("patches.unify.target").Target
-    gradients, before, after, found = target.gradients, [], [], []
+    gradients, before, after, found, terms = target.gradients, [], [], [], []
+
+    def note(args: dict[str, Any]) -> torch.Tensor:
+        terms.append((args["cond_denoised"] - args["uncond_denoised"]).cpu().double() * args["cond_scale"])
+        return args["denoised"]
+
+    edit.model = model.clone()
+    edit.model.set_model_sampler_post_cfg_function(note)
 
     def spied(self: Any, x: torch.Tensor, *rest: Any) -> Any:
         before.append(x.cpu().double())
@@ -124,12 +132,48 @@ def test_update_follows_the_formula(
     for step in range(STEPS):
         progress = 1 - float(sampling.timestep(edit.sigmas[step])) / 999
         structure, alignment = found[step].structure.cpu().double(), found[step].alignment.cpu().double()
+        values, sigmas = found[step].values.cpu().double(), edit.sigmas.double()
         for row in range(2):
-            direction = 0.3 * math.exp(-2 * (1 - progress)) * structure[row] / structure[row].norm()
-            direction += 0.7 * math.exp(-progress) * alignment[row] / alignment[row].norm()
-            expected = direction * (path[step, row] - path[step + 1, row]).norm() * reach
+            own = (path[step, row] - path[step + 1, row]).norm()
+            text = 0.2 * own
+            if step:
+                text = terms[step - 1][row].norm() * (1 - sigmas[step + 1] / sigmas[step])
+            expected = torch.zeros(4, 16, 16).double()
+            for loss, gradient, length in (
+                (values[0, row], structure[row], 0.3 * math.exp(-2 * (1 - progress)) * own),
+                (values[1, row], alignment[row], 0.7 * math.exp(-progress) * text),
+            ):
+                norm = gradient.norm()
+                expected += gradient / norm * min(float(length), float(loss / norm)) * reach
             moved = before[step][row] - after[step][row]
             torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 1.0 + 1e-12, 4.0])
+def test_length_of_text_guidance(host: Host, model: Any, cfg: float) -> None:
+    """Protects: the length of text guidance is that of the CFG term alone, whatever a later node makes of the
+    prediction; a fifth of the source's step where there is none, before the first prediction and at CFG 1.
+    """
+    measure = host.pack_module("patches.unify.text_guidance").TextGuidance()
+    step, sigma, below = torch.full((1, 1, 1, 1), 3.0), torch.tensor(4.0), torch.tensor(1.0)
+    assert measure.length(sigma, below, step).item() == pytest.approx(0.6)
+    others = {"sampler_post_cfg_function": [lambda args: 7 * args["denoised"]]}
+    options = measure.attach(others)
+    assert len(others["sampler_post_cfg_function"]) == 1
+    edit_, negative = torch.full((1, 4, 2, 2), 2.0), torch.full((1, 4, 2, 2), 0.5)
+    plain = math.isclose(cfg, 1.0)
+    comfy.samplers.cfg_function(
+        None,
+        edit_,
+        torch.zeros_like(negative) if plain else negative,
+        cfg,
+        edit_,
+        sigma,
+        model_options=options,
+        uncond=None if plain else [],
+    )
+    expected = 0.6 if plain else cfg * 1.5 * 4 * 0.75
+    assert measure.length(sigma, below, step).item() == pytest.approx(expected)
 
 
 def test_batch_is_two_singles(host: Host, model: Any) -> None:

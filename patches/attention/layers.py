@@ -6,6 +6,11 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+# Where words look at their object, by kind of model (lab/studies/words_by_layer.py). At its other layers the
+# Tiny Studio's words look elsewhere, or only some of them do.
+MEASURED = {"TinySD15": "output.3, output.4"}
+USUAL = 16  # tokens a side, as in Attend-and-Excite and MAG-Edit
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -47,12 +52,17 @@ def structure_layers(
 
 
 def word_layers(
-    layers: Collection[AttentionLayer], height: int, width: int, res: int, names: str = ""
+    layers: Collection[AttentionLayer], height: int, width: int, res: int, names: str = "", kind: str = ""
 ) -> tuple[AttentionLayer, ...]:
     """The layers of the resolution whose number of tokens is closest to `res` x `res`, by ratio.
 
-    If `names` is given, the layers that it lists. Raises ValueError for a name that fits no layer.
+    With `res` 0 those where this kind of model keeps its words (MEASURED), else those closest to 16. If
+    `names` is given, the layers that it lists. Raises ValueError for a name that fits no layer.
+
+    kind: the name of the host's class of the model's configuration.
     """
+    if res == 0:
+        names, res = names if names.strip() else MEASURED.get(kind, ""), USUAL
     if names.strip():
         return named_layers("word_layers", layers, names)
 

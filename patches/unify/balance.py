@@ -2,7 +2,7 @@
 
 The paper publishes the shape: the structure gradient's weight starts small and grows, the alignment
 gradient's weight does the opposite, with scaling factors beta and rate factors k. It does not publish the
-function or its values; the curves here are this pack's own choice.
+function or its values; the curves, the units of length and the longest steps here are this pack's own choice.
 """
 
 from __future__ import annotations
@@ -17,13 +17,27 @@ from ...pictures.plots import draw_curves
 COMBINATIONS = ("balanced", "norm", "naive")
 
 
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """One loss at one latent.
+
+    gradient: [rows, ...].
+    excess: the loss above its least value, [rows]; infinite if it has none, 0 without a weight.
+    unit: of length, for each row, shaped to multiply the gradient.
+    """
+
+    gradient: torch.Tensor
+    excess: torch.Tensor
+    unit: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Balance:
     """How the gradients of structure (SAP) and alignment (CAA) are combined at each step.
 
     combination: `balanced`, unit-norm gradients with weights that change over time; `norm`, unit-norm
     gradients with constant weights beta; `naive`, the direction of the plain sum, with the length that `norm`
-    would give two orthogonal gradients.
+    would give two orthogonal gradients. No step is longer than its loss needs to reach its least value.
     beta1, k1: of SAP, with the weight beta1 exp(-k1 (1 - p)), p from 0 at pure noise to 1 at the clean image.
     beta2, k2: of CAA, with the weight beta2 exp(-k2 p).
     drawn: two curves instead of the exponentials, each of two or more equally spaced values from p = 0 to 1.
@@ -66,17 +80,18 @@ class Balance:
             structure, alignment = math.exp(-self.k1 * (1 - progress)), math.exp(-self.k2 * progress)
         return self.beta1 * structure, self.beta2 * alignment
 
-    def direction(
-        self, structure: torch.Tensor, alignment: torch.Tensor, weights: tuple[float, float]
-    ) -> torch.Tensor:
-        """The combined gradient, row by row. A row whose gradient is zero or not finite adds nothing.
+    def move(self, structure: Slope, alignment: Slope, weights: tuple[float, float]) -> torch.Tensor:
+        """What to subtract from the latent, row by row. A row whose gradient is zero or not finite adds none.
 
-        structure, alignment: gradients of the two losses, [rows, ...].
-        weights: of `weights`; the result's length is of their order.
+        weights: of `weights`, in each slope's unit of length.
         """
+        first, second = weights[0] * structure.unit, weights[1] * alignment.unit
         if self.combination == "naive":
-            return math.hypot(*weights) * normalize(structure + alignment)
-        return weights[0] * normalize(structure) + weights[1] * normalize(alignment)
+            both = structure.gradient + alignment.gradient
+            return _step(both, torch.hypot(first, second), structure.excess + alignment.excess)
+        return _step(structure.gradient, first, structure.excess) + _step(
+            alignment.gradient, second, alignment.excess
+        )
 
 
 def _interpolate(curve: tuple[float, ...], progress: float) -> float:
@@ -95,6 +110,15 @@ def normalize(gradient: torch.Tensor) -> torch.Tensor:
     norm = row_norm(gradient)
     usable = torch.isfinite(norm) & (norm > 0)
     return torch.where(usable, gradient / norm, torch.zeros_like(gradient))
+
+
+def _step(gradient: torch.Tensor, length: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
+    """`gradient` with this length in every row, but at most Polyak's (1969): excess / |gradient|, at which a
+    linear loss reaches its least value. Rows that are zero or not finite become zero.
+    """
+    norm = row_norm(gradient)
+    most = (excess.view_as(norm) / norm).nan_to_num(nan=0.0, posinf=math.inf)
+    return normalize(gradient) * torch.minimum(length, most)
 
 
 def draw_balance(balance: Balance) -> torch.Tensor:

@@ -9,6 +9,7 @@ probabilities are ever in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from .words import Words
 
 FORMS = ("token_ratio", "absolute", "spatial_ratio", "area_ratio")
 COMPARING = ("spatial_ratio", "area_ratio")  # inside of the mask with outside
+# The least value of the alignment loss in each form. Structure's is 0.
+LEAST = {"token_ratio": 0.0, "absolute": 0.0, "spatial_ratio": -1.0, "area_ratio": -math.inf}
 
 
 # From one piece's probabilities, [layers, rows, heads, queries, keys], to their part of a loss, [rows].

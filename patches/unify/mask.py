@@ -81,7 +81,7 @@ def find_mask_of_image(
 
     samples: [images, channels, height, width] as a VAE gives it.
     source, edit: CONDITIONING.
-    cross_attn_res: tokens per side; the model's nearest grid is read.
+    cross_attn_res: tokens per side; the model's nearest grid is read. 0: as in UnifyOptions.
 
     Returns [images, height, width] of 0 and 1 in pixels.
     Raises ValueError as `invert_virtually` does, and for an edit description without an entry for the whole
@@ -93,7 +93,8 @@ def find_mask_of_image(
     inversion = invert_virtually(model, samples, source, sigmas, seed=0)
     network = unet_of(model.model.diffusion_model, "finding a mask")
     height, width = samples.shape[-2:]
-    layers = word_layers(network.layers.values(), height, width, cross_attn_res)
+    kind = type(model.model.model_config).__name__
+    layers = word_layers(network.layers.values(), height, width, cross_attn_res, kind=kind)
     plan = [Step(float(sigma), at, 0.0, 0.0) for sigma, at in zip(sigmas, PROGRESS, strict=False)]
     found = []
 
@@ -139,7 +140,7 @@ def word_attention(
     height: int,
     width: int,
 ) -> torch.Tensor:
-    """The words' share of the attention that their description gets, averaged over heads, words and layers.
+    """The attention that the words get, averaged over heads, words and layers.
 
     attention: at each of `layers`; queries are the image's tokens and keys the text's.
     height, width: the latent's.
@@ -149,12 +150,11 @@ def word_attention(
     found = []
     for layer in layers:
         probabilities = attention[layer.key].mean()
-        described = einsum(probabilities, words.description, "b p t, b t -> b p")
         # A weighted sum over words: padding has no weight.
         looks = einsum(probabilities, words.tokens, words.weights, "b p t, b w t, b w -> b p")
         rows, columns = layer.grid(height, width)
-        share = rearrange(looks / described, "b (h w) -> b 1 h w", h=rows, w=columns)
-        found.append(resize(share, (height, width), interpolation="bilinear", align_corners=False))
+        looks = rearrange(looks, "b (h w) -> b 1 h w", h=rows, w=columns)
+        found.append(resize(looks, (height, width), interpolation="bilinear", align_corners=False))
     return rearrange(torch.stack(found).mean(dim=0), "b 1 h w -> b h w")
 
 

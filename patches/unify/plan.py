@@ -64,8 +64,13 @@ class Layers:
     words: tuple[AttentionLayer, ...]
 
 
-def choose_layers(settings: UnifySettings, plan: Sequence[Step], network: UNet, x: torch.Tensor) -> Layers:
-    """The layers read by the losses that have a weight, for a latent `x`."""
+def choose_layers(
+    settings: UnifySettings, plan: Sequence[Step], network: UNet, kind: str, x: torch.Tensor
+) -> Layers:
+    """The layers read by the losses that have a weight, for a latent `x`.
+
+    kind: as in `word_layers`.
+    """
     options, (height, width), layers = settings.options, x.shape[-2:], network.layers.values()
     structure, words = (), ()
     if any(step.structure for step in plan):
@@ -73,5 +78,5 @@ def choose_layers(settings: UnifySettings, plan: Sequence[Step], network: UNet, 
             layers, height, width, options.max_self_attn_res, options.structure_layers
         )
     if any(step.alignment for step in plan) or options.auto_mask:
-        words = word_layers(layers, height, width, options.cross_attn_res, options.word_layers)
+        words = word_layers(layers, height, width, options.cross_attn_res, options.word_layers, kind)
     return Layers(network, structure, words)

@@ -23,13 +23,14 @@ from ..host.inputs import check_noise_mask
 from ..host.network_runs import NetworkRuns, refuse_cached_steps
 from ..host.options import one_device
 from ..host.out_of_memory import memory_advice
-from .balance import row_norm
+from .balance import Slope, row_norm
 from .mask import find_mask
 from .memory import plan_memory
 from .plan import choose_layers, plan_steps
 from .settings import UnifySettings
 from .source import open_source
 from .target import make_target
+from .text_guidance import TextGuidance
 from .trace import Record, Trace, make_trace
 
 ADVICE = (
@@ -106,13 +107,15 @@ def sample_unify(
     model_options, denoise_mask = one_device(extra_args["model_options"]), extra_args.get("denoise_mask")
     reach = 1.0 if denoise_mask is None else denoise_mask
     runs = NetworkRuns()
-    watched = {**extra_args, "model_options": runs.attach(extra_args["model_options"])}
+    text = TextGuidance()
+    watched = {**extra_args, "model_options": text.attach(runs.attach(extra_args["model_options"]))}
     x = inversion.latent(0, x)
     rows = x.new_ones([len(x)])
 
     plan = plan_steps(settings, guider.inner_model.model_sampling, sigmas)
     network = unet_of(guider.inner_model.diffusion_model, "UnifyEdit")
-    layers = choose_layers(settings, plan, network, x)
+    kind = type(guider.inner_model.model_config).__name__
+    layers = choose_layers(settings, plan, network, kind, x)
     tokens = settings.tokens(len(x))
     _check_run(guider, settings, denoise_mask, x)
     memory = plan_memory(guider, x, layers, options.checkpointing, inversion.virtual)
@@ -138,13 +141,17 @@ def sample_unify(
                 found = target.gradients(x, step.sigma, reading, step.alignment > 0)
                 if found is None:
                     break
-                direction = settings.balance.direction(found.structure, found.alignment, step.weights)
-                # The unit of length is the source branch's own step, image by image.
+                # Image by image: the source branch's own step, and what guidance by the text moves in one.
                 length = row_norm(source.latent(i, x) - source.latent(i + 1, x))
-                move = direction * length * reach
+                whole = settings.balance.move(
+                    Slope(found.structure, found.excess("structure"), length),
+                    Slope(found.alignment, found.excess("alignment"), text.length(sigma, below, length)),
+                    step.weights,
+                )
+                move = whole * reach
                 if options.update_target == "latent":
                     x = x - move
-                usable = (direction != 0).flatten(1).any(dim=1)
+                usable = (whole != 0).flatten(1).any(dim=1)
                 at = i + inner / options.inner_steps
                 records.append(Record(at, found.values, usable, found.reordered, found.mixed))
             denoised = model(x, sigma * rows, **watched) + reading.offset

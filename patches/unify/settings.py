@@ -27,7 +27,7 @@ class UnifyOptions:
     max_self_attn_res: structure is kept at the self-attention layers with at most this many tokens per side,
     or at the coarsest.
     cross_attn_res: words are aligned at the cross-attention layers with the grid closest to this many tokens
-    per side.
+    per side; 0 for the layers measured for the kind of model, else 16.
     structure_layers, word_layers: names of layers, separated by commas, instead of the two above.
     update_target: `latent` moves the latent before each prediction; `noise` adds the gradient to the
     predicted noise.
@@ -46,7 +46,7 @@ class UnifyOptions:
     alignment: str = FORMS[0]
     structure_region: str = REGIONS[0]
     max_self_attn_res: int = 32
-    cross_attn_res: int = 16
+    cross_attn_res: int = 0
     structure_layers: str = ""
     word_layers: str = ""
     update_target: str = TARGETS[0]

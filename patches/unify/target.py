@@ -27,7 +27,7 @@ from ..attention.together import joinable, record_together
 from ..host.autograd import Aliases, differentiable_options, gradients, naming_writes, weights_streamed
 from ..host.checkpointing import checkpointed
 from .balance import row_norm
-from .losses import alignment_loss, structure_loss
+from .losses import LEAST, alignment_loss, structure_loss
 from .memory import MemoryPlan
 from .plan import Layers
 from .settings import UnifyOptions
@@ -43,6 +43,7 @@ class Gradients:
 
     structure, alignment: [rows, channels, height, width], float32; zero for a loss without a weight.
     values: [4, rows], as in a Trace.
+    least: the least value of the alignment loss.
     reordered: to be checked after the run by `check_order`.
     mixed: the same by `check_apart`.
     """
@@ -50,8 +51,14 @@ class Gradients:
     structure: torch.Tensor
     alignment: torch.Tensor
     values: torch.Tensor
+    least: float
     reordered: list[tuple[str, torch.Tensor]]
     mixed: list[torch.Tensor]
+
+    def excess(self, name: str) -> torch.Tensor:
+        """How far a loss is above its least value, [rows]; 0 for one without a weight."""
+        value = self.values[LOSSES.index(name)]
+        return torch.where(value.isnan(), 0.0, value - (self.least if name == "alignment" else 0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +133,7 @@ class Target:
         return Gradients(
             *(found.get(name, torch.zeros_like(x)) for name in LOSSES),
             torch.stack([part.get(name, nothing).detach() for part in (values, norms) for name in LOSSES]),
+            LEAST[self.alignment],
             recorder.moved,
             [(gradient.abs() > 0).any() for gradient in rest if gradient is not None],
         )
