@@ -156,12 +156,12 @@ def bridge_control(graph: Graph) -> None:
     )
     describe, empty, applied = _bridged(graph, styled["MODEL"], styled["CLIP"], latent, THEN)
     edges = graph.add(
-        "Canny", styled.below(), 340, 90, image=crop["image"], low_threshold=0.3, high_threshold=0.6
+        "Canny", (FOURTH, 850), 380, 90, image=crop["image"], low_threshold=0.3, high_threshold=0.6
     )
-    net = graph.add("ControlNetLoader", edges.below(), 340, 60, control_net_name=CANNY, models=CONTROL)
+    net = graph.add("ControlNetLoader", edges.below(), 380, 60, control_net_name=CANNY, models=CONTROL)
     controlled = graph.add(
         "ControlNetApplyAdvanced",
-        net.below(),
+        styled.below(),
         340,
         190,
         positive=describe["edit"],
@@ -183,14 +183,14 @@ def bridge_control(graph: Graph) -> None:
         picture,
         (THIRD, 0),
     )
-    add_notes(graph, (FIFTH, 750), (340, 220))
+    add_notes(graph, (FIFTH, 490), (340, 410))
 
 
 def bridge_adapter(graph: Graph) -> None:
     """A bridge beside an IP-Adapter, of another pack."""
     base = load_checkpoint(graph)
     picture, crop, latent = load_photo(graph, base)
-    style = graph.add("LoadImage", (THIRD, 0), 300, 240, "Style image", image=PICTURE)
+    style = graph.add("LoadImage", (THIRD, 0), 300, 350, "Style image", image=PICTURE)
     loaded = graph.add(
         "IPAdapterUnifiedLoader", style.below(), 300, 120, model=base["MODEL"], preset="PLUS (high strength)"
     )
@@ -210,7 +210,7 @@ def bridge_adapter(graph: Graph) -> None:
     then = "an oil painting of a girl in a pink dress on a green hill"
     describe, empty, applied = _bridged(graph, adapted[0], base["CLIP"], latent, then)
     _sampled(graph, applied[0], describe["edit"], empty[0], latent, base["VAE"], crop, picture, (FOURTH, 0))
-    add_notes(graph, (THIRD, 790), (300, 330), (FOURTH + 350, 880))
+    add_notes(graph, (FOURTH + 350, 850), (380, 240), (THIRD, 920))
 
 
 def bridge_blueprint(graph: Blueprint) -> None:
