@@ -82,7 +82,10 @@ def test_it_works_alone(base: Path, host: Host) -> None:
         found = {name for name in running.object_info() if name.startswith("DescEdit")}
         outputs = running.run(prompt)
         pictures = [
-            item for output in outputs.values() for item in output.get("images", ()) if item["type"] == "output"
+            item
+            for output in outputs.values()
+            for item in output.get("images", ())
+            if item["type"] == "output"
         ]
         assert running.image(pictures[0]).startswith(b"\x89PNG")
     assert found == {*host.node_ids()}
