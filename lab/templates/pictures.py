@@ -29,7 +29,7 @@ PASSED = {
     "IPAdapter": ("model",),
 }
 UNUSED = {"ControlNetLoader", "Canny", "CLIPLoader", "TextGenerate", "DescEditDescribePrompt"}
-EDITS = {"04": "style", "11": "style"}  # what a template edits, where not a colour
+EDITS = {"04": "face", "11": "background"}  # what a template edits, where not a colour
 
 
 def draw(server: Server, name: str, graphs: dict[str, Prompt], file: Path) -> None:
