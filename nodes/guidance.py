@@ -23,7 +23,7 @@ from ..patches.bridge.guidance import (
     apply_guidance,
     scale_table,
 )
-from ..patches.host.inputs import samples_of
+from ..patches.host.inputs import read_samples, samples_of
 from ..patches.host.sigmas import schedule
 from ..pictures.contact_sheet import draw_sheet
 from ..pictures.plots import draw_curves
@@ -297,7 +297,7 @@ class DescEditGuidanceGrid(io.ComfyNode):
         seed: int,
     ) -> io.NodeOutput:
         columns, rows = _numbers("image_guidance", image_guidance), _numbers("text_guidance", text_guidance)
-        samples = torch.zeros_like(samples_of("latent", latent)[:1])
+        samples = torch.zeros_like(read_samples("latent", samples_of("latent", latent), model)[:1])
         sigmas = schedule(model, "normal", steps, 1.0)
         bar = comfy.utils.ProgressBar(len(columns) * len(rows))
         pictures: dict[str, list[torch.Tensor]] = {f"image {scale:g}": [] for scale in columns}

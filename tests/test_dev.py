@@ -331,12 +331,12 @@ def test_port_in_use_is_one_line(dev: ModuleType, monkeypatch: pytest.MonkeyPatc
 def test_bench_lists_what_it_measures(
     host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Protects: `dev.py bench` without an argument names all three measurements."""
+    """Protects: `dev.py bench` without an argument names every measurement."""
     bench = host.pack_module("lab.bench.command")
     monkeypatch.setattr(sys, "argv", ["bench"])
     with pytest.raises(SystemExit):
         bench.main()
-    assert "{bridge,unify,training}" in capsys.readouterr().err
+    assert "{bridge,unify,start,training}" in capsys.readouterr().err
 
 
 def test_everything_is_pinned() -> None:

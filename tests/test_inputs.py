@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import bridge_edit
+import numpy as np
 import pytest
 import small_models
 import torch
 from bridge_edit import apply_bridge, random_bridge
 from comfy.nested_tensor import NestedTensor
 from host import Host
+from PIL import Image
 from unify_edit import SIZE, Edit, box_mask
 
 SIDE = 32
@@ -118,6 +121,25 @@ class Graphs:
         images = {"edited": self.image.flip(1), "source": self.image}
         return self.host.execute("DescEditMetrics", **{**images, **inputs})[0]
 
+    def crop(self, image: Any, mask: Any = None) -> torch.Tensor:
+        found = self.host.execute("DescEditCrop", image=image, mask=mask, side=64, context=1.0)
+        return torch.cat([found[0], found[1][..., None]], dim=-1)
+
+    def stitch(self, **inputs: Any) -> torch.Tensor:
+        crop = self.host.execute("DescEditCrop", image=self.image, side=64, context=1.0)[2]
+        return self.host.execute(
+            "DescEditStitch", **{"edited": self.image.flip(1), **inputs}, crop=crop, blend=0
+        )[0]
+
+    def save(self, **inputs: Any) -> torch.Tensor:
+        images = {"source": self.image, "edited": self.image, **inputs}
+        texts = {"source_description": "a circle", "edit_description": "a square", "folder": "swept"}
+        (name,) = self.host.execute("DescEditSavePair", **images, **texts)
+        kinds = {"source": "source", "edited": "edit"}
+        files = [self.host.base / "input" / "swept" / f"{name}_{kinds[given]}.png" for given in inputs]
+        with Image.open(files[0]) as picture:
+            return torch.from_numpy(np.array(picture))
+
     def compare(self, image: Any) -> torch.Tensor:
         images = {"image0": image, "image1": self.image}
         return self.host.execute("DescEditCompare", images=images, side=64)[0]
@@ -131,6 +153,14 @@ class Graphs:
         sigmas = self.edit.sigmas
         inputs = {"model": self.model, "latent": latent, "source": source, "sigmas": sigmas, "refine": 0}
         return self.host.execute("DescEditInvert", **inputs)[1]["samples"]
+
+    def grid(self, latent: Any) -> torch.Tensor:
+        patched = apply_bridge(self.host, self.model, self.bridge, small_models.latent(9))
+        text = {"edit": self.edit.positive, "unconditional": small_models.conditioning(2)}
+        scales = {"image_guidance": "1", "text_guidance": "3", "steps": 1, "seed": 1}
+        vae = SimpleNamespace(decode=lambda samples: samples[:, :3].movedim(1, -1).sigmoid())
+        inputs = {"model": patched, "vae": vae, **text, "latent": latent, **scales}
+        return self.host.execute("DescEditGuidanceGrid", **inputs)[0]
 
     def reference(self, latent: Any) -> torch.Tensor:
         (patched,) = self.host.execute(
@@ -158,6 +188,8 @@ def mask_runs(graphs: Graphs) -> dict[tuple[str, str], tuple[Callable[[Any], Any
         ("DescEditUnifySampler", "mask"): (graphs.unify, box_mask()),
         ("DescEditUnify", "mask"): (lambda mask: graphs.unify_node(mask=mask), box_mask()),
         ("DescEditMetrics", "mask"): (lambda mask: graphs.measure(mask=mask), small),
+        ("DescEditCrop", "mask"): (lambda mask: graphs.crop(graphs.image, mask), small),
+        ("DescEditStitch", "mask"): (lambda mask: graphs.stitch(mask=mask), small),
     }
 
 
@@ -169,6 +201,10 @@ def image_runs(graphs: Graphs) -> dict[tuple[str, str], Callable[[Any], Any]]:
         ("DescEditMetrics", "edited"): lambda image: graphs.measure(edited=image),
         ("DescEditMetrics", "source"): lambda image: graphs.measure(source=image),
         ("DescEditMetrics", "target"): lambda image: graphs.measure(target=image),
+        ("DescEditCrop", "image"): graphs.crop,
+        ("DescEditStitch", "edited"): lambda image: graphs.stitch(edited=image),
+        ("DescEditSavePair", "source"): lambda image: graphs.save(source=image),
+        ("DescEditSavePair", "edited"): lambda image: graphs.save(edited=image),
     }
 
 
@@ -180,6 +216,7 @@ def latent_runs(graphs: Graphs) -> dict[tuple[str, str], Callable[[Any], Any]]:
         ("DescEditAttentionMaps", "latent"): lambda latent: graphs.maps(latent=latent),
         ("DescEditUnify", "latent"): lambda latent: graphs.unify_node(latent=latent),
         ("DescEditFindMask", "latent"): graphs.find_mask,
+        ("DescEditGuidanceGrid", "latent"): graphs.grid,
     }
 
 
