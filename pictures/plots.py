@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 _COLOURS = ("#1f5fbf", "#c8401f")
 _CROSS = "#303030"
+_TEXT = 18  # pixels: readable where a node shows the plot at half its size
 
 
 def draw_curves(
@@ -68,7 +69,7 @@ def draw_panels(panels: Sequence[Panel], steps: int, width: int = 512, height: i
         for number, (label, curve) in enumerate(panel.curves.items()):
             shares = [place / span for place in panel.places]
             values = [value / peaks[label] for value in curve]
-            axes.curve(number, f"{label}, 1 = {peaks[label]:.3g}", shares, values, gap=220)
+            axes.curve(number, f"{label}, max {peaks[label]:.3g}", shares, values, gap=220)
         for place in panel.crosses:
             axes.cross(place / span)
     return _image(picture)
@@ -81,8 +82,9 @@ class _Axes:
         self, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], floor: float, ceiling: float
     ) -> None:
         left, top, width, height = box
-        self._draw, self._head = draw, top + 8
-        self._left, self._top = left + 48, top + 28
+        self._draw, self._head = draw, top + 6
+        self._font = ImageFont.load_default(_TEXT)
+        self._left, self._top = left + 72, top + 36
         self._right, self._bottom = left + width - 16, top + height - 36
         self._floor, self._ceiling = floor, ceiling if ceiling > floor else floor + 1.0
 
@@ -96,16 +98,19 @@ class _Axes:
         draw, left, bottom = self._draw, self._left, self._bottom
         draw.line([(left, self._top), (left, bottom)], fill="black")
         draw.line([self._place(0, 0), self._place(1, 0)], fill="black")
-        draw.text((left, bottom + 6), ends[0], fill="black")
-        draw.text((self._right, bottom + 6), ends[1], fill="black", anchor="ra")
-        draw.text((left - 6, bottom), f"{self._floor:.3g}", fill="black", anchor="rs")
-        draw.text((left - 6, self._top), f"{self._ceiling:.3g}", fill="black", anchor="rt")
+        for place, text, anchor in (
+            ((left, bottom + 6), ends[0], "la"),
+            ((self._right, bottom + 6), ends[1], "ra"),
+            ((left - 6, bottom), f"{self._floor:.3g}", "rs"),
+            ((left - 6, self._top), f"{self._ceiling:.3g}", "rt"),
+        ):
+            draw.text(place, text, "black", self._font, anchor)
 
     def curve(
-        self, number: int, label: str, shares: Sequence[float], values: Sequence[float], gap: int = 150
+        self, number: int, label: str, shares: Sequence[float], values: Sequence[float], gap: int = 200
     ) -> None:
         colour = _COLOURS[number]
-        self._draw.text((self._left + 12 + gap * number, self._head), f"- {label}", fill=colour)
+        self._draw.text((self._left + 12 + gap * number, self._head), label, colour, self._font)
         run: list[tuple[float, float]] = []
         for share, value in [*zip(shares, values, strict=True), (0.0, math.nan)]:
             if math.isfinite(value):
