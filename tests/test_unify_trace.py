@@ -74,7 +74,7 @@ def test_plot(host: Host) -> None:
     assert plot.shape == (2, 480, 512, 3)
     whole, gap = plot
     for top in (0, 240):
-        area = slice(top + 30, top + 200)
+        area = slice(top + 38, top + 200)
         blue = (whole[area, :, 2] - whole[area, :, 0]) > 0.4
         red = (whole[area, :, 0] - whole[area, :, 2]) > 0.4
         for colour, rises in ((blue, True), (red, False)):
@@ -82,9 +82,9 @@ def test_plot(host: Host) -> None:
             left = rows[columns == columns.min()].float().mean()
             right = rows[columns == columns.max()].float().mean()
             assert bool(left > right) is rises
-        # The step 4 of 10 lies at 48 + 0.4 * 448 = 227.
+        # The step 4 of 10 lies at 72 + 0.4 * 424 = 242.
         broken = (gap[area, :, 2] - gap[area, :, 0]) > 0.4
-        assert not bool(broken[:, 190:265].any())
-        assert bool(blue[:, 190:265].any())
-        dark = gap[top + 200 : top + 209, 222:233].amax(dim=-1) < 0.4
-        assert int(dark.sum()) > int((whole[top + 200 : top + 209, 222:233].amax(dim=-1) < 0.4).sum())
+        assert not bool(broken[:, 206:278].any())
+        assert bool(blue[:, 206:278].any())
+        dark = gap[top + 200 : top + 209, 236:249].amax(dim=-1) < 0.4
+        assert int(dark.sum()) > int((whole[top + 200 : top + 209, 236:249].amax(dim=-1) < 0.4).sum())
