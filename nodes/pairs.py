@@ -9,7 +9,6 @@ import torch
 from comfy_api.latest import io
 
 from ..patches.host.inputs import read_images
-from ..training.pairs import write_pair
 from .previews import show_images, show_text
 from .saving import next_pair
 
@@ -75,6 +74,8 @@ class DescEditSavePair(io.ComfyNode):
         edit_description: str,
         folder: str,
     ) -> io.NodeOutput:
+        from ..training.pairs import write_pair
+
         path = inside_input(folder)
         source, edited = read_images("source", source), read_images("edited", edited)
         if source.shape != edited.shape:

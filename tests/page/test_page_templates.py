@@ -44,15 +44,15 @@ def open_template(shown: Any, name: str) -> None:
         page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog.get_by_text("ComfyUI-DescriptiveEdit").first.click()
     page.get_by_test_id(f"template-workflow-{name}").click()
-    nodes = read(ROOT / "workflows" / f"{name}.json")["nodes"]
+    kinds = sorted(node["type"] for node in read(ROOT / "workflows" / f"{name}.json")["nodes"])
     page.wait_for_function(
-        """count => {
-            if (app.graph.nodes.length !== count) return false
+        """kinds => {
+            if (app.graph.nodes.map(n => n.type).sort().join() !== kinds.join()) return false
             const [now, before] = [app.canvas.ds.scale, window.lastScale]
             window.lastScale = now
             return now === before
         }""",
-        arg=len(nodes),
+        arg=kinds,
         polling=1000,
     )
 
