@@ -33,8 +33,8 @@ from .plan import Layers
 TEXT_TOKENS = 77
 # Operations in the time of launching a pass: on a multiprocessor of a GPU in half precision, and on a thread
 # of a CPU. The first is estimated from an H200, where one row of SD1.5 costs what three do up to 768x768
-# pixels, and has not been tried on a card; the second lies between the narrow network of `dev.py bench`, where
-# joined rows take less time, and SD1.5's width, where they take more.
+# pixels, and has not been tried on a card. The second lies between the narrow network of `dev.py bench`,
+# where joined rows take less time, and SD1.5's width, where they take more.
 _PER_MULTIPROCESSOR, _PER_THREAD = 8e9, 2e8
 _BLOCK, _BACK, _MAPS = 21, 16, 5
 
