@@ -75,7 +75,9 @@ class Stage:
             model.load_state_dict(state["model"])
             for optimiser, values in zip(optimisers, state["optimiser"], strict=True):
                 optimiser.load_state_dict(values)
-            self.average.values, self.step = state["average"], state["step"]
+            self.step = state["step"]
+            values = state["average"].items()
+            self.average.values = {name: value.to(self.average.values[name].device) for name, value in values}
 
     def run(
         self,
@@ -101,11 +103,9 @@ class Stage:
             if self.decay:
                 decay = min(self.decay, self.step / (self.step + 10))
                 self.average.update(self.model.state_dict(), decay)
-            values.append([value.item() for value in (loss, *more)])
+            values.append(torch.stack([loss, *more]).detach())
             if self.step % LOG_EVERY == 0:
-                means = ", ".join(
-                    f"{torch.tensor(column).mean():.4f}" for column in zip(*values, strict=True)
-                )
+                means = ", ".join(f"{mean:.4f}" for mean in torch.stack(values).mean(0).tolist())
                 values.clear()
                 left = (steps - self.step) * (time.monotonic() - begin) / (self.step - first) / 60
                 say(f"{self.path.stem} {self.step}/{steps} loss {means}, {left:.0f} min left")

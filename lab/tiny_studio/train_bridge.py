@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import torch
 
 from ...models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings
@@ -122,13 +123,14 @@ def train(name: str, work: Path) -> None:
     """Train one variant, from its checkpoint if there is one, and pack its averaged weights."""
     variant = VARIANTS[name]
     pairs = encoded_pairs(work, variant.instruction)
-    model = studio.load_model(disable_dynamic=True, dtype=torch.float32).model
+    device = comfy.model_management.get_torch_device()
+    model = studio.load_model(disable_dynamic=True, dtype=torch.float32).model.to(device)
     objective = replace(SETTINGS.objective, reference_time=variant.reference_time)
     settings = replace(SETTINGS, learning_rate=variant.rate, decay=variant.decay, objective=objective)
-    bridge = new_bridge(variant, network_of(model.diffusion_model).widths, settings.seed)
+    bridge = new_bridge(variant, network_of(model.diffusion_model).widths, settings.seed).to(device)
     if variant.again:
         bridge.load_state_dict(load_bridge(studio.BRIDGE).model.state_dict())
-    trainer = Trainer(model, bridge, pairs, settings, "cpu")
+    trainer = Trainer(model, bridge, pairs, settings, device)
     path = work / f"{name}.pt"
     if path.exists():
         trainer.load(path)

@@ -53,7 +53,7 @@ def predict(network: Any, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) 
     text: [rows, TOKENS, width].
     """
     options = {"optimized_attention_override": _attention}
-    with torch.autocast("cpu", torch.bfloat16), OutOfPlace():
+    with torch.autocast(x.device.type, torch.bfloat16), OutOfPlace():
         return network(x, t, text, transformer_options=options).float()
 
 
@@ -66,10 +66,12 @@ def train(work: Path, pool: list[scenes.Scene], steps: int, start: Path) -> None
     management: Any = comfy.model_management
     management.in_training = True  # the host's rotation has a derivative only then
     torch.manual_seed(4)
-    latents = torch.load(work / "latents.pt", weights_only=True)["latents"]
+    device = management.get_torch_device()
+    latents = torch.load(work / "latents.pt", weights_only=True, map_location=device)["latents"]
     reader = train_diffusion.TextAndUNet(words.vocabulary())
     reader.load_state_dict(train_diffusion.packed(start))
-    network = tiny_flux.new_network()
+    reader.to(device)
+    network = tiny_flux.new_network().to(device)
     stage = Stage(work / "flux.pt", network, muon_and_adamw(network, MUON_RATE, ADAM_RATE), 0.9985)
     rng = np.random.default_rng(4000 + stage.step)
     torch.manual_seed(4000 + stage.step)
@@ -81,9 +83,10 @@ def train(work: Path, pool: list[scenes.Scene], steps: int, start: Path) -> None
             for i in picked
         ]
         with torch.no_grad():
-            text = reader.context(words.padded(texts, reader.rows))[:, : tiny_flux.TOKENS]
+            rows = words.padded(texts, reader.rows).to(device)
+            text = reader.context(rows)[:, : tiny_flux.TOKENS]
         clean = latents[picked].float()
-        noise, t = torch.randn_like(clean), torch.randn(BATCH).sigmoid()
+        noise, t = torch.randn_like(clean), torch.randn(BATCH, device=device).sigmoid()
         along = t[:, None, None, None]
         found = predict(network, (1 - along) * clean + along * noise, t, text)
         return (F.mse_loss(found, noise - clean),)

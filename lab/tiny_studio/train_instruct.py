@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -73,9 +74,11 @@ def train(work: Path, steps: int = STEPS) -> None:
     pairs = train_bridge.encoded_pairs(work)
     texts = [scenes.instruction(pair) for pair in train_bridge.drawn_edits()]
     torch.manual_seed(SEED)
-    network = new_network()
+    device = comfy.model_management.get_torch_device()
+    network = new_network().to(device)
     stage = Stage(work / f"{NAME}.pt", network, muon_and_adamw(network, MUON_RATE, ADAM_RATE), 0.9985)
-    sigmas: Any = ModelSamplingDiscrete().sigmas
+    schedule: Any = ModelSamplingDiscrete().sigmas
+    sigmas = schedule.float().to(device)
     objective = Objective(
         dropout="none",
         min_snr=train_bridge.SETTINGS.objective.min_snr,
@@ -84,20 +87,21 @@ def train(work: Path, steps: int = STEPS) -> None:
 
     def losses() -> tuple[torch.Tensor]:
         numbers = _numbers(pairs.sizes, stage.step)
-        batch = pairs.batch(numbers, torch.device("cpu"), lambda latent: latent)
+        batch = pairs.batch(numbers, device, lambda latent: latent)
         first = stage.step * BATCH
         sample = sample_noise(objective, range(first, first + BATCH), batch.edit.shape[1:], len(sigmas))
         draws = torch.rand(BATCH, generator=torch.Generator().manual_seed(SEED * 10**6 + stage.step))
         no_text, no_image = dropped(draws)
+        timesteps, noise = sample.timesteps.to(device), sample.noise.to(device)
         instructions = ["" if no_text[i] else texts[number] for i, number in enumerate(numbers)]
-        sigma = sigmas.float()[sample.timesteps]
+        sigma = sigmas[timesteps]
         kept = 1 / (1 + sigma.square())[:, None, None, None]
-        noised = kept.sqrt() * batch.edit * networks.LATENT_SCALE + (1 - kept).sqrt() * sample.noise
-        seen = torch.where(no_image[:, None, None, None], 0.0, batch.source)
-        with torch.autocast("cpu", torch.bfloat16):
-            rows = words.padded(instructions, network.rows)
-            predicted = network(torch.cat([noised, seen], dim=1), sample.timesteps, rows)
-        error = (predicted.float() - sample.noise).square().mean((1, 2, 3))
+        noised = kept.sqrt() * batch.edit * networks.LATENT_SCALE + (1 - kept).sqrt() * noise
+        seen = torch.where(no_image.to(device)[:, None, None, None], 0.0, batch.source)
+        rows = words.padded(instructions, network.rows).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = network(torch.cat([noised, seen], dim=1), timesteps, rows)
+        error = (predicted.float() - noise).square().mean((1, 2, 3))
         snr = sigma**-2
         return ((error * snr.clamp(max=objective.min_snr) / snr).mean(),)
 
