@@ -61,7 +61,7 @@ def test_alone(model: Any, pack: Any) -> None:
     found = {}
     for name in ("kept", "again"):
         options: dict[str, Any] = {"patches": {}}
-        used = pack.checkpointed(options) if name == "again" else options
+        used = pack.checkpointed(options, model.model.diffusion_model) if name == "again" else options
         with pack.gradients():
             x = small_models.latent(3, batch=2).to(device()).requires_grad_()
             out, kept = kept_bytes(lambda x=x, used=used: call(model, x, used))
@@ -79,7 +79,7 @@ def test_several_gradients_of_one_forward(model: Any, pack: Any) -> None:
     """Protects: a forward can be differentiated more than once, also after the region has been left."""
     with pack.gradients():
         x = small_models.latent(3).to(device()).requires_grad_()
-        out = call(model, x, pack.checkpointed({})).square().sum()
+        out = call(model, x, pack.checkpointed({}, model.model.diffusion_model)).square().sum()
         (first,) = torch.autograd.grad(out, x, retain_graph=True)
         (second,) = torch.autograd.grad(2 * out, x, retain_graph=True)
     (third,) = torch.autograd.grad(3 * out, x)
@@ -140,11 +140,13 @@ def test_others_in_the_slots(model: Any, pack: Any) -> None:
 
     patches = {"forward_timestep_embed_patch": [(ResBlock, residual)], "attn1_patch": [attended]}
     found = {}
-    for name, wrap in (("kept", lambda options: options), ("again", pack.checkpointed)):
+    for name in ("kept", "again"):
         seen.clear()
         with pack.gradients():
             x = small_models.latent(3).to(device()).requires_grad_()
-            out = call(model, x, wrap({"patches": patches}))
+            options: dict[str, Any] = {"patches": patches}
+            used = pack.checkpointed(options, model.model.diffusion_model) if name == "again" else options
+            out = call(model, x, used)
             first = list(seen)
             (gradient,) = torch.autograd.grad(out.square().sum(), x)
         found[name] = out.detach(), gradient, first, sorted(seen[len(first) :])
@@ -163,4 +165,5 @@ def test_no_gradient_no_recomputation(model: Any, pack: Any) -> None:
     options: dict[str, Any] = {"patches": {}}
     with torch.inference_mode():
         x = small_models.latent(3).to(device())
-        assert torch.equal(call(model, x, pack.checkpointed(options)), call(model, x, options))
+        again = pack.checkpointed(options, model.model.diffusion_model)
+        assert torch.equal(call(model, x, again), call(model, x, options))

@@ -150,9 +150,9 @@ def test_short_memory_computes_layers_again(
     target = host.pack_module("patches.unify.target")
     checkpointed, seen = target.checkpointed, []
 
-    def note(options: Any) -> Any:
+    def note(*args: Any) -> Any:
         seen.append(mode)
-        return checkpointed(options)
+        return checkpointed(*args)
 
     monkeypatch.setattr(target, "checkpointed", note)
 

@@ -350,7 +350,7 @@ def test_checkpointed(attention: Any, model: Any, host: Host) -> None:
                 made = attention.AttentionRecorder(
                     network, layers, layers, stop=True, whole_layers=checkpoint
                 )
-                options = {"transformer_options": checkpointed({}) if checkpoint else {}}
+                options = {"transformer_options": checkpointed({}, network.module) if checkpoint else {}}
                 call(model, leaf, made.attach(options))
                 seen = {key: layer.q.detach().clone() for key, layer in made.self_attention.items()}
                 grads = []

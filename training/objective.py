@@ -168,7 +168,7 @@ def losses(
     options = {"cond_or_uncond": [0], "uuids": [None], "sigmas": sigma.flatten()}
     options["optimized_attention_override"] = _torch_attention
     if checkpointing:
-        options = checkpointed(options)
+        options = checkpointed(options, unet)
     dtype = model.get_dtype_inference()
     cache.read(reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
 

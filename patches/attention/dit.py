@@ -173,5 +173,6 @@ class _Hooks:
         own = out[:, image]
         joined = self._after(layer, attended, own)
         if joined is not own:
+            out = out.clone() if out.requires_grad else out  # the attention's own gradient may read it
             out[:, image] = joined
         return out

@@ -14,6 +14,10 @@ of pages or of a buffer that the host unmaps or overwrites as soon as the layer 
 autograd records gets copies of the tensors without a gradient. A tensor does not tell whose memory it is, so
 all are copied; what autograd does not save is freed when the function returns. Hooks on saved tensors would
 copy less, but torch's checkpoint has its own hooks, which take precedence.
+
+The host's kernels for RoPE have no derivative; inside `gradients` the host's own formula takes their place.
+And its DiT blocks add in place to what their norms have saved, so these get copies: as much memory as adding
+out of place would take.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from typing import Any, NamedTuple
 
 import comfy.model_patcher
 import torch
+import torch.nn.functional as F
+from comfy.ldm.flux.math import _apply_rope1
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from torch.autograd.graph import saved_tensors_hooks
@@ -88,6 +94,25 @@ def _writes(func: Any) -> bool:
     return name.endswith("_")
 
 
+def _layer_norm(x: torch.Tensor, *args: Any, weight: torch.Tensor | None = None, **rest: Any) -> torch.Tensor:
+    """Norms without weights are those of DiTs, which are modulated instead (adaLN)."""
+    return F.layer_norm(x.clone() if weight is None and x.requires_grad else x, *args, weight=weight, **rest)
+
+
+def _rotate_both(
+    q: torch.Tensor, k: torch.Tensor, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _apply_rope1(q, rotation), _apply_rope1(k, rotation)
+
+
+_KERNELS = {"apply_rope": _rotate_both, "apply_rope1": _apply_rope1}
+# What takes the place of a function in a region.
+_DERIVABLE: dict[Any, Callable] = {F.layer_norm: _layer_norm}
+for _name, _formula in _KERNELS.items():
+    if hasattr(torch.ops.comfy_kitchen, _name):  # the host runs without this library too
+        _DERIVABLE[getattr(torch.ops.comfy_kitchen, _name)] = _formula
+
+
 class _NormalTensors(TorchFunctionMode):
     def __init__(self, aliases: Aliases | None = None) -> None:
         super().__init__()
@@ -98,6 +123,7 @@ class _NormalTensors(TorchFunctionMode):
     ) -> Any:
         if func.__name__ == "__get__":  # of an attribute, such as shape
             return func(*args)
+        func = _DERIVABLE.get(func, func)
         args = tuple([self._normal(value) if type(value) in _SEEN else value for value in args])
         if not kwargs:
             return func(*args)

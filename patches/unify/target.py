@@ -148,7 +148,9 @@ class Target:
         """One forward of these entries, up to the last layer that is read."""
         options = differentiable_options(self.options)
         if self.checkpointing:
-            options["transformer_options"] = checkpointed(options["transformer_options"])
+            options["transformer_options"] = checkpointed(
+                options["transformer_options"], self.layers.network.module
+            )
         recorder = AttentionRecorder(
             self.layers.network,
             self.layers.structure if structure else (),
