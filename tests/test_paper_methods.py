@@ -53,14 +53,14 @@ def test_off(lab: Any, tiny: Any, batch: Any) -> None:
     plain = latents(lab.methods.inverted(3.0), tiny, batch)
     for method in (
         papers.injected(3.0, 0.0, 0.0),
-        papers.masactrl(3.0, 1.0, "output"),
+        papers.masactrl(3.0, "output", 1.0),
         papers.guide_and_rescale(3.0, 1e4, end=0.0),
     ):
         torch.testing.assert_close(latents(method, tiny, batch), plain, rtol=rounding, atol=rounding)
     for method in (
         papers.injected(3.0, 1.0, 0.0),
         papers.injected(3.0, 0.0, 1.0),
-        papers.masactrl(3.0, 0.0, "output"),
+        papers.masactrl(3.0, "output", 0.0),
         papers.guide_and_rescale(3.0, 1e4),
         papers.pix2pix_zero(3.0, 0.1),
     ):
@@ -88,7 +88,7 @@ def test_masactrl_reads_the_source(lab: Any, tiny: Any, batch: Any) -> None:
     """
     seen: list[Any] = []
     studio, size = watched(tiny, seen), len(batch)
-    latents(lab.paper_methods.masactrl(3.0, 1 / STEPS, "output"), studio, batch)
+    latents(lab.paper_methods.masactrl(3.0, "output", 1 / STEPS), studio, batch)
     calls = [call for call in seen if len(call[1]) == 4 * size]  # without the inversion's
     a_step, found = len(calls) // STEPS, set()
     for number, (layer, q, k, v) in enumerate(calls):

@@ -94,6 +94,9 @@ class Edit:
     structure_region: str = "everywhere"
     update_target: str = UnifyOptions.update_target
 
+    def options(self) -> UnifyOptions:
+        return UnifyOptions(structure_region=self.structure_region, update_target=self.update_target)
+
 
 def unify(edits: Mapping[str, Edit]) -> StudioMethod:
     """UnifyEdit with settings for each edit type."""
@@ -126,7 +129,7 @@ def unify_latents(tiny: Studio, batch: Batch, edit: Edit) -> torch.Tensor:
         edit_tokens=edit_tokens(tiny, batch),
         balance=edit.balance,
         mask=batch.mask if edit.masked else None,
-        options=UnifyOptions(structure_region=edit.structure_region, update_target=edit.update_target),
+        options=edit.options(),
     )
     guider = cfg_guider(tiny.model, batch.edit_text, batch.no_text, edit.cfg)
     start = torch.zeros_like(batch.latent)

@@ -145,7 +145,7 @@ def _partners(found: tuple[EditTokens, ...], context: int) -> torch.Tensor:
     return indices
 
 
-def masactrl(cfg: float, start: float, layers: str) -> StudioMethod:
+def masactrl(cfg: float, layers: str, start: float) -> StudioMethod:
     """Mutual self-attention (MasaCtrl, arXiv 2304.08465).
 
     From `start` (0 to 1) of the steps on, the target's queries read the source's keys and values in the

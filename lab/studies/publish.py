@@ -52,20 +52,30 @@ class Plan:
     layout: str = "tiny-studio"
 
 
-def measure(work: Sequence[tuple[Study, Tables]], anew: bool = False, per_type: int | None = None) -> None:
+def measure(
+    work: Sequence[tuple[Study, Tables]],
+    anew: bool = False,
+    per_type: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> None:
     """Measure what is not stored, or only of earlier weights, settings or code: the main tables first.
 
     anew: measure everything.
     per_type: only the first cases of each edit type.
+    shard: which of how many processes this is; each measures rows of its own.
     """
     parts = [(study, name, rows) for study, tables in work for name, rows in tables.items()]
     parts.sort(key=lambda part: part[1] != FIRST)
+    known = {
+        (id(study), method.label): (study, method) for study, _, rows in parts for method in rows.values()
+    }
+    number, count = shard
+    chosen = list(known.values())[number::count]
     if anew:
-        for study, _, rows in parts:
-            for method in rows.values():
-                study.store.give_up(method)
-    for study, _, rows in parts:
-        study.run(rows.values(), per_type)
+        for study, method in chosen:
+            study.store.give_up(method)
+    for study, method in chosen:
+        study.run([method], per_type)
 
 
 def publish(study: Study, tuning: Study, plan: Plan, docs: Path = DOCS) -> tuple[dict[str, float], str]:
@@ -76,7 +86,9 @@ def publish(study: Study, tuning: Study, plan: Plan, docs: Path = DOCS) -> tuple
     for name, rows in tables.items():
         values[name] = study.table(rows, plan.columns)
         values[f"{name}_differences"] = study.differences(rows, plan.compared)
-    values |= {name: tuning.table(rows, plan.columns) for name, rows in search.items()}
+    for name, rows in search.items():
+        values[name] = tuning.table(rows, plan.columns)
+        values[f"{name}_differences"] = tuning.differences(rows, plan.compared)
     values["claims"] = claim_table(study, plan.claims(study, tables))
     values["aims"] = aim_table(plan.aims(study, tables))
     values["measured"] = study.summary(tables)
@@ -148,20 +160,33 @@ def finish(text: str, metrics: Mapping[str, float], json: Path | None) -> None:
     write_json(json, {name: None if math.isnan(value) else value for name, value in metrics.items()})
 
 
-def command(prog: str, description: str | None, plan: Plan) -> None:
-    """The command line of a study."""
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1, such as 0/2")
+    return int(number), int(count)
+
+
+def command(prog: str, description: str | None, plan: Plan, tuned: Sequence[Plan] = ()) -> None:
+    """The command line of a study. tuned: other studies whose search belongs to it."""
     options = parser(prog, description)
     options.add_argument(
         "--tune", action="store_true", help="measure and print the search on the tuning cases only"
+    )
+    options.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="with --tune: as process I (from 0) of N"
     )
     args = options.parse_args()
     comfy.utils.set_progress_bar_enabled(False)
     tiny = Studio.load()
     if args.tune:
-        ((_, tuning),) = studies([plan], tiny)
-        measure([(tuning, plan.search())], args.anew, args.per_type)
-        for rows in plan.search().values():
-            print(tuning.table(rows, plan.columns), end="\n\n")
+        plans = [*tuned, plan]
+        searches = [(tuning, one) for one, (_, tuning) in zip(plans, studies(plans, tiny), strict=True)]
+        measure([(tuning, one.search()) for tuning, one in searches], args.anew, args.per_type, args.shard)
+        for tuning, one in searches:
+            for rows in one.search().values():
+                print(tuning.table(rows, one.columns), end="\n\n")
+                print(tuning.differences(rows, one.compared), end="\n\n")
         return
     pairs = studies([plan], tiny)
     prepare([plan], pairs, args)

@@ -16,6 +16,7 @@ from ...models.tiny_studio import scenes
 from ...patches.unify.balance import Balance
 from ..benchmark.layouts import read_cases
 from ..output import markdown
+from . import word_search
 from .claims import Aim, Claim, Comparison
 from .methods import Edit, text_only, unify
 from .publish import Plan, command
@@ -103,7 +104,7 @@ def texts(study: Study, tables: Tables, metrics: Mapping[str, float]) -> dict[st
 
 def word_table(tiny: Studio) -> str:
     """Where words look, as a Markdown table: own object against the rest / against the other object."""
-    found = localisation(tiny, Batch.of(tiny, read_cases(LAYOUT, None, "tuning")))
+    found = localisation(tiny, Batch.of(tiny, read_cases(LAYOUT, None, "tuning")), word_search.HEADS)
     lines = [
         [f"`{key}`", *("{:.2f} / {:.2f}".format(*found[key, kind]) for kind in scenes.OWN)]
         for key in dict.fromkeys(key for key, _ in found)
@@ -112,8 +113,8 @@ def word_table(tiny: Studio) -> str:
 
 
 def search() -> dict[str, Rows]:
-    """Nothing is searched."""
-    return {}
+    """The search for the alignment loss, which is the same as in scenes of one object."""
+    return {"search_words": word_search.search()}
 
 
 PLAN = Plan(

@@ -1,7 +1,7 @@
 """`python dev.py unify-study`: UnifyEdit and its parts on 300 held-out edits, against baselines.
 
 The page is written from stored rows; `--measure` first measures what is missing or of earlier weights.
-Settings were chosen on the tuning cases (`--tune` measures and prints that search).
+Settings were chosen on the tuning cases, of one object and of two (`--tune` measures and prints that search).
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from ...models.tiny_studio import scenes
 from ...patches.unify.balance import Balance
 from ..benchmark.statistics import mean
 from ..output import markdown
-from . import bridge_study
+from . import bridge_study, paper_settings, two_objects, word_search
 from .balances import CHOSEN, DECAYS, drawn
 from .claims import Aim, Claim, Comparison
 from .methods import Edit, unify
-from .paper_methods import guide_and_rescale, infedit, injected, masactrl, pix2pix_zero
 from .publish import Plan, command
 from .studio import StudioMethod
 from .study import Rows, Study, Tables, best, cell
 
 COLUMNS = ("success", "target_psnr", "psnr_outside", "ssim_outside", "structure", "seconds")
-TUNING_PER_TYPE = 8  # even, so that the wordings alternate throughout
+TUNING_PER_TYPE = 4  # even, so that the wordings alternate throughout
 Edits = Mapping[str, Edit]  # by edit type
 # Chosen on the tuning cases.
 EDIT = Edit(denoise=0.6, cfg=2.0, masked=True, structure_region="outside")
@@ -41,7 +40,6 @@ LOWER_LEVELS: Edits = {
     )
     for edit_type in scenes.EDIT_TYPES
 }
-INJECTION = (0.2, 0.4)
 
 
 def edited(edits: Edits, **values: Any) -> StudioMethod:
@@ -62,38 +60,6 @@ def losses(edits: Edits) -> Rows:
         "CAA only": balanced(edits, lambda balance: replace(balance, beta1=0.0)),
         "neither": balanced(edits, lambda balance: replace(balance, beta1=0.0, beta2=0.0)),
     }
-
-
-def injection(fractions: tuple[float, float]) -> Rows:
-    label = f"attention injection, {fractions[0]:g} and {fractions[1]:g}"
-    return {label: injected(3.0, *fractions)}
-
-
-def papers() -> Rows:
-    """Methods of other papers. The setting of each was chosen on the first tuning case of each edit type, by
-    success and then PSNR, of two in `searched_papers`; pix2pix-zero's rate is its code's.
-    """
-    return {
-        **injection(INJECTION),
-        "MasaCtrl": masactrl(3.0, 0.4, "output"),
-        "pix2pix-zero": pix2pix_zero(3.0, 0.1),
-        "Guide-and-Rescale": guide_and_rescale(3.0, 1e4),
-        "InfEdit": infedit(2.0, 0.3, 0.7),
-    }
-
-
-def searched_papers() -> Rows:
-    """The search for the settings of `papers`."""
-    found = {}
-    for cfg, start in ((3.0, 0.1), (3.0, 0.4), (3.0, 0.6), (5.0, 0.4)):
-        found[f"MasaCtrl, CFG {cfg:g}, from {start:g} of the steps"] = masactrl(cfg, start, "output")
-    for cfg, rate in ((3.0, 0.02), (3.0, 0.1), (3.0, 0.5), (5.0, 0.1)):
-        found[f"pix2pix-zero, CFG {cfg:g}, rate {rate:g}"] = pix2pix_zero(cfg, rate)
-    for cfg, scale in ((3.0, 1e3), (3.0, 1e4), (3.0, 1e5), (5.0, 1e4)):
-        found[f"Guide-and-Rescale, CFG {cfg:g}, scale {scale:g}"] = guide_and_rescale(cfg, scale)
-    for cfg, own, cross in ((2.0, 0.3, 0.7), (3.0, 0.3, 0.7), (3.0, 0.0, 0.7), (3.0, 0.0, 0.3)):
-        found[f"InfEdit, CFG {cfg:g}, self {own:g}, cross {cross:g}"] = infedit(cfg, own, cross)
-    return found
 
 
 def combinations(edits: Edits) -> Rows:
@@ -118,7 +84,7 @@ def tables() -> dict[str, Rows]:
             "UnifyEdit without a mask": edited(PRESET_EDITS, masked=False, structure_region="everywhere"),
             "UnifyEdit, denoise 0.4": lower,
             **dict([image, inversion]),
-            **papers(),
+            **paper_settings.papers(),
             **dict([text]),
         },
         "wide_losses": losses(ALL_LEVELS),
@@ -247,24 +213,39 @@ def search() -> dict[str, Rows]:
     wide = replace(EDIT, denoise=1.0)
     neither = Balance(beta1=0.0, beta2=0.0)
     ways = {
-        "denoise 0.6, CFG 2, mask, structure kept outside": every(EDIT),
-        "neither loss": every(replace(EDIT, balance=neither)),
-        "denoise 1": every(wide),
-        "denoise 1, 20 steps": every(replace(wide, steps=20)),
-        "denoise 1, no mask": every(replace(wide, masked=False, structure_region="everywhere")),
-        "denoise 1, neither loss": every(replace(wide, balance=neither)),
-        "denoise 0.4, CFG 3, heavier words": every(LOWER_LEVELS["colour"]),
-        **injection((0.2, 0.4)),
-        **injection((0.4, 0.8)),
+        f"{label}{change}": every(replace(edit, **values))
+        for label, edit in (("denoise 0.6", EDIT), ("denoise 1", wide))
+        for change, values in {
+            ", CFG 2": {},
+            ", CFG 1": {"cfg": 1.0},
+            ", CFG 3": {"cfg": 3.0},
+            ", CFG 2, virtual": {"mode": "virtual"},
+            ", CFG 1, virtual": {"cfg": 1.0, "mode": "virtual"},
+            ", CFG 2, 20 steps": {"steps": 20},
+            ", CFG 2, no mask": {"masked": False, "structure_region": "everywhere"},
+            ", CFG 2, neither loss": {"balance": neither},
+        }.items()
     }
-    wider = [(2.0, 1.0, 1.0, beta2) for beta2 in (0.1, 0.0)]
-    wider += [(3.0, *values) for values in ((1.0, 1.0, 0.0), (0.7, 0.5, 0.0), (0.5, 0.5, 0.0))]
-    wider += [(3.0, beta1, 0.0, beta2) for beta1, beta2 in ((0.5, 0.0), (0.5, 0.1), (0.5, 0.3), (0.3, 0.0))]
-    balances = {"denoise 0.6, β2 0.1": every(replace(EDIT, balance=Balance(beta2=0.1)))}
-    for cfg, beta1, k1, beta2 in wider:
-        label = f"denoise 1, CFG {cfg:g}, β1 {beta1:g}, k1 {k1:g}, β2 {beta2:g}"
-        balances[label] = every(replace(wide, cfg=cfg, balance=Balance(beta1=beta1, k1=k1, beta2=beta2)))
-    return {"search_ways": ways, "search_balances": balances, "search_papers": searched_papers()}
+    ways["denoise 0.4, CFG 3, heavier words"] = every(LOWER_LEVELS["colour"])
+    balances = {
+        f"{label}, β1 {beta1:g}, k1 {k1:g}, β2 {beta2:g}": every(
+            replace(edit, balance=Balance(beta1=beta1, k1=k1, beta2=beta2))
+        )
+        for label, edit in (("denoise 0.6", EDIT), ("denoise 1", wide))
+        for beta1, k1, beta2 in (
+            (1.0, 1.0, 0.3),
+            (1.0, 1.0, 0.1),
+            (1.0, 1.0, 0.0),
+            (0.3, 1.0, 0.3),
+            (0.5, 0.0, 0.3),
+        )
+    }
+    return {
+        "search_words": word_search.search(),
+        "search_papers": paper_settings.search(),
+        "search_ways": ways,
+        "search_balances": balances,
+    }
 
 
 def wording_table(study: Study, rows: Rows) -> str:
@@ -295,4 +276,4 @@ PLAN = Plan(
 )
 
 if __name__ == "__main__":
-    command("dev.py unify-study", __doc__, PLAN)
+    command("dev.py unify-study", __doc__, PLAN, (two_objects.PLAN,))

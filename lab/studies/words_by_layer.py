@@ -2,12 +2,14 @@
 
 For each cross-attention layer and each kind of word (shape, colour, texture): how well the attention to the
 word tells its object from the rest of the image, and from the other object, as the area under the ROC curve.
-0.5 is chance, 1 is perfect. Attention is the mean of the probabilities over heads, half-way through sampling.
+0.5 is chance, 1 is perfect. Attention is the mean of the probabilities over heads, or that of one head,
+half-way through sampling.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import comfy.model_management
@@ -21,7 +23,7 @@ from ...patches.attention.networks import unet_of
 from ...patches.attention.recorder import AttentionRecorder
 from .studio import Batch, Studio
 
-Place = tuple[str, str]  # key of a layer, kind of word
+Place = tuple[str, str]  # key of a layer, or a head of it; kind of word
 
 
 def word_tokens(scene: scenes.Scene, text: str) -> dict[tuple[str, str], list[int]]:
@@ -45,7 +47,7 @@ def roc_area(scores: torch.Tensor, positive: torch.Tensor, negative: torch.Tenso
 
 @torch.inference_mode()
 def attention_by_layer(tiny: Studio, batch: Batch) -> dict[str, torch.Tensor]:
-    """The attention of the sources to their descriptions by layer, [cases, rows, columns, tokens]."""
+    """The attention of the sources to their descriptions by layer, [cases, heads, rows, columns, tokens]."""
     model = tiny.model.model
     network = unet_of(model.diffusion_model, "the study of words")
     layers = list(network.layers.values())
@@ -62,15 +64,25 @@ def attention_by_layer(tiny: Studio, batch: Batch) -> dict[str, torch.Tensor]:
     )
     grids = {layer.key: layer.grid(*batch.latent.shape[-2:]) for layer in layers}
     return {
-        key: rearrange(found.mean(), "b (h w) t -> b h w t", h=grids[key][0])
+        key: rearrange(found.probabilities(), "b e (h w) t -> b e h w t", h=grids[key][0])
         for key, found in recorder.cross_attention.items()
     }
 
 
-def localisation(tiny: Studio, batch: Batch) -> dict[Place, tuple[float, float]]:
-    """The mean areas of all words: object against rest, and object against the other object."""
+def localisation(
+    tiny: Studio, batch: Batch, by_head: Collection[str] = ()
+) -> dict[Place, tuple[float, float]]:
+    """The mean areas of all words: object against rest, and object against the other object.
+
+    by_head: keys of layers whose heads, `KEY head 0` and so on, are looked at one by one, too.
+    """
     areas: dict[Place, list[tuple[float, float]]] = defaultdict(list)
+    maps = {}
     for key, attention in attention_by_layer(tiny, batch).items():
+        maps[key] = attention.mean(1)
+        if key in by_head:
+            maps |= {f"{key} head {number}": one for number, one in enumerate(attention.unbind(1))}
+    for key, attention in maps.items():
         for row, pair in enumerate(batch.pairs):
             objects = [drawing.foreground(one, 0.0) for one in pair.source.objects()]
             masks = dict(zip(scenes.SIDES, (_on_grid(o, attention.shape[1:3]) for o in objects), strict=True))
