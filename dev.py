@@ -353,7 +353,7 @@ def check_module(arguments: Sequence[str]) -> None:
 MODULES = {
     "edit": ("lab.edit", "edit the sample scenes, or your own image; edit --help"),
     "serve": ("lab.server", "ComfyUI's web page with the pack in it, on http://127.0.0.1:8188"),
-    "bench": ("lab.bench.command", "speed and memory: bench bridge, unify, start or training"),
+    "bench": ("lab.bench.command", "speed and memory: bench bridge, unify, start, templates or training"),
     "train": ("training.command", "train a bridge: --config FILE, or --print-config for all settings"),
     "benchmark": ("lab.benchmark.command", "compare workflows on an edit benchmark; benchmark --help"),
     "calibrate": (

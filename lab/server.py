@@ -101,6 +101,13 @@ def server_command(comfyui: Path, base: Path, port: int, arguments: list[str]) -
     ]
 
 
+def environment() -> dict[str, str]:
+    """This process's variables. Threads of torch that wait for others sleep: by default they spin, and on a
+    machine with other work that takes the cores from those they wait for, and a run takes ten times as long.
+    """
+    return {"OMP_WAIT_POLICY": "passive", **os.environ}
+
+
 class Client:
     """A running ComfyUI, ours or another one. address: of its web page, such as http://127.0.0.1:8188."""
 
@@ -217,7 +224,12 @@ class Server(Client):
         command = [sys.executable, str(GUARD), *command]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=self.base
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.base,
+                env=environment(),
             )
         try:
             self._wait_until_ready(start_timeout)
@@ -246,6 +258,11 @@ class Server(Client):
                 return
         raise ServerError(f"ComfyUI did not start within {timeout:.0f} s; its last words:\n{self.log_tail()}")
 
+    @property
+    def process_id(self) -> int:
+        """Of the process whose child is the server."""
+        return self._process.pid
+
     def log_tail(self, lines: int = 25) -> str:
         text = self._log.read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
@@ -267,7 +284,7 @@ def serve(argv: list[str] | None = None) -> int:
     comfyui = Path(os.environ["COMFYUI_PATH"])
     arguments = ["--models-directory", str(comfyui / "models"), *device_arguments()]
     command = server_command(comfyui, make_base(STATE / "base"), options.port, arguments)
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=environment())
     try:
         while True:
             with contextlib.suppress(KeyboardInterrupt):

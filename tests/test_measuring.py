@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from host import Host
@@ -131,3 +133,24 @@ def test_slowest_imports(host: Host) -> None:
     )
     report = "\n".join(("starting", *(f"import time: {line}" for line in lines)))
     assert start.slowest(report) == [(0.3, ""), (0.0025, "models.bridge")]
+
+
+def test_a_template(host: Host, live_server: Any) -> None:
+    """Protects: `bench templates` takes the templates that can run without a download, and counts what the
+    server spends on one; its waiting threads sleep, unless the user wants something else.
+    """
+    bench = host.pack_module("lab.bench.templates")
+    prompts = bench.without_download()
+    assert all(
+        "DescEditTinyStudio" in {node["class_type"] for node in graph.values()} for graph in prompts.values()
+    )
+    assert {name[:2] for name in prompts} >= {"01", "02", "07", "12"}
+    (prompt,) = [graph for name, graph in prompts.items() if name.startswith("01")]
+    (unify,) = [node for node in prompt.values() if node["class_type"] == "DescEditUnify"]
+    unify["inputs"]["steps"] = 2
+    spent = bench.run(live_server, prompt)
+    assert 0 < spent.processor < 2 * 60
+    assert spent.seconds > 0.1
+    (child,) = psutil.Process(live_server.process_id).children()
+    assert 0.5 < spent.memory * 2**20 / child.memory_info().rss < 2
+    assert child.environ()["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "passive")

@@ -1,10 +1,10 @@
-"""`python dev.py bench bridge|unify|start|training`: speed and memory.
+"""`python dev.py bench bridge|unify|start|templates|training`: speed and memory.
 
 `bridge` and `unify` are compared with the stock host, as ratios in one process, in two regimes: SD1.5's full
 width, where arithmetic rules, and the same depth at 32 channels on 8x8 latents, where launches rule, as on a
 fast card. On a GPU both are measured there, in float16, with its name in the results. `start` measures what
-the pack adds to the host's start. `training` computes the memory of training a bridge; it has its own
-arguments.
+the pack adds to the host's start, `templates` the time from Run to picture of each template that needs no
+download. `training` computes the memory of training a bridge; it has its own arguments.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import comfy.utils
 from ..output import write_json
 from . import bridge as bench_bridge
 from . import start as bench_start
+from . import templates as bench_templates
 from . import training as bench_training
 from . import unify as bench_unify
 from .measuring import on_card
 
 WHAT = {"bridge": bench_bridge, "unify": bench_unify}
+SERVERS = {"start": bench_start, "templates": bench_templates}
 REGIMES = ("narrow", "wide")
 
 
@@ -34,7 +36,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     training = "training has its own arguments: dev.py bench training --help"
-    parser.add_argument("what", choices=(*WHAT, "start", "training"), help=training)
+    parser.add_argument("what", choices=(*WHAT, *SERVERS, "training"), help=training)
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of each measurement, in alternating order"
     )
@@ -46,8 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     comfy.utils.set_progress_bar_enabled(False)
     where = on_card()
-    if args.what == "start":
-        found, aims = bench_start.measure(args.rounds), bench_start.AIMS
+    if args.what in SERVERS:
+        found, aims = SERVERS[args.what].measure(args.rounds), SERVERS[args.what].AIMS
     else:
         bench = WHAT[args.what]
         found, aims = _regimes(bench, args), {**bench.AIMS, **(bench.CARD_AIMS if where else {})}
