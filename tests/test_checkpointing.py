@@ -11,6 +11,7 @@ import pytest
 import small_models
 import torch
 from host import Host, device
+from training_settings import batch_of
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_with_a_bridge(
     generator = torch.Generator().manual_seed(0)
     latents, texts = (3, 4, 16, 16), (3, 7, small_models.CONTEXT_WIDTH)
     shapes = latents, latents, texts, texts, (1, *texts[1:]), (1, *latents[1:])
-    batch = pack.objective.Batch(*(torch.randn(*shape, generator=generator).to(device()) for shape in shapes))
+    batch = batch_of(host, *(torch.randn(*shape, generator=generator).to(device()) for shape in shapes))
     plan = pack.objective.Objective(dropout="none")
     sample = pack.objective.sample_noise(plan, [1, 2, 3], latents[1:], 1000)
     sample.no_image[1] = mixed

@@ -15,6 +15,7 @@ import unify_edit
 from bridge_edit import apply_bridge, half_mask, layouts, random_bridge, sample
 from host import Host, device
 from memory_modes import MODES
+from training_settings import batch_of
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-7}
 BOTH = ("resident", "streamed")
@@ -124,7 +125,7 @@ def test_training_gradient(
     bridges, core = host.pack_module("models.bridge"), host.pack_module("patches.bridge.core")
     source, edit = (small_models.latent(seed, 2).to(device()) * 0.18215 for seed in (1, 2))
     texts = [small_models.conditioning(seed, batch=2)[0][0].to(device()) for seed in (3, 4)]
-    batch = objective.Batch(source, edit, *texts, texts[0][:1] * 0, source[:1] * 0)
+    batch = batch_of(host, source, edit, *texts, texts[0][:1] * 0, source[:1] * 0)
     how = objective.Objective(dropout="none")
     sample = objective.sample_noise(how, [1, 2], (4, 16, 16), 1000)
     start = random_bridge(host, model, direction=direction, reference_self_bridge=self_bridge).model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -84,3 +85,37 @@ def test_it_learns(host: Host, trained: Path, capsys: pytest.CaptureFixture[str]
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 4  # at the steps 10, 20, 30 and 40: six were done
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_bridge_of_it(host: Host, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: a bridge with an F of low rank is learned on the packed network, goes on from its checkpoint,
+    and its file is one for the Tiny Flux that changes what is sampled.
+    """
+    train_bridge = host.pack_module("lab.tiny_studio.train_bridge")
+    name = "flux_reference_queries_16"
+    small = replace(train_bridge.VARIANTS[name], batch=4)
+    monkeypatch.setitem(train_bridge.VARIANTS, name, small)
+    monkeypatch.setattr(train_bridge, "PAIRS_A_TYPE", 1)
+    monkeypatch.setattr(train_bridge, "COMPARED", tmp_path)
+    for steps in (2, 3):
+        train_bridge.train(name, tmp_path, trained, steps)
+    assert len(torch.load(tmp_path / f"{name}.pt", weights_only=True)["losses"]) == 3
+    bridge = host.pack_module("models.bridge_file").load_bridge(tmp_path / f"{name}.safetensors")
+    assert (bridge.model.settings.base, bridge.model.settings.fuse_rank) == ("TinyFlux", 16)
+    model = host.pack_module("lab.tiny_studio.tiny_flux").load_model(trained)
+    clip = host.pack_module("models.tiny_studio.studio").load_clip()
+    (text,) = host.execute("CLIPTextEncode", clip=clip, text="a red circle")
+    reference = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))}
+    (patched,) = host.execute(
+        "DescEditApplyBridge", model=model, bridge=bridge, reference=reference, source=text
+    )
+    found = []
+    for each in (model, patched):
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.5, 0.0])
+        found.append(
+            comfy.sample.sample_custom(each, noise, 1.0, euler, sigmas, text, text, torch.zeros_like(noise))
+        )
+    assert not torch.equal(*found)
+    with pytest.raises(ValueError, match="needs --network FILE"):
+        train_bridge.train(name, tmp_path)

@@ -1,13 +1,31 @@
-"""A small training run on the Tiny Studio, as a configuration, for the training command's tests."""
+"""A small training run on the Tiny Studio, as a configuration, and batches, for the tests of training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from host import Host
 
 STEPS = 6
+
+
+def batch_of(
+    host: Host,
+    source: torch.Tensor,
+    edit: torch.Tensor,
+    source_text: torch.Tensor,
+    edit_text: torch.Tensor,
+    empty_text: torch.Tensor,
+    white: torch.Tensor,
+) -> Any:
+    """A batch of these latents, and of embeddings [pairs, tokens, width] whose mean is their pooled text."""
+    text = host.pack_module("training.texts").Text
+    texts = ([text(row[None], row[None].mean(1)) for row in rows] for rows in (source_text, edit_text))
+    empty = text(empty_text, empty_text.mean(1))
+    return host.pack_module("training.objective").Batch(source, edit, *texts, empty, white)
 
 
 def settings(data: Path, output: Path, **changes: Any) -> dict[str, Any]:

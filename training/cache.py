@@ -28,8 +28,12 @@ from .objective import Batch
 from .pairs import EditPair, Size, too_many_bad
 from .settings import DataConfig
 from .sources import local_files, read_pairs
+from .texts import Text
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+Tensors = dict[str, torch.Tensor]
+_VALUE, _POOLED = "value", "pooled"  # in a file: a latent or a text's tokens, and its pooled text
+_LAYOUT = "with pooled text"  # of files and indexes; those of another one are not used
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,23 @@ class EncodedPairs:
 
     def batch(self, numbers: Sequence[int], device: torch.device, process_latent_in: Callable) -> Batch:
         """Pairs of one size, with latents in the model's own space."""
-        columns = zip(*(self.files[number] for number in numbers), strict=True)
-        columns = [*columns, [self.empty_text], [dict(self.whites)[self.sizes[numbers[0]]]]]
-        source, edit, source_text, edit_text, empty_text, white = (
-            torch.cat([self._read(file) for file in column]).to(device) for column in columns
+        sources, edits, *texts = zip(*(self.files[number] for number in numbers), strict=True)
+        white = dict(self.whites)[self.sizes[numbers[0]]]
+        source, edit, white = (
+            process_latent_in(torch.cat([self._read(file)[_VALUE] for file in files]).to(device))
+            for files in (sources, edits, (white,))
         )
-        source, edit, white = (process_latent_in(latent) for latent in (source, edit, white))
+        source_text, edit_text, (empty_text,) = (
+            [self._text(file, device) for file in files] for files in (*texts, (self.empty_text,))
+        )
         return Batch(source, edit, source_text, edit_text, empty_text, white)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _text(self, name: str, device: torch.device) -> Text:
+        found = self._read(name)
+        pooled = found.get(_POOLED)
+        return Text(found[_VALUE].to(device), None if pooled is None else pooled.to(device))
+
+    def _read(self, name: str) -> Tensors:
         try:
             return _load(self.folder / name)
         except (OSError, safetensors.SafetensorError) as error:
@@ -86,12 +98,12 @@ def encode_pairs(
 
     def latent(what: str, picture: torch.Tensor) -> tuple[str, Size]:
         name = _name("latent", vae_mark, picture)
-        stored = _stored(folder, name, what, lambda: vae.encode(picture[None]))
-        height, width = stored.shape[-2:]
+        stored = _stored(folder, name, what, lambda: {_VALUE: vae.encode(picture[None])})
+        height, width = stored[_VALUE].shape[-2:]
         return name, (height, width)
 
     def embedding(what: str, text: str) -> str:
-        name = _name("text", clip_mark, text)
+        name = _name(f"text {_LAYOUT}", clip_mark, text)
         _stored(folder, name, what, partial(_text, clip, text))
         return name
 
@@ -186,12 +198,12 @@ def _index_digest(data: DataConfig, encoders: str) -> str:
     """
     stats = ((file.name, file.stat()) for file in local_files(data))
     files = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-    return _digest(json.dumps(asdict(data), sort_keys=True), encoders, *files)
+    return _digest(_LAYOUT, json.dumps(asdict(data), sort_keys=True), encoders, *files)
 
 
-def _text(clip: Any, text: str) -> torch.Tensor:
-    """The first 77 tokens, as in the paper: longer descriptions are cut."""
-    return clip.encode_from_tokens(clip.tokenize(text), return_pooled=False)[:, :77]
+def _text(clip: Any, text: str) -> Tensors:
+    embedding, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+    return {_VALUE: embedding} if pooled is None else {_VALUE: embedding, _POOLED: pooled}
 
 
 def _name(kind: str, encoder: str, content: torch.Tensor | str) -> str:
@@ -201,21 +213,21 @@ def _name(kind: str, encoder: str, content: torch.Tensor | str) -> str:
     return f"{key[:2]}/{key}.safetensors"
 
 
-def _load(path: Path) -> torch.Tensor:
-    return safetensors.torch.load_file(path)["value"].float()
+def _load(path: Path) -> Tensors:
+    return {name: value.float() for name, value in safetensors.torch.load_file(path).items()}
 
 
-def _stored(folder: Path, name: str, what: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _stored(folder: Path, name: str, what: str, make: Callable[[], Tensors]) -> Tensors:
     path = folder / name
     with contextlib.suppress(
         FileNotFoundError, safetensors.SafetensorError
     ):  # a damaged file is written again
         return _load(path)
-    value = make().to("cpu", torch.float16).contiguous()
-    if not value.isfinite().all():
+    values = {part: value.to("cpu", torch.float16).contiguous() for part, value in make().items()}
+    if not all(value.isfinite().all() for value in values.values()):
         raise ValueError(f"the encoded {what} has values that are not finite: run the encoder in fp32")
-    _write(path, safetensors.torch.save({"value": value}))
-    return value.float()
+    _write(path, safetensors.torch.save(values))
+    return {part: value.float() for part, value in values.items()}
 
 
 def _write(path: Path, content: bytes) -> None:

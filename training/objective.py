@@ -1,5 +1,5 @@
 """What a bridge learns (DescriptiveEdit, arXiv 2508.20505): to denoise the edited image with the source as
-reference.
+reference. A flow predicts the velocity from image to noise instead of noise or v.
 
 Only the edited latent is noised. The reference stays clean and is read at timestep 0, so each has a noise
 level of its own (Diffusion Forcing). Text and image are dropped at random, so that the bridge learns every
@@ -10,21 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_sampling
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.model_base import BaseModel
+from comfy.model_base import SDXL, BaseModel, ModelType
 from comfy.model_patcher import ModelPatcher
 
-from ..patches.attention.networks import unet_of
+from ..patches.attention.networks import network_of
 from ..patches.bridge.core import DenoisePatches, Features, ReferenceCache
 from ..patches.host.checkpointing import checkpointed
 from .settings import Objective
+from .texts import Text, text_conditions
 
 # What the channels beside the latent are for, by how many they are.
-_MORE_CHANNELS = {5: "an inpainting model", 4: "an instruct-pix2pix model"}
+_MORE_CHANNELS = {
+    4: "an instruct-pix2pix model",
+    5: "an inpainting model",
+    16: "a Canny, Depth or instruct model",
+    80: "a Fill model",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +38,15 @@ class Batch:
     """Encoded pairs of one size.
 
     source, edit: latents in the model's own space, [pairs, channels, height, width].
-    source_text, edit_text: [pairs, tokens, width].
-    empty_text: [1, tokens, width].
+    source_text, edit_text: of each pair.
     white: a white image's latent, [1, channels, height, width].
     """
 
     source: torch.Tensor
     edit: torch.Tensor
-    source_text: torch.Tensor
-    edit_text: torch.Tensor
-    empty_text: torch.Tensor
+    source_text: Sequence[Text]
+    edit_text: Sequence[Text]
+    empty_text: Text
     white: torch.Tensor
 
 
@@ -49,66 +54,90 @@ class Batch:
 class NoiseSample:
     """The random values of a forward.
 
-    timesteps: [pairs].
+    timesteps: [pairs]; of a flow the share of noise, 0 to 1.
     noise: as the latents.
-    no_text, no_image: [pairs] of bool, where the text or the image is dropped.
-    no_edit: [pairs] of bool, where the target is the reference itself.
+    no_text, no_image: for each pair, whether its text or its image is dropped.
+    no_edit: for each pair, whether the target is the reference itself.
     """
 
     timesteps: torch.Tensor
     noise: torch.Tensor
-    no_text: torch.Tensor
-    no_image: torch.Tensor
-    no_edit: torch.Tensor
+    no_text: Sequence[bool]
+    no_image: Sequence[bool]
+    no_edit: Sequence[bool]
+
+
+def is_flow(model: BaseModel) -> bool:
+    """Whether the model was trained to predict a velocity (rectified flow) instead of noise."""
+    return model.model_type in (ModelType.FLOW, ModelType.FLUX)
 
 
 def check_trainable(model: ModelPatcher) -> None:
     """Raises ValueError for a model that cannot be trained.
 
-    Its UNet takes more than a latent and a text, or it predicts neither noise nor v at the UNet's own
-    timesteps.
+    Its network takes more than a latent, a text and pooled text, or its sampling is not the base's own.
     """
-    unet = unet_of(model.model.diffusion_model, "training a bridge").module
+    network = network_of(model.model.diffusion_model)
     family = type(model.model.model_config).__name__
-    channels = model.get_model_object("latent_format").latent_channels
-    if unet.in_channels != channels:
-        kind = _MORE_CHANNELS.get(unet.in_channels - channels, "a model for another purpose")
+    channels: Any = model.get_model_object("latent_format").latent_channels
+    if network.channels != channels:
+        kind = _MORE_CHANNELS.get(network.channels - channels, "a model for another purpose")
         raise ValueError(
-            f"this {family} takes {unet.in_channels} channels where a latent has {channels}: it is "
+            f"this {family} takes {network.channels} channels where a latent has {channels}: it is "
             f"{kind}, which cannot be trained; use the plain base model"
         )
-    if unet.num_classes is not None:
+    pooled = getattr(network.module, "num_classes", None) is not None
+    if pooled and not isinstance(model.model, SDXL):
         raise ValueError(
-            f"{family} is a model with pooled text (SDXL), which cannot be trained yet: use SD1.x or SD2.x"
+            f"{family} takes more than a text (an image, or a score), which cannot be trained: use SD1.x, "
+            "SD2.x, SDXL, Flux or Chroma"
         )
     known = comfy.model_sampling
     sampling: Any = model.get_model_object("model_sampling")
-    predicts = type(sampling).calculate_denoised
+    predicts, flow = type(sampling).calculate_denoised, is_flow(model.model)
     last = len(getattr(sampling, "sigmas", ())) - 1
-    if (
-        predicts not in (known.EPS.calculate_denoised, known.V_PREDICTION.calculate_denoised)
-        or last < 1
-        or round(float(sampling.timestep(sampling.sigmas[-1]))) != last
-    ):
+    if flow:
+        fits = predicts is known.CONST.calculate_denoised
+    else:
+        fits = (
+            predicts in (known.EPS.calculate_denoised, known.V_PREDICTION.calculate_denoised)
+            and last >= 1
+            and round(float(sampling.timestep(sampling.sigmas[-1]))) == last
+        )
+    if not fits:
         kinds = ", ".join(base.__name__ for base in type(sampling).__bases__)
+        must = "the velocity of a flow" if flow else "noise (eps) or v at the base model's own timesteps"
         raise ValueError(
-            f"the sampling of this MODEL ({kinds}) cannot be trained: it must predict noise (eps) or "
-            "v at the base model's own timesteps. Take out the node that changed it"
+            f"the sampling of this MODEL ({kinds}) cannot be trained: it must predict {must}. Take out the "
+            "node that changed it"
+        )
+
+
+def check_objective(model: BaseModel, objective: Objective) -> None:
+    """Raises ValueError for an objective that the model's sampling does not have."""
+    if objective.min_snr and is_flow(model):
+        raise ValueError(
+            f"min_snr is {objective.min_snr:g} but {type(model.model_config).__name__} is a flow, which "
+            "has no such weights: set it to 0"
         )
 
 
 def sample_noise(
-    objective: Objective, seeds: Sequence[int], shape: Sequence[int], timesteps: int
+    objective: Objective, seeds: Sequence[int], shape: Sequence[int], timesteps: int | None
 ) -> NoiseSample:
     """One sample per seed, on the CPU: the same for a pair however a batch is split.
 
     shape: of one latent.
-    timesteps: number of timesteps of the schedule.
+    timesteps: number of timesteps of the schedule, which are drawn uniformly; None for a flow, whose share of
+        noise is the sigmoid of a normal value (Esser et al., arXiv 2403.03206).
     """
     times, noises, texts, images, edits = [], [], [], [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        times.append(torch.randint(timesteps, (), generator=generator))
+        if timesteps is None:
+            times.append(torch.randn((), generator=generator).sigmoid())
+        else:
+            times.append(torch.randint(timesteps, (), generator=generator))
         noise = torch.randn(*shape, generator=generator)
         first, second = torch.rand(2, generator=generator).tolist()
         if objective.offset_noise:
@@ -126,11 +155,7 @@ def sample_noise(
         texts.append(text)
         images.append(image)
         edits.append(edit)
-    return NoiseSample(
-        torch.stack(times),
-        torch.stack(noises),
-        *(torch.tensor(values) for values in (texts, images, edits)),
-    )
+    return NoiseSample(torch.stack(times), torch.stack(noises), texts, images, edits)
 
 
 def losses(
@@ -141,53 +166,92 @@ def losses(
     objective: Objective,
     checkpointing: bool = False,
 ) -> torch.Tensor:
-    """Each pair's loss, [pairs], with a gradient for the bridge where one is enabled.
+    """Each pair's loss, [pairs], with a gradient for the bridge where one is enabled; of a DiT only inside
+    `gradients`.
 
-    model: its UNet predicts noise or v.
+    model: its network predicts noise, v or, if it is a flow, noise - image.
     checkpointing: layers are computed again for their gradient instead of kept; `cache` must then not be used
         for anything else before that.
     """
-    device, sampling, unet = batch.edit.device, model.model_sampling, model.diffusion_model
-    no_image, no_text = sample.no_image.to(device), sample.no_text.to(device)
-    steps, noise = sample.timesteps.to(device), sample.noise.to(batch.edit)
-    target = torch.where(_wide(sample.no_edit.to(device)), batch.source, batch.edit)
-    sigma = _wide(sampling.sigmas.to(device)[steps]).to(target)
-    kept = 1 / (1 + sigma.square())  # the schedule's cumulative alpha
-    noised = kept.sqrt() * target + (1 - kept).sqrt() * noise
+    network = cache.network
+    target = _chosen(sample.no_edit, batch.source, batch.edit)
+    noised = _noised(model, target, sample, objective)
 
     reference, reference_text = batch.source, batch.source_text
     rows: slice | torch.Tensor | None = slice(0, len(target))
     if objective.dropped_image == "white":
-        reference = torch.where(_wide(no_image), batch.white, reference)
-        reference_text = torch.where(no_image[:, None, None], batch.empty_text, reference_text)
-    elif sample.no_image.any():
-        rows = (~sample.no_image).nonzero().flatten().to(device) if not sample.no_image.all() else None
-    times = steps.float() if objective.reference_time == "same" else None
-    text = torch.where(no_text[:, None, None], batch.empty_text, batch.edit_text)
+        reference = _chosen(sample.no_image, batch.white.expand_as(reference), reference)
+        reference_text = _without(sample.no_image, reference_text, batch.empty_text)
+    elif any(sample.no_image):
+        seen = [pair for pair, no in enumerate(sample.no_image) if not no]
+        rows = torch.tensor(seen, device=target.device) if seen else None
+    times = noised.timesteps if objective.reference_time == "same" else None
+    text = _without(sample.no_text, batch.edit_text, batch.empty_text)
 
-    options = {"cond_or_uncond": [0], "uuids": [None], "sigmas": sigma.flatten()}
+    options = {"cond_or_uncond": [0], "uuids": [None], "sigmas": noised.sigmas}
     options["optimized_attention_override"] = _torch_attention
     if checkpointing:
-        options = checkpointed(options, unet)
+        options = checkpointed(options, network.module)
     dtype = model.get_dtype_inference()
-    cache.read(reference.to(dtype), options, timesteps=times, context=reference_text.to(dtype))
 
     def features(key: str) -> Features:
         return tuple(of_pairs[rows] for of_pairs in cache.features[key])
 
-    options = DenoisePatches(cache, rows, noised, features).install(options)
-    output = unet(
-        noised.to(dtype), steps.float(), context=text.to(dtype), control=None, transformer_options=options
+    read = text_conditions(model, network, reference_text, reference)
+    called = text_conditions(model, network, text, target)
+    cache.read(reference.to(dtype), options, timesteps=times, **read)
+    options = DenoisePatches(cache, rows, noised.latents, features).install(options)
+    output = network.module(
+        noised.latents.to(dtype), noised.timesteps, control=None, transformer_options=options, **called
     )
-    learned = noise
-    if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
-        learned = kept.sqrt() * noise - (1 - kept).sqrt() * target
-    error = (output.float() - learned).square().mean((1, 2, 3))
+    return noised.weights * (output.float() - noised.learned).square().mean((1, 2, 3))
+
+
+class _Noised(NamedTuple):
+    """What the network gets, and what it learns to predict of it.
+
+    latents: its input, [pairs, channels, height, width].
+    timesteps, sigmas: [pairs].
+    learned: as the latents.
+    weights: of the loss, [pairs].
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+    learned: torch.Tensor
+    weights: torch.Tensor
+
+
+def _noised(model: BaseModel, target: torch.Tensor, sample: NoiseSample, objective: Objective) -> _Noised:
+    """Noise added to the target by the model's own sampling."""
+    sampling: Any = model.model_sampling
+    times, noise = sample.timesteps.to(target.device), sample.noise.to(target)
+    if is_flow(model):
+        latents = sampling.noise_scaling(times, noise, target)
+        whole = torch.ones_like(times)
+        learned = sampling.noise_scaling(whole, noise, target) - target
+        return _Noised(latents, sampling.timestep(times), times, learned, whole)
+    sigmas = sampling.sigmas.to(target.device)[times].to(target)
+    kept = 1 / (1 + sigmas.square())  # the schedule's cumulative alpha
+    signal, share = _wide(kept.sqrt()), _wide((1 - kept).sqrt())
+    v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+    weights = torch.ones_like(sigmas)
     if objective.min_snr:
-        snr = (kept / (1 - kept)).flatten()
-        divisor = snr + 1 if learned is not noise else snr
-        error = error * snr.clamp(max=objective.min_snr) / divisor
-    return error
+        snr = kept / (1 - kept)
+        weights = snr.clamp(max=objective.min_snr) / (snr + 1 if v else snr)
+    learned = signal * noise - share * target if v else noise
+    return _Noised(signal * target + share * noise, times.float(), sigmas, learned, weights)
+
+
+def _chosen(which: Sequence[bool], first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """For each pair of `first` where `which` is true, else of `second`."""
+    return torch.where(_wide(torch.tensor(which, device=second.device)), first, second)
+
+
+def _without(dropped: Sequence[bool], texts: Sequence[Text], empty: Text) -> list[Text]:
+    """The texts, the empty one where they are dropped."""
+    return [empty if no else text for no, text in zip(dropped, texts, strict=True)]
 
 
 def _torch_attention(_: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -20,11 +20,11 @@ from comfy.model_base import BaseModel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..models.bridge import AttentionBridge
-from ..patches.attention.networks import unet_of
+from ..patches.attention.networks import network_of
 from ..patches.bridge.core import ReferenceCache
 from ..patches.host.out_of_memory import OutOfMemory
 from .cache import EncodedPairs
-from .objective import losses, sample_noise
+from .objective import check_objective, is_flow, losses, sample_noise
 from .pairs import batches
 from .settings import PRECISIONS, TrainSettings, optimiser_class
 from .state import MovingAverage, read_state, write_state
@@ -57,7 +57,7 @@ class Trainer:
     bridge: the trained bridge, on `device`.
     about: what else a run depends on, plain values by name; stored in its checkpoints.
 
-    Raises ValueError if there are too few pairs for a batch.
+    Raises ValueError for an objective that does not fit the model.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Trainer:
     ) -> None:
         self.model, self.bridge, self.pairs, self.settings = model, bridge, pairs, settings
         self.device, self.group, self.about = torch.device(device), group or ProcessGroup(), dict(about or {})
-        self._network = unet_of(model.diffusion_model, "training a bridge")
+        check_objective(model, settings.objective)
+        self._network = network_of(model.diffusion_model)
         self.step = 0
         self.losses: list[float] = []
         self.gradient_norm = 0.0
@@ -172,7 +173,7 @@ class Trainer:
         numbers = self._batch(forward)
         batch = self.pairs.batch(numbers, self.device, self.model.process_latent_in)
         seeds = [_seed(settings.seed, forward, row) for row in range(len(numbers))]
-        schedule = len(self.model.model_sampling.sigmas)
+        schedule = None if is_flow(self.model) else len(self.model.model_sampling.sigmas)
         sample = sample_noise(settings.objective, seeds, batch.edit.shape[1:], schedule)
         dtype = PRECISIONS[settings.precision]
         # A cache of its own: a checkpointed forward reads it until its gradient is computed.

@@ -76,10 +76,10 @@ class Validation:
     def _sample(self, number: int, model: ModelPatcher, bridge: ModelPatcher) -> torch.Tensor:
         """A latent in the VAE's scale, from noise that is the same every time."""
         pair = self.pairs.batch([number], torch.device("cpu"), lambda latent: latent)
-        setup = BridgeSetup(bridge, pair.source, [[pair.source_text, {}]])
+        setup = BridgeSetup(bridge, pair.source, pair.source_text[0].conditioning())
         guidance = DualGuidance(self.settings.image_guidance, self.settings.text_guidance)
         guider = DualGuider(apply_bridge(model, setup), guidance)
-        guider.set_conds([[pair.edit_text, {}]], [[pair.empty_text, {}]])
+        guider.set_conds(pair.edit_text[0].conditioning(), pair.empty_text.conditioning())
         noise = torch.randn(pair.source.shape, generator=torch.Generator().manual_seed(number))
         sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), "normal", self.settings.steps

@@ -12,12 +12,13 @@ from collections import Counter
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.model_base import BaseModel
+from comfy.supported_models import SD15
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -27,6 +28,7 @@ from ...patches.attention.networks import network_of
 from ...patches.bridge.core import ReferenceCache
 from ...training.objective import Batch, NoiseSample, losses
 from ...training.settings import PRECISIONS, Objective
+from ...training.texts import Text
 from ..output import write_json
 from .measuring import device, now, on_card
 from .random_sd15 import UNET
@@ -38,36 +40,29 @@ TOKENS, TEXT_WIDTH = 77, 768
 GB = 1e9
 
 
-def parts(dtype: torch.dtype, device: torch.device | None = None) -> tuple[Any, AttentionBridge]:
-    """What the objective needs of SD1.5, with frozen weights in their own dtype, and its bridge at rank
-    64.
-    """
-    unet = UNetModel(**UNET, dtype=dtype, device=device, operations=disable_weight_init)
-    unet.requires_grad_(False)
-    settings = BridgeSettings("SD15", network_of(unet).widths)
-    bridge = AttentionBridge(settings, torch.float32, device)
-    model = SimpleNamespace(
-        diffusion_model=unet,
-        model_sampling=SimpleNamespace(sigmas=torch.linspace(0.03, 14.6, 1000, device=device)),
-        get_dtype_inference=lambda: dtype,
-    )
-    return model, bridge
+def parts(dtype: torch.dtype, device: torch.device | None = None) -> tuple[BaseModel, AttentionBridge]:
+    """SD1.5 as the host builds it, with frozen weights in their own dtype, and its bridge at rank 64."""
+    config = SD15(dict(UNET))
+    config.set_inference_dtype(dtype, None)
+    config.custom_operations = disable_weight_init
+    model = config.get_model({}, "", device=device)
+    settings = BridgeSettings("SD15", network_of(model.diffusion_model).widths)
+    return model, AttentionBridge(settings, torch.float32, device)
 
 
 def row_loss(
-    model: Any, bridge: AttentionBridge, rows: int, resolution: int, precision: str, checkpointing: bool
+    model: BaseModel, bridge: AttentionBridge, rows: int, resolution: int, precision: str, checkpointing: bool
 ) -> torch.Tensor:
     """The loss of `rows` pairs without content, as training computes it."""
     device = next(bridge.parameters()).device
     latents = rows, 4, resolution // 8, resolution // 8
-    text = torch.zeros(rows, TOKENS, TEXT_WIDTH, device=device)
+    text = Text(torch.zeros(1, TOKENS, TEXT_WIDTH, device=device))
     picture = torch.zeros(latents, device=device)
-    batch = Batch(picture, picture, text, text, text[:1], picture[:1])
-    never = torch.zeros(rows, dtype=torch.bool, device=device)
+    batch = Batch(picture, picture, [text] * rows, [text] * rows, text, picture[:1])
     times = torch.full((rows,), 500, device=device)
+    never = [False] * rows
     sample = NoiseSample(times, torch.zeros(latents, device=device), never, never, never)
-    # With it no branch depends on a row's content.
-    objective = Objective(dropout="none", dropped_image="white")
+    objective = Objective(dropout="none")
     dtype = PRECISIONS[precision]
     with torch.autocast(device.type, dtype) if dtype else nullcontext():
         cache = ReferenceCache(bridge, network_of(model.diffusion_model))

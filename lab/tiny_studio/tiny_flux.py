@@ -53,7 +53,7 @@ class TinyFluxModel(comfy.model_base.Flux):
         return super().extra_conds(**{**kwargs, "cross_attn": None if text is None else text[:, :TOKENS]})
 
 
-class TinyFluxFamily(FluxSchnell):
+class TinyFlux(FluxSchnell):
     """Flux.1 schnell's family with the Tiny Studio's latents."""
 
     unet_config: dict = {}  # noqa: RUF012 (the host's own form)
@@ -76,14 +76,15 @@ def new_network() -> Flux:
     return network
 
 
-def load_model(path: Path) -> comfy.model_patcher.ModelPatcher:
+def load_model(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """MODEL from packed weights, in float32."""
-    config = TinyFluxFamily({})
+    config = TinyFlux({})
     config.unet_config = {**FLUX, "dtype": torch.float32}
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
     management = comfy.model_management
-    patcher = comfy.model_patcher.CoreModelPatcher(
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
     state = {name: weight.float() for name, weight in safetensors.torch.load_file(path).items()}

@@ -133,9 +133,9 @@ def unknown_words(clip: Any, *texts: str) -> list[str]:
     return words.unknown(" ".join(texts), tokenizer.known) if isinstance(tokenizer, TinyTokenizer) else []
 
 
-def load_vae(path: Path = FILE) -> comfy.sd.VAE:
-    """The VAE: 8 pixels a latent cell, 4 channels."""
-    return comfy.sd.VAE(sd=_part(path, "vae."), config={"params": networks.VAE})
+def load_vae(path: Path = FILE, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
+    """The VAE: 8 pixels a latent cell, 4 channels. dtype: of its weights, None for the host's choice."""
+    return comfy.sd.VAE(sd=_part(path, "vae."), config={"params": networks.VAE}, dtype=dtype)
 
 
 def _part(path: Path, prefix: str) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.chroma.model import Chroma
+from comfy.ldm.chroma_radiance.model import ChromaRadiance
 from comfy.ldm.flux.model import Flux
 
 from .hooks import After, Attention, Before
@@ -31,12 +32,15 @@ class DiT:
 
     conditions = ("y", "guidance", "attention_mask")
     positional = True
+    text_tokens = None
 
     def __init__(self, module: Flux | Chroma) -> None:
         if list(module.params.txt_ids_dims) == [1, 2]:
             raise ValueError("LongCat-Image is not supported yet: use Flux.1, Flux.2 or Chroma")
-        self.module = module
-        self.name = type(module).__name__
+        self.module, self.name = module, type(module).__name__
+        # Chroma Radiance counts its channels before it cuts the image into patches.
+        whole = isinstance(module, ChromaRadiance)
+        self.channels: int = module.in_channels // (1 if whole else module.patch_size**2)
         # Chroma does not read the option that would put a reference of another size on the image's positions.
         self.any_reference_size = isinstance(module, Flux)
         level, width, heads = round(math.log2(module.patch_size)), module.hidden_size, module.num_heads

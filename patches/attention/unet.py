@@ -44,9 +44,11 @@ class UNet:
     outputs: by key, what a self-attention's result passes before a bridge joins it: here the output
         projection.
     name: for messages.
+    channels: of the network's input.
     conditions: of a model call, what the network takes beside the text.
     positional: whether its tokens have positions.
     any_reference_size: whether a reference may have another size than the image.
+    text_tokens: how many tokens of a text training uses, None for all: the first 77, as in the paper.
 
     Raises ValueError for a UNet without cross-attention.
     """
@@ -55,9 +57,11 @@ class UNet:
     conditions = ("y",)
     positional = False
     any_reference_size = True
+    text_tokens = 77
 
     def __init__(self, module: UNetModel) -> None:
         self.module = module
+        self.channels: int = module.in_channels
         self.layers: dict[str, AttentionLayer] = {}
         self.outputs: dict[str, torch.nn.Module] = {}
         level = 0

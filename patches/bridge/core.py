@@ -217,6 +217,12 @@ class DenoisePatches:
         fused = self._cache.fused(layer, attended, own)
         if self._masks is not None:
             fused = fused * self._masks[layer.key]
+        if torch.is_grad_enabled():  # autograd may have saved what it would be added to
+            fused = fused.to(out.dtype)
+            if isinstance(rows, slice):
+                joined = torch.add(own, fused, alpha=self._strength)
+                return out.slice_scatter(joined, 0, rows.start, rows.stop)
+            return out.index_add(0, rows, fused, alpha=self._strength)
         if isinstance(rows, slice):
             own.add_(fused, alpha=self._strength)
             return out

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import comfy.sampler_helpers
-import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST
@@ -23,6 +22,7 @@ from ..attention.layers import AttentionLayer
 from ..attention.masks import check_mask, layer_masks
 from ..attention.networks import network_of
 from ..attention.recorder import WRAPPER_KEY
+from ..host.conditions import model_conditions
 from ..host.inputs import read_mask
 from .core import DenoisePatches, Door, Features, ReferenceCache
 
@@ -159,27 +159,18 @@ class BridgeRun:
         """
         model = self._guider.inner_model
         reference = model.process_latent_in(self._setup.reference.to(self._device, torch.float32))
-        (entry,) = comfy.samplers.encode_model_conds(
-            model.extra_conds,
-            [self.cache.network.source(self._source_entry())],
+        conds = model_conditions(
+            model,
+            self.cache.network.source(self._source_entry()),
             reference,
-            self._device,
-            "positive",
-            latent_image=reference,
-            denoise_mask=None,
+            ("c_concat", "c_crossattn", *self.cache.network.conditions),
         )
-        dtype, count = model.get_dtype_inference(), len(reference)
-        conds = {
-            name: _placed(cond.process_cond(batch_size=count, area=None).cond, self._device, dtype)
-            for name, cond in entry["model_conds"].items()
-            if name in ("c_concat", "c_crossattn", *self.cache.network.conditions)
-        }
         concat, text = conds.pop("c_concat", None), conds.pop("c_crossattn", None)
         timestep, x = _clean(model.model_sampling, reference)
-        x = x.to(dtype)
+        x = x.to(model.get_dtype_inference())
         self.cache.read(
             x if concat is None else torch.cat([x, concat], dim=1),
-            self._reference_options(count, (x.shape[-2], x.shape[-1])),
+            self._reference_options(len(reference), (x.shape[-2], x.shape[-1])),
             joined=self._setup.joined,
             repaid=None if self._hooked else self._repaid,
             timesteps=timestep,
@@ -383,11 +374,6 @@ def _clean(sampling: Any, reference: torch.Tensor) -> tuple[torch.Tensor, torch.
     if isinstance(sampling, CONST) or not timestep.is_floating_point():
         return torch.zeros(len(reference), device=reference.device), reference
     return timestep.float(), sampling.calculate_input(sigma, reference)
-
-
-def _placed(cond: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A condition as the network takes it; numbers that are no floats keep their dtype."""
-    return cond.to(device, dtype if cond.is_floating_point() else None)
 
 
 def _size_of(area: Area, whole: tuple[int, int]) -> tuple[int, int]:
