@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d
 @pytest.fixture(scope="module")
 def lab(host: Host) -> Any:
     """The modules."""
-    names = ("methods", "paper_settings", "studio", "unify_study", "word_search")
+    names = ("methods", "paper_settings", "studio", "study", "unify_study", "word_search")
     return SimpleNamespace(
         **{name: host.pack_module(f"lab.studies.{name}") for name in names},
         losses=host.pack_module("patches.unify.losses"),
@@ -84,9 +84,9 @@ def test_each_row_is_another_edit(host: Host, lab: Any) -> None:
     batch = lab.studio.Batch.of(tiny, read("tiny-studio-two", None, "tuning")[:1])
     own = host.pack_module("patches.unify.target").alignment_loss
 
-    def made(edit: Any) -> torch.Tensor:
+    def made(edit: Any, *changes: Any) -> torch.Tensor:
         with torch.inference_mode():
-            return lab.word_search.tried(replace(edit, steps=3)).edit(tiny, batch)
+            return lab.word_search.tried(replace(edit, steps=3), *changes).edit(tiny, batch)
 
     base = lab.word_search.Tried()
     values = {name: getattr(base, name) for name in lab.methods.Edit.__dataclass_fields__}
@@ -97,7 +97,10 @@ def test_each_row_is_another_edit(host: Host, lab: Any) -> None:
     heads = tuple(lab.word_search.HEADS.items())
     for change in ({"heads": heads}, {"smoothing": 1.0}, {"inner_steps": 2}, {"alignment": "absolute"}):
         assert not torch.allclose(made(replace(base, **change)), plain, atol=1e-3), change
+    for change in (lab.word_search.UNBOUNDED, lab.word_search.SOURCE_STEP):
+        assert not torch.allclose(made(base, change), plain, atol=1e-3), change
     assert host.pack_module("patches.unify.target").alignment_loss is own
+    torch.testing.assert_close(made(base), plain, rtol=rounding, atol=rounding)
     assert len({method.label for method in lab.word_search.search().values()}) == len(
         lab.word_search.search()
     )

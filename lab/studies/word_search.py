@@ -1,14 +1,15 @@
-"""The search for UnifyEdit's alignment loss (CAA): its form, layers and weight, and other ways to read maps.
+"""The search for UnifyEdit's alignment loss (CAA): its form, layers and weight, and what is no setting of it.
 
-What is tried and is no setting of the pack changes the loss here, for the length of an edit: only some
-heads of a layer, and smoothed maps. The loss takes means of a map over the mask. So smoothing the mask
-instead is the same: a Gaussian is symmetric.
+That is: only some heads of a layer, smoothed maps, and other lengths of a step. The pack has no code for
+these; they are put in its place here for the length of an edit. The loss takes means of a map over the mask.
+So smoothing the mask instead is the same: a Gaussian is symmetric.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from ...patches.unify import target as branch
 from ...patches.unify.balance import Balance
 from ...patches.unify.losses import COMPARING, FORMS, alignment_loss
 from ...patches.unify.settings import UnifyOptions
+from ...patches.unify.text_guidance import TextGuidance
 from .methods import Edit, unify_by_type
 from .studio import Batch, Studio, StudioMethod
 from .study import Rows
@@ -91,15 +93,33 @@ def smoothed(mask: torch.Tensor, deviation: float) -> torch.Tensor:
     return rearrange(blurred, "b 1 h w -> b (h w)")
 
 
-def tried(edit: Tried) -> StudioMethod:
-    """UnifyEdit with these settings for all edit types."""
+def unbounded(gradients: branch.Gradients, name: str) -> torch.Tensor:
+    """Instead of `Gradients.excess`: steps have no longest length."""
+    return torch.full_like(gradients.values[0], torch.inf)
+
+
+def source_step(
+    guidance: TextGuidance, sigma: torch.Tensor, below: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    """Instead of `TextGuidance.length`: words in units of the source's own step, as structure is."""
+    return step
+
+
+UNBOUNDED = (branch.Gradients, "excess", unbounded)
+SOURCE_STEP = (TextGuidance, "length", source_step)
+
+
+def tried(edit: Tried, *changes: tuple[Any, str, Any]) -> StudioMethod:
+    """UnifyEdit with these settings for all edit types. changes: of classes, their attributes and values."""
     edits = dict.fromkeys((*scenes.EDIT_TYPES, scenes.TWO), edit)
 
     def make(tiny: Studio, batch: Batch) -> torch.Tensor:
-        with mock.patch.object(branch, "alignment_loss", edit.loss):
+        with ExitStack() as stack:
+            for place, name, value in ((branch, "alignment_loss", edit.loss), *changes):
+                stack.enter_context(mock.patch.object(place, name, value))
             return unify_by_type(tiny, batch, edits)
 
-    return StudioMethod("UnifyEdit", make, f"unify {edit}")
+    return StudioMethod("UnifyEdit", make, " ".join(["unify", str(edit), *(v.__name__ for *_, v in changes)]))
 
 
 def early(balance: Balance, end: float) -> Balance:
@@ -139,4 +159,8 @@ def search() -> Rows:
         "CAA only": replace(base, balance=Balance(beta1=0.0)),
         "neither loss": replace(base, balance=Balance(beta1=0.0, beta2=0.0)),
     }
-    return {label: tried(edit) for label, edit in found.items()}
+    return {label: tried(edit) for label, edit in found.items()} | {
+        "SAP only, steps of any length": tried(weighted(0.0), UNBOUNDED),
+        "words in units of the source's step": tried(base, SOURCE_STEP),
+        "both of these": tried(base, UNBOUNDED, SOURCE_STEP),
+    }
