@@ -155,6 +155,27 @@ def test_what_changes(cache: Any, data: Any, tmp_path: Path, encoders: Encoders,
     assert pictures.calls == (1, 0)
 
 
+def test_a_cache_of_before(
+    cache: Any, data: Any, tmp_path: Path, encoders: Encoders, studio: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: an index and texts of another layout, as before texts were kept with their pooled text, are
+    not read: texts are encoded again, pictures are not.
+    """
+    folder = tmp_path / "encoded"
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_LAYOUT", "of before")
+        cache.encode_shard(data, "tiny", encoders, folder)
+        assert cache.indexed_pairs(data, "tiny", folder) is not None
+    assert cache.indexed_pairs(data, "tiny", folder) is None
+    again = Encoders(studio)
+    cache.encode_shard(data, "tiny", again, folder)
+    assert again.calls == (0, len(TEXTS) + 1)
+    text = cache.indexed_pairs(data, "tiny", folder).batch([0], torch.device("cpu"), lambda x: x).edit_text[0]
+    clip = studio[1]
+    whole = clip.encode_from_tokens(clip.tokenize(TEXTS[1]), return_pooled=True)
+    torch.testing.assert_close(tuple(text), whole, rtol=1 / 2048, atol=1e-6)
+
+
 def test_too_many_bad_in_all_shards(cache: Any, data: Any, tmp_path: Path, encoders: Encoders) -> None:
     """Protects: two bad samples that different processes met are refused as they are when one meets both."""
     (tmp_path / "pairs" / "004_edit.png").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import bridge_edit
 import comfy.sample
 import comfy.samplers
 import pytest
+import safetensors.torch
 import small_dits
 import small_models
 import torch
@@ -180,3 +182,80 @@ def test_what_a_flow_has_not(host: Host, training: Any, models: dict[str, Any], 
     wide = small_models.small_dits.small_dit("Flux.1 dev", in_channels=32)
     with pytest.raises(ValueError, match=r"this Flux takes 32 channels where a latent has 16: it is a Canny"):
         training.objective.check_trainable(wide)
+
+
+def encoded(host: Host, model: Any, folder: Path, pairs: int = 3) -> Any:
+    """EDIT_PAIRS of random latents and texts on disk, with pooled texts."""
+    generator = torch.Generator().manual_seed(4)
+    latent = 1, model.model.latent_format.latent_channels, *SIZE
+    number = itertools.count()
+
+    def stored(*shape: int, pooled: int = 0) -> str:
+        found = {"value": torch.randn(*shape, generator=generator)}
+        if pooled:
+            found["pooled"] = torch.randn(1, pooled, generator=generator)
+        safetensors.torch.save_file(found, folder / (name := str(next(number))))
+        return name
+
+    width = small_models.CONTEXT_WIDTH
+    files = [
+        (*(stored(*latent) for _ in range(2)), *(stored(1, TOKENS, width, pooled=width) for _ in range(2)))
+        for _ in range(pairs)
+    ]
+    white, empty = stored(*latent), stored(1, TOKENS, width, pooled=width)
+    made = host.pack_module("training.cache").EncodedPairs
+    return made(folder, tuple(files), (SIZE,) * pairs, ((SIZE, white),), empty)
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [("SDXL", False), ("SDXL", True), ("Flux.1 dev", True), ("Flux.2", True), ("Chroma", False)],
+)
+def test_the_node_trains(
+    host: Host, training: Any, models: dict[str, Any], kind: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    """Protects: the node trains a bridge of every kind for twenty steps: the same pairs and noise then have a
+    lower loss, and the base keeps every bit.
+    """
+    model = models[kind]
+    pairs, before = encoded(host, model, tmp_path), small_models.fingerprint(model)
+    (bridge,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
+    inputs = {"dropout": "none", "batch": 2, "learning_rate": 1e-2, "checkpointing": checkpointing}
+    trained, _ = host.execute(
+        "DescEditTrainBridge", model=model, bridge=bridge, pairs=pairs, steps=20, **inputs
+    )
+    assert small_models.fingerprint(model) == before
+    settings = training.settings.TrainSettings(batch=2, objective=training.settings.Objective(dropout="none"))
+    found = []
+    for each in (bridge, trained):
+        with training.gradients():
+            learning = training.trainer.Trainer(
+                model.model, each.model.to(device()), pairs, settings, device()
+            )
+            with torch.no_grad():
+                found.append(sum(float(learning.loss(forward).mean()) for forward in range(6)))
+    assert found[1] < 0.99 * found[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bases_of_small_numbers(host: Host, training: Any, dtype: torch.dtype, checkpointing: bool) -> None:
+    """Protects: a base whose weights stay in fp8 or bf16 trains with the gradient of the same weights in
+    float32, however the host holds them.
+    """
+    model = small_models.loaded(small_dits.small_dit("Flux.1 dev", dtype=dtype))
+    weights = {name: w.float() for name, w in model.model.diffusion_model.state_dict().items()}
+    plain = small_models.loaded(small_dits.small_dit("Flux.1 dev"))
+    with torch.inference_mode():
+        plain.model.diffusion_model.load_state_dict(weights)
+    bridge = bridge_edit.random_bridge(host, model)
+    learned = [weight.requires_grad_() for weight in bridge.model.to(device()).parameters()]
+    batch = random_batch(host, model)
+    sample = random_noise(training, model, batch)
+    found = []
+    for base, streamed in ((plain, False), (model, False), (model, True)):
+        with training.gradients(streamed):
+            loss = losses(host, training, base, bridge, batch, sample, checkpointing).mean()
+            found.append(torch.autograd.grad(loss, learned))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-8)

@@ -463,7 +463,7 @@ def test_base_from_a_checkpoint(host: Host, tmp_path: Path, monkeypatch: pytest.
     families = [small_models._SmallSD15, *small_models.comfy.supported_models.models]
     monkeypatch.setattr(small_models.comfy.supported_models, "models", families)
     base = host.pack_module("training.base_model").BaseModelLoader(str(path))
-    unet = base.unet(torch.bfloat16).model.diffusion_model
+    unet = base.network(torch.bfloat16).model.diffusion_model
     for name, weight in unet.named_parameters():
         assert torch.equal(weight.cpu(), weights[name].bfloat16()), name
         assert not weight.requires_grad
@@ -479,8 +479,56 @@ def test_tiny_base_in_the_dtype(host: Host) -> None:
     """
     base = host.pack_module("training.base_model").BaseModelLoader("tiny_studio")
     for dtype in (torch.float32, torch.bfloat16):
-        model = base.unet(dtype)
+        model = base.network(dtype)
         load, arguments = model.cached_patcher_init
         for made in (model, load(*arguments, disable_dynamic=True)):
             weights = made.model.diffusion_model.parameters()
             assert {weight.dtype for weight in weights} == {dtype}
+
+
+def flux_file(path: Path) -> None:
+    """A file of a small Flux.1 alone, in bf16: one head of the host's width, a double and a single block."""
+    config: dict[str, Any] = {"hidden_size": 128, "num_heads": 1, "axes_dim": [16, 56, 56], "depth": 1}
+    config |= {"depth_single_blocks": 1, "context_in_dim": 128, "vec_in_dim": 128}
+    weights = small_models.small_dits.state_dict("Flux.1 dev", **config)
+    safetensors.torch.save_file({name: weight.bfloat16() for name, weight in weights.items()}, path)
+
+
+class _FluxVae:
+    """What the cache needs of a VAE: 16 channels at an eighth of the size."""
+
+    def __init__(self) -> None:
+        self.first_stage_model = torch.nn.Linear(1, 1)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return small.repeat(1, 6, 1, 1)[:, :16]
+
+
+def test_flux_from_its_own_file(
+    host: Host, training: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: the command trains a Flux.1 from a file of the network alone, with another file's text
+    encoder and VAE, blocks computed again, and an F of low rank; the loss falls, and the bridge is for Flux.
+    """
+    flux_file(tmp_path / "flux.safetensors")
+    base_model = host.pack_module("training.base_model")
+    clip = host.execute("DescEditTinyStudio")[1]
+    monkeypatch.setattr(base_model.BaseModelLoader, "encoders", lambda _: (_FluxVae(), clip))
+    changes: dict[str, Any] = {
+        "bridge__fuse_rank": 2,
+        "train__checkpointing": True,
+        "train__learning_rate": 5e-3,
+        "train__objective__dropout": "none",
+        "cache": str(tmp_path / "encoded"),
+        "steps": 20,
+    }
+    run = make_run(training, tmp_path, data, base=str(tmp_path / "flux.safetensors"), **changes)
+    before = {name: weight.clone() for name, weight in run.model.model.state_dict().items()}
+    assert run.train()
+    assert all(torch.equal(w, before[name]) for name, w in run.model.model.state_dict().items())
+    bridge = host.pack_module("models.bridge_file").load_bridge(tmp_path / "run" / "bridge.safetensors").model
+    assert (bridge.settings.base, bridge.settings.fuse_rank) == ("Flux", 2)
+    with torch.no_grad():
+        again = [float(run.trainer.loss(forward).mean()) for forward in range(20)]
+    assert sum(again) < 0.99 * sum(run.trainer.losses)

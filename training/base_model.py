@@ -1,58 +1,90 @@
-"""Loads the base model of a bridge in parts: first the encoders, then only the UNet."""
+"""Loads the base model of a bridge in parts: first the encoders, then only the network."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
+import safetensors
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..models.tiny_studio import studio
 from ..patches.host.autograd import weights_streamed
 from .cache import file_fingerprint
+from .config import EncoderFiles
 from .objective import check_trainable
 
 TINY_STUDIO = "tiny_studio"
-_PARTS = {"model": "UNet", "clip": "text encoder", "vae": "VAE"}
+_PARTS = {"model": "network", "clip": "text encoder", "vae": "VAE"}
 
 
 class BaseModelLoader:
     """source: a checkpoint file, or `tiny_studio`.
+    encoders: files of what the checkpoint does not hold.
 
-    Raises ValueError if the file does not exist. Its methods raise ValueError if the file lacks what they
-    load.
+    Raises ValueError if a file does not exist. Its methods raise ValueError if the file lacks what they load.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, encoders: EncoderFiles | None = None) -> None:
         tiny = source == TINY_STUDIO
-        self.file = studio.FILE if tiny else Path(source)
+        self.file, self._encoders = studio.FILE if tiny else Path(source), encoders or EncoderFiles()
         self._load = _studio_part if tiny else partial(_checkpoint_part, self.file)
         if not self.file.is_file():
             raise ValueError(f"base is {source!r} but must be a checkpoint file, or {TINY_STUDIO}")
+        for name, file in self._encoders.named():
+            if not file.is_file():
+                raise ValueError(f"{name} has {str(file)!r}, which is not a file")
 
     def fingerprint(self) -> str:
-        """Name and content of the file."""
-        return f"{self.file.name} {file_fingerprint(self.file)}"
+        """Names and content of the files."""
+        files = [self.file, *(file for _, file in self._encoders.named())]
+        return ", ".join(f"{file.name} {file_fingerprint(file)}" for file in files)
 
     def encoders(self) -> tuple[comfy.sd.VAE, comfy.sd.CLIP]:
-        clip = self._load("clip")
-        return self._load("vae"), clip
+        clip = self._clip()
+        return self.vae(), clip
+
+    def _clip(self) -> comfy.sd.CLIP:
+        files = self._encoders
+        if not files.text_encoders:
+            return self._load("clip")
+        kind = comfy.sd.CLIPType[files.type.upper()]
+        with _reading("encoders.text_encoders"):
+            return comfy.sd.load_clip(list(files.text_encoders), clip_type=kind, disable_dynamic=True)
 
     def vae(self) -> comfy.sd.VAE:
-        return self._load("vae")
+        if not self._encoders.vae:
+            return self._load("vae")
+        with _reading("encoders.vae"):
+            vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(self._encoders.vae, safe_load=True))
+            vae.throw_exception_if_invalid()
+        return vae
 
-    def unet(self, dtype: torch.dtype) -> ModelPatcher:
-        """The UNet on the host's device, frozen. dtype: of its weights."""
-        model = self._load("model", dtype=dtype)
+    def network(self, dtype: torch.dtype) -> ModelPatcher:
+        """The network on the host's device, frozen.
+
+        dtype: of a UNet's weights. A DiT's stay as the host loads its file, fp8 too.
+        """
+        model = self._load("model", **({} if self._is_dit() else {"dtype": dtype}))
         check_trainable(model)
         model.model.requires_grad_(False)
         to_device(model)
         return model
+
+    def _is_dit(self) -> bool:
+        try:
+            with safetensors.safe_open(str(self.file), framework="pt") as file:
+                return any("double_blocks." in name for name in file.keys())  # noqa: SIM118 (not a dict)
+        except safetensors.SafetensorError:  # a file of another kind, which the host reads or refuses
+            return False
 
 
 def _studio_part(part: str, **options: Any) -> Any:
@@ -63,17 +95,24 @@ def _studio_part(part: str, **options: Any) -> Any:
 
 def _checkpoint_part(file: Path, part: str, **options: Any) -> Any:
     wanted = {f"output_{name}": name == part for name in _PARTS}
-    try:
+    with _reading(file.name):
         model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
             str(file), **wanted, model_options=options, disable_dynamic=True
         )
-    except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file.name} cannot be loaded as a checkpoint: {reason}") from error
     found = {"model": model, "clip": clip, "vae": vae}[part]
     if found is None or getattr(found, "first_stage_model", found) is None:  # the host's VAE without weights
-        raise ValueError(f"{file.name} has no {_PARTS[part]}: take a whole checkpoint")
+        hint = "" if part == "model" else ", or name its file under encoders"
+        raise ValueError(f"{file.name} has no {_PARTS[part]}: take a whole checkpoint{hint}")
     return found
+
+
+@contextmanager
+def _reading(name: str) -> Generator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} cannot be loaded as a checkpoint: {reason}") from error
 
 
 def to_device(model: ModelPatcher) -> None:

@@ -28,6 +28,7 @@ import torch
 from ..models.bridge import AttentionBridge, BridgeSettings
 from ..models.bridge_file import save_bridge
 from ..patches.attention.networks import network_of
+from ..patches.host.autograd import gradients
 from ..patches.host.out_of_memory import OutOfMemory
 from ..pictures.contact_sheet import save_image
 from .base_model import BaseModelLoader, free
@@ -65,14 +66,14 @@ class Run:
         device = comfy.model_management.get_torch_device()
         self.output = Path(config.output)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.base = BaseModelLoader(config.base)
+        self.base = BaseModelLoader(config.base, config.encoders)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint.keep)
         self._encoders = self.base.fingerprint()
         pairs, self.validation = self._data()
-        self.model = self.base.unet(PRECISIONS[config.train.precision] or torch.float32)
-        unet = self.model.model.diffusion_model
+        self.model = self.base.network(PRECISIONS[config.train.precision] or torch.float32)
+        network = network_of(self.model.model.diffusion_model)
         family = type(self.model.model.model_config).__name__
-        settings = BridgeSettings(family, network_of(unet).widths, **vars(config.bridge))
+        settings = BridgeSettings(family, network.widths, **vars(config.bridge))
         bridge = AttentionBridge(settings, torch.float32).reset(config.train.seed).to(device)
         self.trainer = Trainer(
             self.model.model,
@@ -102,7 +103,7 @@ class Run:
         if self.config.logging.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         start = trainer.step, time.monotonic()
-        with _signals() as stopped:
+        with _signals() as stopped, gradients():
             done = trainer.run(
                 self.config.steps, lambda: self._after_step(start, stopped()), self._keep, ADVICE
             )

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,24 @@ from .settings import STRICT, DataConfig, TrainSettings
 @dataclass(frozen=True, config=STRICT)
 class BridgeConfig(BridgeOptions):
     """The trained bridge."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EncoderFiles:
+    """Files of what `base` does not hold, if it is the network alone, as Flux.2 and Chroma come."""
+
+    text_encoders: Sequence[str] = Field(
+        (), description="The files of the text encoder, such as those of CLIP-L and T5 for Flux.1."
+    )
+    type: Literal["stable_diffusion", "flux", "flux2", "chroma"] = Field(
+        "flux", description="What the text encoder is for, as in ComfyUI's node Load CLIP."
+    )
+    vae: str = Field("", description="The file of the VAE.")
+
+    def named(self) -> list[tuple[str, Path]]:
+        """The files, each with the name of its setting."""
+        texts = [("encoders.text_encoders", Path(file)) for file in self.text_encoders]
+        return [*texts, *([("encoders.vae", Path(self.vae))] if self.vae else [])]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,7 +61,11 @@ class ValidationConfig:
     count: int = Field(4, ge=1, description="How many edits.")
     steps: int = Field(20, ge=1, description="Of the sampler.")
     image_guidance: float = Field(1.5, description="Scale of dual guidance: how much of the source is kept.")
-    text_guidance: float = Field(7.5, description="Scale of dual guidance: how closely the text is followed.")
+    text_guidance: float = Field(
+        7.5,
+        description="Scale of dual guidance: how closely the text is followed. Not for a model that has "
+        "learned guidance, such as Flux.1 dev.",
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,10 +85,14 @@ class Config:
     """A run. Paths are relative to the folder that the command is started in."""
 
     base: str = Field(
-        description="The base model: a checkpoint file of SD1.x or SD2.x with UNet, text encoder and VAE; or "
-        "tiny_studio, the small model that ships.",
+        description="The base model: a checkpoint file of SD1.x, SD2.x, SDXL, Flux or Chroma, with text "
+        "encoder and VAE or as the network alone; or tiny_studio, the small model that ships.",
     )
     data: DataConfig = Field(description="The edit pairs.")
+    encoders: EncoderFiles = Field(
+        default_factory=EncoderFiles,
+        description="Files of what `base` does not hold, if it is the network alone.",
+    )
     output: str = Field(
         "bridge_training",
         min_length=1,

@@ -6,6 +6,7 @@ modules:
 - of a ResBlock, three times its inputs and outputs;
 - of a transformer, 32 times its tokens (norms, projections, queries, keys, values, attention, gated
   feed-forward and the bridge's part) and its text's keys and values;
+- of a DiT's block, 32 times its tokens, those of the text among them;
 - of a checkpointed layer, its input and what the bridge reads of the reference, and once the largest layer
   that is computed again, with its gradient.
 
@@ -21,12 +22,11 @@ import torch
 from comfy.model_base import BaseModel
 
 from ..models.bridge import AttentionBridge
-from ..patches.attention.networks import unet_of
-from ..patches.attention.unet import UNet
+from ..patches.attention.networks import Network, network_of
 from ..patches.unify.memory import TEXT_TOKENS, copied_bytes
 from .settings import PRECISIONS, TrainSettings
 
-_RESBLOCK, _TRANSFORMER, _BANK, _BACK, _TEXT = 3, 32, 2, 16, 2 * TEXT_TOKENS
+_RESBLOCK, _TRANSFORMER, _JOINT, _BANK, _BACK, _TEXT = 3, 32, 32, 2, 16, 2 * TEXT_TOKENS
 # Of float32: the weights, their gradient, and both of AdamW's averages.
 _LEARNED = 4
 
@@ -38,11 +38,11 @@ def training_bytes(
     sizes: Sequence[tuple[int, int]],
     streamed: bool,
 ) -> int:
-    """Bytes that a training step needs beside the UNet's weights, for the largest of the latents' `sizes`.
+    """Bytes that a training step needs beside the network's weights, for the largest of the latents' `sizes`.
 
     model: the host's BaseModel. streamed: whether the host streams its weights.
     """
-    network = unet_of(model.diffusion_model, "training a bridge")
+    network = network_of(model.diffusion_model)
     dtype = PRECISIONS[settings.precision] or model.get_dtype_inference()
     itemsize = torch.empty((), dtype=dtype).element_size()
     size = max(sizes, key=math.prod)
@@ -57,7 +57,7 @@ def training_bytes(
     return needed
 
 
-def _kept(network: UNet, size: tuple[int, int], checkpointing: bool) -> int:
+def _kept(network: Network, size: tuple[int, int], checkpointing: bool) -> int:
     """Numbers that are kept for one row."""
     inputs, inside, back = 0, [], 0
     for block in network.blocks(*size):
@@ -68,5 +68,9 @@ def _kept(network: UNet, size: tuple[int, int], checkpointing: bool) -> int:
         elif block.kind == "transformer":
             inputs += block.tokens * width * (1 + _BANK * block.depth)
             inside.append((_TRANSFORMER * block.tokens + _TEXT) * width * block.depth)
+            back = max(back, _BACK * block.tokens * width)
+        elif block.kind == "joint":
+            inputs += block.tokens * width * (1 + _BANK)
+            inside.append(_JOINT * block.tokens * width)
             back = max(back, _BACK * block.tokens * width)
     return inputs + max(inside) + back if checkpointing else sum(inside)

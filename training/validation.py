@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..models.bridge import manage
 from ..patches.bridge.apply import apply_bridge
-from ..patches.bridge.guidance import DualGuidance, DualGuider
+from ..patches.bridge.guidance import AUTOMATIC, DualGuidance, DualGuider
 from ..patches.bridge.run import BridgeSetup
 from ..pictures.contact_sheet import draw_sheet, to_image
 from .base_model import BaseModelLoader, to_device
@@ -77,7 +77,9 @@ class Validation:
         """A latent in the VAE's scale, from noise that is the same every time."""
         pair = self.pairs.batch([number], torch.device("cpu"), lambda latent: latent)
         setup = BridgeSetup(bridge, pair.source, pair.source_text[0].conditioning())
-        guidance = DualGuidance(self.settings.image_guidance, self.settings.text_guidance)
+        guidance = DualGuidance(self.settings.image_guidance, self.settings.text_guidance, AUTOMATIC).on(
+            model
+        )
         guider = DualGuider(apply_bridge(model, setup), guidance)
         guider.set_conds(pair.edit_text[0].conditioning(), pair.empty_text.conditioning())
         noise = torch.randn(pair.source.shape, generator=torch.Generator().manual_seed(number))

@@ -8,16 +8,18 @@ projection: a block's weights are never read, so they may be quantised.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.chroma_radiance.model import ChromaRadiance
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.flux.model import Flux
 
 from .hooks import After, Attention, Before
 from .layers import AttentionLayer
+from .unet import Block
 
 
 class DiT:
@@ -33,6 +35,7 @@ class DiT:
     conditions = ("y", "guidance", "attention_mask")
     positional = True
     text_tokens = None
+    joint_text = 512  # of Flux.1 dev and Flux.2; fewer elsewhere
 
     def __init__(self, module: Flux | Chroma) -> None:
         if list(module.params.txt_ids_dims) == [1, 2]:
@@ -76,6 +79,15 @@ class DiT:
         if after is not None:
             patches["attn1_output_patch"] = [hooks.output, *patches.get("attn1_output_patch", ())]
         return {**options, "patches": patches}
+
+    def blocks(self, height: int, width: int) -> Iterator[Block]:
+        """The blocks of the network, in the order in which they run, for a latent of `height` x `width`."""
+        image = math.prod(next(iter(self.layers.values())).grid(height, width))
+        for path, block in self.module.named_modules():
+            if isinstance(block, DoubleStreamBlock | SingleStreamBlock):
+                weights = sum(weight.numel() for weight in block.parameters())
+                size = self.module.hidden_size
+                yield Block(path, "joint", image + self.joint_text, size, size, 1, False, weights)
 
     def source(self, entry: dict[str, Any]) -> dict[str, Any]:
         """A conditioning entry as a reference is read with it: without other images, and with guidance 1

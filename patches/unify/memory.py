@@ -25,6 +25,7 @@ import comfy.samplers
 import torch
 
 from ..attention.layers import AttentionLayer
+from ..attention.networks import Network
 from ..attention.recorder import PIECE
 from ..attention.unet import UNet
 from ..host.autograd import weights_streamed
@@ -173,7 +174,9 @@ def _graph(network: UNet, paths: set[str], height: int, width: int) -> tuple[int
     return kept, inside, back
 
 
-def copied_bytes(network: UNet, layers: Collection[AttentionLayer], itemsize: int, checkpoint: bool) -> int:
+def copied_bytes(
+    network: Network, layers: Collection[AttentionLayer], itemsize: int, checkpoint: bool
+) -> int:
     """Bytes of the weights that a gradient keeps copies of if the host streams them (`gradients`).
 
     They are the weights of every block up to the last of `layers`, or of the largest one if blocks are
