@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.supported_models
 import pytest
+import small_dits
 import small_models
 import torch
 from host import Host
@@ -61,3 +63,29 @@ def test_figures(bench: Any) -> None:
     lines = bench.table(figures | {"step_seconds": 0.36, "hours_100k_steps": 10.0}, "fp32").splitlines()
     assert len(lines) == 2 + 6 + 1
     assert "10.0 hours" in lines[-1]
+
+
+def test_sizes_of_other_bases(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: the base's size is that of its weights, a step takes less with a base in fp8 and more at a
+    higher resolution, and a forward's operations are those of its matrices and its attention.
+    """
+    module = host.pack_module("lab.bench.training_sizes")
+    config = {**small_dits.FAMILIES["Flux.1 dev"][1]}
+    base = module.Base(comfy.supported_models.Flux, config, 8, (10, 32), 32)
+    monkeypatch.setattr(module, "BASES", {"small": base})
+    found, model = module.sizes(base), base.model(torch.bfloat16)
+    weights = sum(weight.numel() for weight in model.diffusion_model.parameters())
+    assert found["base_gb_bf16"] * 1e9 == 2 * weights
+    assert found["base_gb_fp8"] * 1e9 == weights
+    assert found["total_gb_fp8_512"] < found["total_gb_bf16_512"] < found["total_gb_bf16_1024"]
+    text, image = 10, 32 * 32
+    expected = 0
+    for name, layer in model.diffusion_model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            once = name.endswith(("lin", "in_layer", "out_layer", "adaLN_modulation.1"))
+            tokens = text if "txt" in name else image if "img" in name or "final" in name else text + image
+            expected += 2 * layer.weight.numel() * (1 if once else tokens)
+    blocks = config["depth"] + config["depth_single_blocks"]
+    expected += blocks * 4 * (text + image) ** 2 * config["hidden_size"]
+    assert found["pair_tflop_512"] * 1e12 / 4 == pytest.approx(expected, rel=0.01)
+    assert len(module.table().splitlines()) == 4

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bridge_edit
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import pytest
@@ -17,6 +18,7 @@ import small_dits
 import small_models
 import torch
 from host import Host, device
+from live_bytes import LiveBytes
 from training_settings import batch_of
 
 DITS = tuple(small_dits.FAMILIES)
@@ -259,3 +261,38 @@ def test_bases_of_small_numbers(host: Host, training: Any, dtype: torch.dtype, c
             found.append(torch.autograd.grad(loss, learned))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_a_dit(
+    host: Host,
+    models: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    checkpointing: bool,
+) -> None:
+    """Protects: training a DiT asks the host for what a step takes at its most, to a fifth."""
+    model = models["Flux.2"]
+    pairs, asked, load = encoded(host, model, tmp_path), [], comfy.model_management.load_models_gpu
+    (bridge,) = host.execute("DescEditNewBridge", model=model, rank=4, alpha=4.0)
+
+    def note(models: list[Any], memory_required: float = 0, **rest: Any) -> None:
+        asked.append(memory_required)
+        load(models, memory_required=memory_required, **rest)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    with LiveBytes() as live:
+        host.execute(
+            "DescEditTrainBridge",
+            model=model,
+            bridge=bridge,
+            pairs=pairs,
+            steps=2,
+            batch=2,
+            precision=precision,
+            checkpointing=checkpointing,
+        )
+    assert len(asked) == 1
+    assert asked[0] == pytest.approx(live.peak, rel=0.2), asked[0] / live.peak

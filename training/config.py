@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ class BridgeConfig(BridgeOptions):
 class EncoderFiles:
     """Files of what `base` does not hold, if it is the network alone, as Flux.2 and Chroma come."""
 
-    text_encoders: Sequence[str] = Field(
+    text_encoders: tuple[str, ...] = Field(
         (), description="The files of the text encoder, such as those of CLIP-L and T5 for Flux.1."
     )
     type: Literal["stable_diffusion", "flux", "flux2", "chroma"] = Field(

@@ -6,7 +6,7 @@ modules:
 - of a ResBlock, three times its inputs and outputs;
 - of a transformer, 32 times its tokens (norms, projections, queries, keys, values, attention, gated
   feed-forward and the bridge's part) and its text's keys and values;
-- of a DiT's block, 32 times its tokens, those of the text among them;
+- of a DiT's block, 21 times its tokens, those of the text among them;
 - of a checkpointed layer, its input and what the bridge reads of the reference, and once the largest layer
   that is computed again, with its gradient.
 
@@ -22,11 +22,12 @@ import torch
 from comfy.model_base import BaseModel
 
 from ..models.bridge import AttentionBridge
+from ..patches.attention.dit import DiT
 from ..patches.attention.networks import Network, network_of
 from ..patches.unify.memory import TEXT_TOKENS, copied_bytes
 from .settings import PRECISIONS, TrainSettings
 
-_RESBLOCK, _TRANSFORMER, _JOINT, _BANK, _BACK, _TEXT = 3, 32, 32, 2, 16, 2 * TEXT_TOKENS
+_RESBLOCK, _TRANSFORMER, _JOINT, _BANK, _BACK, _TEXT = 3, 32, 21, 2, 16, 2 * TEXT_TOKENS
 # Of float32: the weights, their gradient, and both of AdamW's averages.
 _LEARNED = 4
 
@@ -69,8 +70,8 @@ def _kept(network: Network, size: tuple[int, int], checkpointing: bool) -> int:
             inputs += block.tokens * width * (1 + _BANK * block.depth)
             inside.append((_TRANSFORMER * block.tokens + _TEXT) * width * block.depth)
             back = max(back, _BACK * block.tokens * width)
-        elif block.kind == "joint":
-            inputs += block.tokens * width * (1 + _BANK)
+        elif isinstance(network, DiT):
+            inputs += (block.tokens + _BANK * (block.tokens - network.joint_text)) * width
             inside.append(_JOINT * block.tokens * width)
             back = max(back, _BACK * block.tokens * width)
     return inputs + max(inside) + back if checkpointing else sum(inside)
