@@ -10,11 +10,11 @@ from host import device
 
 def tolerance(dtype: torch.dtype = torch.float32) -> float:
     """The share of a result's scale that rounding may change where a model computes in `dtype`: 1e-5, on a
-    card 1e-4, and 1e-3 in half precision.
+    card 2e-4, and 1e-3 in half precision.
     """
     if device().type == "cpu":
         return 1e-5
-    return 1e-4 if dtype == torch.float32 else 1e-3
+    return 2e-4 if dtype == torch.float32 else 1e-3
 
 
 def same(found: torch.Tensor, expected: torch.Tensor, times: float = 1) -> bool:

@@ -92,7 +92,10 @@ def unet_state_dict(
 
 
 def small_unet(
-    seed: int = 0, dtype: torch.dtype = torch.float32, layout: dict[str, Any] | None = None
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layout: dict[str, Any] | None = None,
+    disable_dynamic: bool = False,
 ) -> Any:
     """A ModelPatcher around a random UNet with self- and cross-attention at 16x16, 8x8 and 4x4 for 16x16
     latents; `layout` changes entries of UNET.
@@ -108,11 +111,14 @@ def small_unet(
     try:
         with torch.inference_mode():
             model = comfy.sd.load_diffusion_model_state_dict(
-                unet_state_dict(seed, dtype, layout), model_options={"dtype": dtype}
+                unet_state_dict(seed, dtype, layout),
+                model_options={"dtype": dtype},
+                disable_dynamic=disable_dynamic,
             )
     finally:
         comfy.supported_models.models.remove(family)
     assert model is not None
+    model.cached_patcher_init = (small_unet, (seed, dtype, layout))
     return model
 
 

@@ -115,7 +115,7 @@ def test_merging_rounds_once(host: Host, dtype: torch.dtype, fusion: str) -> Non
     large bias; and they share no memory with the model or the bridge.
     """
     model = small_models.loaded(small_models.small_unet(dtype=dtype))
-    bridge, network = random_bridge(host, model, fusion=fusion).model, host.network(model)
+    bridge, network = random_bridge(host, model, fusion=fusion).model.to(device()), host.network(model)
     key, project = next(iter(network.outputs.items()))
     with torch.inference_mode():
         project[0].bias.fill_(100.0)

@@ -175,11 +175,12 @@ def test_weights_that_the_host_takes_back(pack: Any, family: str, again: bool) -
     """
     found = {}
     for mode in ("resident", "streamed"):
-        with memory_modes.MODES[mode](), pack.gradients(mode == "streamed"):
+        with memory_modes.MODES[mode]():
             model = small_models.loaded(small_dits.small_dit(family))
-            x = latent(model).requires_grad_()
-            options = pack.checkpointed({}, model.model.diffusion_model) if again else {}
-            (found[mode],) = torch.autograd.grad(call(model, x, options).square().sum(), x)
+            with pack.gradients(mode == "streamed"):
+                x = latent(model).requires_grad_()
+                options = pack.checkpointed({}, model.model.diffusion_model) if again else {}
+                (found[mode],) = torch.autograd.grad(call(model, x, options).square().sum(), x)
     assert torch.equal(found["streamed"], found["resident"])
 
 

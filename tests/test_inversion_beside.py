@@ -236,6 +236,7 @@ def spread(model: Any) -> Any:
     return patched
 
 
+@pytest.mark.skipif(device().type != "cpu", reason="torch refuses a card by two names")
 def test_two_devices(host: Host, model: Any) -> None:
     """Protects: on two GPUs an inversion and an edit are what they are on one, and a bridge is refused."""
     two = spread(model)

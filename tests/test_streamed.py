@@ -164,7 +164,9 @@ def test_short_memory_computes_layers_again(
     for mode in BOTH:
         with MODES[mode]():
             unify_edit.Edit(host, model, steps=1).run()
-    assert set(seen) == ({"streamed"} if again else set())
+    # A card without memory has no resident weights either: the host leaves them where they are.
+    short = {"streamed"} if device().type == "cpu" else set(BOTH)
+    assert set(seen) == (short if again else set())
 
 
 def test_memory_of_copies(host: Host, model: Any) -> None:

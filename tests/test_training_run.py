@@ -151,7 +151,7 @@ def test_two_processes_are_one(tmp_path: Path, data: Path, whole: Path) -> None:
     both have the same weights, to the bit, at every checkpoint. All on the CPU: two processes cannot meet on
     one card.
     """
-    on_cpu = {"ACCELERATE_USE_CPU": "true"}
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     if device().type != "cpu":
         changes = {"train__accumulate": 2, "cache": str(tmp_path / "encoded for one")}
         config = write(tmp_path / "one.yaml", settings(data, tmp_path / "one", **changes))
@@ -428,8 +428,9 @@ def test_command_says_what_is_wrong(
     installed, a base that is not there or is no checkpoint, a wrong setting.
     """
     picture = data / "pairs" / "0_source.png"
-    # No GPU even where there is one.
+    # No GPU even where there is one, and accelerate has not chosen one yet.
     monkeypatch.setattr(comfy.model_management, "cpu_mode", lambda: True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     cases = [
         ({"device": "cuda"}, "device is cuda but torch finds no GPU here"),
         ({"base": "nothing.safetensors"}, "base is 'nothing.safetensors' but must be a checkpoint file"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
+import other_nodes
 import pytest
 import small_models
 import torch
@@ -87,9 +88,19 @@ def test_what_does_not_join(
         edit.positive[0][1].update(start_percent=0.0, end_percent=1.0)
     elif what == "no memory":
         monkeypatch.setattr(
-            comfy.model_management, "get_free_memory", lambda _=None, both=False: (0, 0) if both else 0
+            comfy.model_management, "get_free_memory", lambda _=None, torch_free_too=False: (0, 0) if torch_free_too else 0
         )
     check_same(edit, rows)
+
+
+def test_windows_of_a_batch(host: Host, model: Any, rows: Any) -> None:
+    """Protects: rows that run together are named as those apart where a node cuts the batch."""
+    rows(True)
+    edit = Edit(host, model, steps=1, batch=2)
+    edit.model = other_nodes.windows(host, model, 1)
+    message = r"UnifyEdit Sampler: .* 3 latents of 16x16 instead of 6 .*context windows.*Take that node out"
+    with pytest.raises(ValueError, match=message):
+        edit.run()
 
 
 def test_other_nodes_see_a_stock_call(host: Host, model: Any, rows: Any) -> None:

@@ -108,7 +108,7 @@ def load_model(
     return patcher
 
 
-def load_clip(path: Path = FILE) -> comfy.sd.CLIP:
+def load_clip(path: Path = FILE, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """The text encoder. Words outside the training have a zero embedding, so they have no effect."""
     state = _part(path, "text.")
     rows, table = state.pop("tokens"), state.pop("table")
@@ -116,9 +116,18 @@ def load_clip(path: Path = FILE) -> comfy.sd.CLIP:
     full[rows] = table
     state["text_model.embeddings.token_embedding.weight"] = full
     parameters = comfy.utils.calculate_parameters(state)
-    clip = comfy.sd.CLIP(ClipTarget(TinyTokenizer, TinyClip), parameters=parameters, state_dict=[state])
+    target = ClipTarget(TinyTokenizer, TinyClip)
+    clip = comfy.sd.CLIP(
+        target, parameters=parameters, state_dict=[state], disable_dynamic=disable_dynamic
+    )
     clip.tokenizer.known = frozenset(rows.tolist())
+    clip.patcher.cached_patcher_init = (_clip_patcher, (path,))
     return clip
+
+
+def _clip_patcher(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """What the host calls for a copy with weights of its own."""
+    return load_clip(path, disable_dynamic).patcher
 
 
 def known_tokens(path: Path = FILE) -> frozenset[int]:

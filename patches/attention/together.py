@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from comfy.model_base import BaseModel
 
+from .checks import check_call
 from .recorder import AttentionRecorder, run_entries
 
 _OWN_PARTS = ("control", "gligen", "hooks")  # of a conditioning entry
@@ -51,7 +52,9 @@ def _with_latents(options: dict[str, Any], latents: Mapping[Hashable, torch.Tens
 
     def call(apply_model: Callable, given: dict[str, Any]) -> torch.Tensor:
         uuids = given["c"]["transformer_options"]["uuids"]
-        given = {**given, "input": torch.cat([latents[uuid] for uuid in uuids])}
+        whole = torch.cat([latents[uuid] for uuid in uuids])
+        check_call(given["input"], len(whole), whole.shape[-2:])
+        given = {**given, "input": whole}
         if previous is not None:
             return previous(apply_model, given)
         return apply_model(given["input"], given["timestep"], **given["c"])

@@ -18,6 +18,9 @@ copy less, but torch's checkpoint has its own hooks, which take precedence.
 The host's kernels for RoPE have no derivative; inside `gradients` the host's own formula takes their place.
 And its DiT blocks add in place to what their norms have saved, so these get copies: as much memory as adding
 out of place would take.
+
+On a card torch's attention and some convolutions add up a derivative in any order, so that two runs with the
+same seed would differ. Inside `gradients` they use a fixed order.
 """
 
 from __future__ import annotations
@@ -105,9 +108,27 @@ def _rotate_both(
     return _apply_rope1(q, rotation), _apply_rope1(k, rotation)
 
 
+def _repeatable_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Torch's attention. Its kernels look at torch's setting while they compute the derivative, and only then
+    may it be on: other functions refuse to run with it.
+    """
+    out = F.scaled_dot_product_attention(*args, **kwargs)
+    node = out.grad_fn
+    while node is not None and "Slice" in node.name():  # of padded heads
+        node = node.next_functions[0][0]
+    if node is not None and "Attention" in node.name():  # else it is made of other functions
+        before = torch.get_deterministic_debug_mode()
+        node.register_prehook(lambda *_: torch.set_deterministic_debug_mode("error"))
+        node.register_hook(lambda *_: torch.set_deterministic_debug_mode(before))
+    return out
+
+
 _KERNELS = {"apply_rope": _rotate_both, "apply_rope1": _apply_rope1}
 # What takes the place of a function in a region.
-_DERIVABLE: dict[Any, Callable] = {F.layer_norm: _layer_norm}
+_DERIVABLE: dict[Any, Callable] = {
+    F.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _repeatable_attention,
+}
 for _name, _formula in _KERNELS.items():
     if hasattr(torch.ops.comfy_kitchen, _name):  # the host runs without this library too
         _DERIVABLE[getattr(torch.ops.comfy_kitchen, _name)] = _formula
@@ -180,10 +201,14 @@ def gradients(streamed: bool = False, aliases: Aliases | None = None) -> Generat
     """
     mode = _OwnTensors() if streamed else _NormalTensors(aliases)
     before = _REGION.set(Region(streamed, aliases))
+    order, convolutions = torch.get_deterministic_debug_mode(), torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
     try:
         with torch.inference_mode(False), torch.enable_grad(), mode:
             yield
     finally:
+        torch.backends.cudnn.deterministic = convolutions
+        torch.set_deterministic_debug_mode(order)  # where an error stopped a backward pass
         _REGION.reset(before)
 
 
