@@ -61,7 +61,10 @@ def looked(host: Host, model: Any, **inputs: Any) -> tuple[Any, ...]:
 # A call has one row, or three where the card runs source and target together.
 HYPERTILE = {"tile_size": 64, "swap_size": 2, "max_depth": 0, "scale_depth": False}
 CHANGES = {
-    "HyperTile": (("HyperTile", HYPERTILE), r"the self-attention of layer .* rows, .* with [13]: .*HyperTile"),
+    "HyperTile": (
+        ("HyperTile", HYPERTILE),
+        r"the self-attention of layer .* rows, .* with [13]: .*HyperTile",
+    ),
     "ToMe": (
         ("TomePatchModel", {"ratio": 0.3}),
         r"the self-attention of layer input.1.0 has 180 tokens .* grid of 16x16: .*ToMe",
@@ -71,7 +74,10 @@ CHANGES = {
         other_nodes.banked,
         r"the self-attention of layer .* has \d+ keys for \d+ tokens: .*Reference",
     ),
-    "regions": (other_nodes.coupled, r"the cross-attention of layer .* has [26] rows, .* with [13]: .*Couple"),
+    "regions": (
+        other_nodes.coupled,
+        r"the cross-attention of layer .* has [26] rows, .* with [13]: .*Couple",
+    ),
     "text": (other_nodes.more_text, r"the cross-attention of layer .* has 80 keys, .* has 77 tokens"),
     "left out": (
         lambda model: other_nodes.dropped(model, ("input", 1)),
@@ -113,7 +119,9 @@ def test_changed_layers_in_maps(host: Host, model: Any, name: str) -> None:
 
 def test_windows_of_a_batch(host: Host, model: Any) -> None:
     """Protects: the host's context windows over a batch are named."""
-    with pytest.raises(ValueError, match=r"UnifyEdit Sampler: .* [13] latents of 16x16 instead of [26].*windows"):
+    with pytest.raises(
+        ValueError, match=r"UnifyEdit Sampler: .* [13] latents of 16x16 instead of [26].*windows"
+    ):
         edited(host, model, lambda model: other_nodes.windows(host, model, 1), batch=2)
 
 

@@ -22,9 +22,9 @@ class _Noting(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(_: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(_: Any, *grads: Any, **__: Any) -> Any:
         _Noting.seen.append(_SETTING())
-        return grad
+        return grads[0]
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def test_only_attention(gradients: Any, width: int) -> None:
         x = torch.randn(1, 2, 8, width, requires_grad=True)
         noted = _Noting.apply(x)
         out = F.scaled_dot_product_attention(noted, noted, noted)
+        assert out.grad_fn is not None
         out.grad_fn.register_prehook(lambda *_: inside.append(_SETTING()))
         torch.autograd.grad(_Noting.apply(out).sum(), x)
         assert _SETTING() == before
@@ -65,6 +66,7 @@ def test_after_an_error(gradients: Any) -> None:
         assert torch.backends.cudnn.deterministic
         x = torch.randn(1, 2, 8, 8, requires_grad=True)
         out = F.scaled_dot_product_attention(x, x, x)
+        assert out.grad_fn is not None
         out.grad_fn.register_prehook(fail)
         torch.autograd.grad(out.sum(), x)
     assert (_SETTING(), torch.backends.cudnn.deterministic) == before

@@ -88,7 +88,9 @@ def test_what_does_not_join(
         edit.positive[0][1].update(start_percent=0.0, end_percent=1.0)
     elif what == "no memory":
         monkeypatch.setattr(
-            comfy.model_management, "get_free_memory", lambda _=None, torch_free_too=False: (0, 0) if torch_free_too else 0
+            comfy.model_management,
+            "get_free_memory",
+            lambda _=None, torch_free_too=False: (0, 0) if torch_free_too else 0,
         )
     check_same(edit, rows)
 

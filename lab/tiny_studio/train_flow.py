@@ -114,7 +114,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.report:
         tiny = tiny_flux.load_model(args.report), studio.load_clip(args.start), studio.load_vae(args.start)
-        print(f"prompts with all attributes right: {report.prompts(tiny).accuracy:.1%} of {report.PROMPTS}")
+        with torch.inference_mode():
+            accuracy = report.prompts(tiny).accuracy
+        print(f"prompts with all attributes right: {accuracy:.1%} of {report.PROMPTS}")
         return
     args.work.mkdir(parents=True, exist_ok=True)
     if args.pack:

@@ -117,9 +117,7 @@ def load_clip(path: Path = FILE, disable_dynamic: bool = False) -> comfy.sd.CLIP
     state["text_model.embeddings.token_embedding.weight"] = full
     parameters = comfy.utils.calculate_parameters(state)
     target = ClipTarget(TinyTokenizer, TinyClip)
-    clip = comfy.sd.CLIP(
-        target, parameters=parameters, state_dict=[state], disable_dynamic=disable_dynamic
-    )
+    clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state], disable_dynamic=disable_dynamic)
     clip.tokenizer.known = frozenset(rows.tolist())
     clip.patcher.cached_patcher_init = (_clip_patcher, (path,))
     return clip
