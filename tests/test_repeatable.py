@@ -22,9 +22,9 @@ class _Noting(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(_: Any, *grads: Any, **__: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         _Noting.seen.append(_SETTING())
-        return grads[0]
+        return grad_outputs[0]
 
 
 @pytest.fixture
@@ -61,12 +61,16 @@ def test_after_an_error(gradients: Any) -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
+    def differentiate() -> None:
+        with gradients():
+            assert torch.backends.cudnn.deterministic
+            x = torch.randn(1, 2, 8, 8, requires_grad=True)
+            out = F.scaled_dot_product_attention(x, x, x)
+            assert out.grad_fn is not None
+            out.grad_fn.register_prehook(fail)
+            torch.autograd.grad(out.sum(), x)
+
     before = _SETTING(), torch.backends.cudnn.deterministic
-    with pytest.raises(torch.OutOfMemoryError), gradients():
-        assert torch.backends.cudnn.deterministic
-        x = torch.randn(1, 2, 8, 8, requires_grad=True)
-        out = F.scaled_dot_product_attention(x, x, x)
-        assert out.grad_fn is not None
-        out.grad_fn.register_prehook(fail)
-        torch.autograd.grad(out.sum(), x)
+    with pytest.raises(torch.OutOfMemoryError):
+        differentiate()
     assert (_SETTING(), torch.backends.cudnn.deterministic) == before
