@@ -217,10 +217,12 @@ def _checked(
     if len(sigmas) == 0:
         raise ValueError("sigmas are none: the scheduler's denoise is 0, so there is nothing to sample")
     if len(sigmas) < 2 or sigmas[-1] != 0 or not bool((sigmas[:-1] > sigmas[1:]).all()):
+        shown = ", ".join(f"{value:.3f}" for value in sigmas[:6].tolist()) + (
+            " ..." if len(sigmas) > 6 else ""
+        )
         raise ValueError(
-            f"sigmas must fall step by step to 0 but are "
-            f"{[round(value, 3) for value in sigmas.tolist()]}: use a scheduler's SIGMAS, or the low part of "
-            "split ones"
+            f"sigmas must fall step by step to 0 but are {shown}: use a scheduler's SIGMAS, or the low part "
+            "of split ones"
         )
     return samples, sigmas
 

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,61 @@ def test_bad_input_is_a_node_error(live_server: Any, prompt: Prompt, spoil: Any)
         live_server.run(broken)
     assert BAD[spoil] in str(failure.value)
     assert "Edited" in pictures(live_server, prompt)
+
+
+DIALS = ("edit_type", "seed", "wording", "steps", "cfg", "scheduler", "denoise", "structure", "words")
+
+
+def choices(info: dict[str, Any], prompt: Prompt) -> dict[str, tuple[str, list[Any]]]:
+    """By dial of our nodes in a graph, its node's id and each choice of a list or both ends of a number."""
+    found = {}
+    for key, used in prompt.items():
+        if not used["class_type"].startswith("DescEdit"):
+            continue
+        inputs = info[used["class_type"]]["input"]
+        for name, (kind, *rest) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
+            if kind == "COMBO":
+                found[name] = key, list(rest[0]["options"])
+            elif kind in ("INT", "FLOAT"):
+                found[name] = key, [rest[0]["min"], rest[0]["max"]]
+    return found
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_every_dial_of_start_here(live_server: Any, prompt: Prompt, dial: str) -> None:
+    """Protects: whatever a user chooses in the first template gives a picture, and no dial is dead."""
+    node(prompt, "DescEditUnify")["steps"] = 2
+    found = choices(live_server.object_info(), prompt)
+    assert set(found) == set(DIALS)
+    key, values = found[dial]
+    if dial == "steps":
+        values = [1, 2]  # the upper end is the next test
+    made = set()
+    for value in values:
+        prompt[key]["inputs"][dial] = value
+        picture = pictures(live_server, prompt)["Edited"]
+        assert picture.shape == (128, 128, 3)
+        assert picture.std() > 0.02, value
+        made.add(picture.tobytes())
+    assert len(made) > 1
+
+
+def test_the_most_steps(live_server: Any, prompt: Prompt) -> None:
+    """Protects: the upper end of steps begins to run and can be cancelled; a schedule that has not so many
+    sigmas says so by its name, in one line.
+    """
+    node(prompt, "DescEditUnify")["steps"] = 10000
+
+    def cancel(name: str, step: int, _: int) -> None:
+        if name == "DescEditUnify" and step == 1:
+            urllib.request.urlopen(f"{live_server.address}/interrupt", b"").close()
+
+    with pytest.raises(NodeError, match="interrupted"):
+        live_server.run(prompt, cancel)
+    node(prompt, "DescEditUnify")["scheduler"] = "simple"
+    with pytest.raises(NodeError, match="the scheduler simple cannot make steps 10000 at") as refused:
+        live_server.run(prompt)
+    assert len(refused.value.message) < 250
 
 
 def test_dev_edit(tmp_path: Path) -> None:

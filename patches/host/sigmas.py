@@ -22,10 +22,16 @@ def schedule(model: ModelPatcher, scheduler: str, steps: int, denoise: float) ->
     """The sigmas of the last `steps` steps of a schedule, [steps + 1], as in the host's BasicScheduler and
     KSampler.
 
-    denoise: 0 to 1. Raises ValueError for 0.
+    denoise: 0 to 1. Raises ValueError for 0, and if the schedule cannot be cut into so many steps.
     """
     if denoise <= 0:
         raise ValueError("denoise is 0: nothing to sample; use a number above 0, up to 1")
     total = steps if denoise >= 1 else int(steps / denoise)
     sampling = model.get_model_object("model_sampling")
-    return comfy.samplers.calculate_sigmas(sampling, scheduler, total).cpu()[-(steps + 1) :]
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total).cpu()[-(steps + 1) :]
+    if not bool((sigmas[:-1] > sigmas[1:]).all()):
+        raise ValueError(
+            f"the scheduler {scheduler} cannot make steps {steps} at denoise {denoise:g}: its sigmas do not "
+            "fall at every step. Use another number of steps, or the scheduler normal"
+        )
+    return sigmas
