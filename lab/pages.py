@@ -24,7 +24,6 @@ WORDS = {
         "default": "default {}",
         "optional": "optional",
         "advanced": "advanced",
-        "choice": "with `{}` at `{}`",
     },
     "zh": {
         "lists": ("输入", "输出"),
@@ -33,20 +32,8 @@ WORDS = {
         "default": "默认 {}",
         "optional": "可选",
         "advanced": "高级",
-        "choice": "`{}` 为 `{}` 时",
     },
 }
-
-
-def inputs_of(schema: Any) -> dict[str, tuple[Any, tuple[str, str] | None]]:
-    """By key of a translation file: an input, and the input and option it belongs to, if any."""
-    found: dict[str, tuple[Any, tuple[str, str] | None]] = {}
-    for item in schema.inputs:
-        found[item.id] = item, None
-        for option in getattr(item, "options", None) or []:
-            for inner in getattr(option, "inputs", []):
-                found[f"{item.id}_{inner.id}"] = inner, (item.id, option.key)
-    return found
 
 
 def texts(schema: Any) -> dict[str, Any]:
@@ -55,9 +42,7 @@ def texts(schema: Any) -> dict[str, Any]:
     def slot(name: str, tooltip: str | None) -> dict[str, str]:
         return {"name": name, **({"tooltip": tooltip} if tooltip else {})}
 
-    inputs = {
-        key: slot(item.display_name or item.id, item.tooltip) for key, (item, _) in inputs_of(schema).items()
-    }
+    inputs = {item.id: slot(item.display_name or item.id, item.tooltip) for item in schema.inputs}
     outputs = {
         str(index): slot(item.display_name or item.io_type, item.tooltip)
         for index, item in enumerate(schema.outputs)
@@ -66,14 +51,12 @@ def texts(schema: Any) -> dict[str, Any]:
     return found | ({"inputs": inputs} if inputs else {}) | ({"outputs": outputs} if outputs else {})
 
 
-def input_line(item: Any, choice: tuple[str, str] | None, text: dict[str, str], words: dict[str, Any]) -> str:
+def input_line(item: Any, text: dict[str, str], words: dict[str, Any]) -> str:
     """One input on a help page: name, type, range, default and tooltip."""
     name = f"**{item.id}**" if text["name"] == item.id else f"**{text['name']}** ({item.id})"
     kind, default = item.io_type, getattr(item, "default", None)
     if isinstance(item, io.Autogrow.Input):
         kind = f"{item.template.input.io_type} ..."
-    elif isinstance(item, io.DynamicCombo.Input):
-        kind, default = io.Combo.io_type, item.options[0].key
     parts = [name, kind]
     if getattr(item, "min", None) is not None:
         parts.append(words["range"].format(item.min, item.max))
@@ -81,7 +64,6 @@ def input_line(item: Any, choice: tuple[str, str] | None, text: dict[str, str], 
         parts.append(words["default"].format(default))
     parts += [words["optional"]] if item.optional else []
     parts += [words["advanced"]] if item.advanced else []
-    parts += [words["choice"].format(*choice)] if choice else []
     return f"- {', '.join(parts)}: {text['tooltip']}"
 
 
@@ -105,7 +87,7 @@ def page(schema: Any, text: dict[str, Any], language: str, old: str) -> str:
     prose = "".join(before.split("\n\n", 2)[2:]).strip()
     found = [f"# {text['display_name']}", text["description"], *([prose] if prose else [])]
     lists = (
-        [input_line(*pair, text["inputs"][key], words) for key, pair in inputs_of(schema).items()],
+        [input_line(item, text["inputs"][item.id], words) for item in schema.inputs],
         [output_line(item, text["outputs"][str(index)]) for index, item in enumerate(schema.outputs)],
     )
     for name, lines in zip(words["lists"], lists, strict=True):

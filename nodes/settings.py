@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from comfy_api.input import CurveInput
@@ -17,18 +17,7 @@ from .previews import show_images
 
 BalanceType = io.Custom("DESCEDIT_BALANCE")
 OptionsType = io.Custom("DESCEDIT_UNIFY_OPTIONS")
-_DRAWN = (
-    io.Curve.Input(
-        "structure_curve",
-        default=[(0.0, 0.0), (1.0, 1.0)],
-        tooltip="With curve at drawn: the structure's weight from noise to image, 0 to 1, times beta1.",
-    ),
-    io.Curve.Input(
-        "words_curve",
-        default=[(0.0, 1.0), (1.0, 0.0)],
-        tooltip="With curve at drawn: the words' weight from noise to image, 0 to 1, times beta2.",
-    ),
-)
+CurveType = io.Custom("CURVE")
 
 
 class DescEditAdaptiveScheduler(io.ComfyNode):
@@ -45,7 +34,7 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
             description=(
                 "Balances keeping the structure against following the words over the sampling. The "
                 "structure's weight is beta1 exp(-k1 (1 - p)), the words' weight beta2 exp(-k2 p), with p "
-                "from 0 at pure noise to 1 at the image; or curves that you draw. The paper does not "
+                "from 0 at pure noise to 1 at the image; or curves of your own. The paper does not "
                 "publish its function. These have the published shape and are this pack's choice."
             ),
             search_aliases=[*ALIASES, "adaptive time-step scheduler", "balance"],
@@ -94,15 +83,15 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
                     tooltip="How fast the words' weight falls from its start at pure noise, 0 to 20. 0: "
                     "constant. High values limit it to the first steps.",
                 ),
-                io.DynamicCombo.Input(
-                    "curve",
-                    options=[
-                        io.DynamicCombo.Option("exponential", []),
-                        io.DynamicCombo.Option("drawn", list(_DRAWN)),
-                    ],
-                    optional=True,
-                    tooltip="How the weights of balanced change. exponential: by k1 and k2. drawn: along "
-                    "two curves.",
+                *(
+                    CurveType.Input(
+                        f"{name}_curve",
+                        optional=True,
+                        tooltip=f"The {name}'s weight from noise to image, 0 to 1, times {beta}, from Curve "
+                        f"Editor. Connected: {rate} has no effect. Acts with combination at balanced.",
+                        extra_dict={"forceInput": True},
+                    )
+                    for name, beta, rate in (("structure", "beta1", "k1"), ("words", "beta2", "k2"))
                 ),
             ],
             outputs=[
@@ -119,16 +108,18 @@ class DescEditAdaptiveScheduler(io.ComfyNode):
         k1: float,
         beta2: float,
         k2: float,
-        curve: dict[str, Any] | None = None,
+        structure_curve: CurveInput | None = None,
+        words_curve: CurveInput | None = None,
     ) -> io.NodeOutput:
-        drawn = None
-        if curve is not None and curve["curve"] == "drawn":
+        balance = Balance(combination, beta1, k1, beta2, k2)
+        if structure_curve is not None or words_curve is not None:
             along = np.linspace(0.0, 1.0, 101)
-            first, second = (
-                tuple(CurveInput.from_raw(curve[item.id]).interp_array(along).tolist()) for item in _DRAWN
+            weights = zip(*(Balance(k1=k1, k2=k2, beta2=1.0).weights(p) for p in along), strict=True)
+            structure, words = (
+                tuple(curve if drawn is None else CurveInput.from_raw(drawn).interp_array(along).tolist())
+                for curve, drawn in zip(weights, (structure_curve, words_curve), strict=True)
             )
-            drawn = first, second
-        balance = Balance(combination, beta1, k1, beta2, k2, drawn)
+            balance = replace(balance, drawn=(structure, words))
         plot = draw_balance(balance)
         return io.NodeOutput(balance, plot, ui=show_images(cls, plot))
 

@@ -26,13 +26,8 @@ def schemas(host: Host) -> dict[str, Any]:
 
 
 def inputs_of(schema: Any) -> dict[str, Any]:
-    """A node's inputs by their key in a translation file, those that come with a choice among them."""
-    found = {}
-    for item in schema.inputs:
-        found[item.id] = item
-        for option in getattr(item, "options", None) or []:
-            found.update({f"{item.id}_{inner.id}": inner for inner in getattr(option, "inputs", [])})
-    return found
+    """A node's inputs by name."""
+    return {item.id: item for item in schema.inputs}
 
 
 def texts(schema: Any) -> dict[str, Any]:

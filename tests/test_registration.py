@@ -87,3 +87,14 @@ def test_rooms_import_one_way() -> None:
         ]
         wrong += [f"{name}: {line.strip()}" for line in found]
     assert wrong == []
+
+
+def test_every_widget_works_without_nodes_2(schemas: dict) -> None:
+    """Protects: each input is a socket or a kind of widget that the page's default renderer can set."""
+    from comfy_api.latest import io
+
+    assert issubclass(io.Curve.Input, io.WidgetInput)  # which it cannot
+    for node_id, schema in schemas.items():
+        inputs = [item for item in schema.inputs if isinstance(item, io.WidgetInput)]
+        widgets = [item for item in inputs if not item.force_input]
+        assert {item.io_type for item in widgets} <= {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}, node_id

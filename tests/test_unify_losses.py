@@ -214,26 +214,35 @@ def test_drawn_curves(balance: Any, progress: float) -> None:
 
 
 def test_drawn_curves_of_the_node(host: Host) -> None:
-    """Protects: the curves that the page sends with the choice `drawn` reach the balance, each its own
-    weight; without the choice there are none to send.
-    """
+    """Protects: a curve of the host's Curve Editor replaces the weight of its loss, and no other."""
     settings = {"combination": "balanced", "beta1": 2.0, "k1": 2.0, "beta2": 1.0, "k2": 2.0}
-    points = {
-        "structure_curve": [[0.0, 0.0], [0.5, 1.0], [1.0, 1.0]],
-        "words_curve": [[0.0, 1.0], [1.0, 0.25]],
+    points = {"structure": [[0.0, 0.0], [0.5, 1.0], [1.0, 1.0]], "words": [[0.0, 1.0], [1.0, 0.25]]}
+    prompt = {
+        name: {
+            "class_type": "CurveEditor",
+            "inputs": {"curve": {"points": some, "interpolation": "linear"}},
+        }
+        for name, some in points.items()
     }
-    curves = {f"curve.{name}": {"points": some, "interpolation": "linear"} for name, some in points.items()}
 
-    def made(**inputs: Any) -> Any:
-        node = {"class_type": "DescEditAdaptiveScheduler", "inputs": {**settings, **inputs}}
+    def made(*names: str) -> Any:
+        curves = {f"{name}_curve": [name, 0] for name in names}
+        node = {"class_type": "DescEditAdaptiveScheduler", "inputs": {**settings, **curves}}
         shown = {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}}
-        return host.run_graph({"1": node, "2": shown})["1"][0]
+        return host.run_graph({**prompt, "1": node, "2": shown})["1"][0]
 
-    assert made(curve="exponential").drawn is None
-    drawn = made(curve="drawn", **curves)
-    assert drawn.weights(0.0) == pytest.approx((0.0, 1.0))
-    assert drawn.weights(0.5)[0] == pytest.approx(2.0)
-    assert drawn.weights(1.0) == pytest.approx((2.0, 0.25))
+    assert made().drawn is None
+    both = made("structure", "words")
+    assert both.weights(0.0) == pytest.approx((0.0, 1.0))
+    assert both.weights(0.5)[0] == pytest.approx(2.0)
+    assert both.weights(1.0) == pytest.approx((2.0, 0.25))
+    for name, at in (("structure", 0), ("words", 1)):
+        one = made(name)
+        for progress in (0.0, 0.3, 1.0):
+            weights = list(one.weights(progress))
+            assert weights.pop(at) == pytest.approx(both.weights(progress)[at])
+            plain = (2.0 * math.exp(-2.0 * (1 - progress)), math.exp(-2.0 * progress))
+            assert weights == pytest.approx([plain[1 - at]], rel=1e-3)
 
 
 def test_direction(balance: Any) -> None:

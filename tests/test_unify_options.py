@@ -93,7 +93,7 @@ def test_curve_that_ends_early(host: Host, model: Any) -> None:
     edit = Edit(host, model, steps=4)
     curves = {"structure_curve": [(0.0, 0.0), (0.5, 0.0), (1.0, 1.0)]}
     curves["words_curve"] = [(0.0, 1.0), (0.5, 0.0), (1.0, 0.0)]
-    edit.sampler_inputs["balance"] = edit.balance(curve={"curve": "drawn", **curves})
+    edit.sampler_inputs["balance"] = edit.balance(**curves)
     edit.run()
     computed = torch.isfinite(edit.trace().values[:, :2, 0])
     assert computed.tolist() == [[False, True], [False, True], [True, False], [True, False]]
