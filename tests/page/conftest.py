@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -138,16 +139,21 @@ class Site:
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", timeout=60_000)
 
 
+@pytest.fixture(scope="session")
+def screenshots() -> None:
+    """An empty folder for those of all modules."""
+    shutil.rmtree(SCREENSHOTS, ignore_errors=True)
+    SCREENSHOTS.mkdir(parents=True)
+
+
 # For one module: until it ends, Playwright holds this thread in an event loop that no other test can share.
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(screenshots: None) -> Iterator[Browser]:
     """Debian's Chromium."""
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next((found for name in names if (found := shutil.which(name))), None)
     if path is None:
         raise RuntimeError("no Chromium: `apt-get install chromium`, or run the tests without --page")
-    shutil.rmtree(SCREENSHOTS, ignore_errors=True)
-    SCREENSHOTS.mkdir(parents=True)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
         yield running
@@ -185,5 +191,7 @@ def pytest_runtest_call(item: pytest.Function) -> Iterator[None]:
         return (yield)
     finally:
         name = re.sub(r"\W+", "-", item.name).strip("-")
-        for shown in (value for value in item.funcargs.values() if isinstance(value, Site)):
-            shown.screenshot(name)
+        # What the test names, and not the other pages that this one was made from.
+        for argument in inspect.signature(item.function).parameters:
+            if isinstance(shown := item.funcargs[argument], Site):
+                shown.screenshot(name)

@@ -172,6 +172,9 @@ def test_chinese(chinese: Any) -> None:
     chinese.load(read(START))
     chinese.look_at("DescEditDescribe")
     assert page.evaluate("LiteGraph.registered_node_types.DescEditDescribe.title") == title
+    menu = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))["nodeCategories"]
+    category = page.evaluate("LiteGraph.registered_node_types.DescEditDescribe.category")
+    assert category == f"{menu['descriptive edit']}/{menu['unifyedit']}"
     shown = page.evaluate(
         "app.graph.nodes.find(n => n.type === 'DescEditDescribe').inputs.map(i => i.localized_name)"
     )
