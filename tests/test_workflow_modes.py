@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "DescEditEditPairs": {"resolution": SIZE},
     "DescEditTinyPairs": {"pairs": 2},
     "DescEditNewBridge": {"rank": 4},
+    "DescEditLoadBridge": {"bridge_name": "sd15_bridge_00001_.safetensors"},
     "DescEditTrainBridge": {"steps": 2, "learning_rate": 1e-2},
 }
 # In no shipped graph: run by `test_other_nodes`, or without a network.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .graph import Blueprint, Graph, Node, Output, Place
 from .shared import (
     BRIDGE,
     CANNY,
     CONTROL,
     FIFTH,
+    FLUX,
+    FLUX_BRIDGE,
     FOURTH,
     LEFT,
     LORA,
@@ -21,6 +25,8 @@ from .shared import (
     load_checkpoint,
     load_photo,
 )
+
+AUTHORS: dict[str, Any] = {"steps": 50, "cfg": 7.5, "scheduler": "normal"}
 
 
 def guidance(graph: Graph) -> None:
@@ -68,13 +74,15 @@ def guidance(graph: Graph) -> None:
     add_notes(graph, (SECOND, 640), (310, 280))
 
 
-def _bridged(graph: Graph, model: Output, clip: Output, latent: Node, then: str) -> tuple[Node, Node, Node]:
+def _bridged(
+    graph: Graph, model: Output, clip: Output, latent: Node, then: str, bridge_name: str = BRIDGE
+) -> tuple[Node, Node, Node]:
     """Describe Edit, the empty text and the applied bridge, in the second column."""
     describe = graph.add(
         "DescEditDescribe", (SECOND, 0), 310, 360, clip=clip, source_description=NOW, edit_description=then
     )
     empty = graph.add("CLIPTextEncode", describe.below(), 310, 100, "Empty description", clip=clip)
-    loaded = graph.add("DescEditLoadBridge", empty.below(), 310, 110, bridge_name=BRIDGE)
+    loaded = graph.add("DescEditLoadBridge", empty.below(), 310, 110, bridge_name=bridge_name)
     applied = graph.add(
         "DescEditApplyBridge",
         loaded.below(),
@@ -98,9 +106,14 @@ def _sampled(
     crop: Node,
     picture: Node,
     at: Place,
+    guidance: dict[str, Any] | None = None,
+    **sampler: Any,
 ) -> None:
-    """Dual guidance, a KSampler and the photo with the result in it."""
-    guided = graph.add("DescEditDualGuidance", at, 300, 150, model=model)
+    """Dual guidance, a KSampler and the photo with the result in it.
+
+    guidance, sampler: inputs of these two.
+    """
+    guided = graph.add("DescEditDualGuidance", at, 300, 150, model=model, **(guidance or {}))
     empty = graph.add(
         "LatentMultiply",
         guided.below(),
@@ -119,11 +132,9 @@ def _sampled(
         positive=edit,
         negative=negative,
         seed=1,
-        steps=50,
-        cfg=7.5,
-        sampler_name="euler",
-        scheduler="normal",
         latent_image=empty[0],
+        sampler_name="euler",
+        **(sampler or AUTHORS),
     )
     edited = graph.add("VAEDecode", sampled.below(), 300, 60, samples=sampled[0], vae=vae)
     whole = graph.add("DescEditStitch", edited.below(), 300, 110, crop=crop["crop"], edited=edited[0])
@@ -136,6 +147,30 @@ def bridge(graph: Graph) -> None:
     picture, crop, latent = load_photo(graph, model)
     describe, empty, applied = _bridged(graph, model["MODEL"], model["CLIP"], latent, THEN)
     _sampled(graph, applied[0], describe["edit"], empty[0], latent, model["VAE"], crop, picture, (THIRD, 0))
+    add_notes(graph, (FIFTH, 0), (340, 700))
+
+
+def bridge_flux(graph: Graph) -> None:
+    """The same with Flux.1 dev, which has learned guidance by the text."""
+    model = load_checkpoint(graph, FLUX)
+    picture, crop, latent = load_photo(graph, model, side=1024)
+    describe, empty, applied = _bridged(graph, model["MODEL"], model["CLIP"], latent, THEN, FLUX_BRIDGE)
+    guided = graph.add("FluxGuidance", applied.below(), 310, 80, conditioning=describe["edit"], guidance=3.5)
+    _sampled(
+        graph,
+        applied[0],
+        guided[0],
+        empty[0],
+        latent,
+        model["VAE"],
+        crop,
+        picture,
+        (THIRD, 0),
+        {"image_guidance": 1.0, "formula": "image"},
+        steps=20,
+        cfg=1.0,
+        scheduler="simple",
+    )
     add_notes(graph, (FIFTH, 0), (340, 700))
 
 

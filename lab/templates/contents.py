@@ -20,6 +20,8 @@ TEMPLATES: dict[str, Callable[[Graph], None]] = {
     "10 Bridge with ControlNet": bridge.bridge_control,
     "11 Bridge with IP-Adapter": bridge.bridge_adapter,
     "12 UnifyEdit in parts": unify.parts,
+    "13 Edit a photo with SDXL": unify.photo_sdxl,
+    "14 Flux with a bridge": bridge.bridge_flux,
 }
 
 BLUEPRINTS: dict[str, tuple[Callable[[Blueprint], None], str]] = {

@@ -18,6 +18,7 @@ from ...models.tiny_studio import drawing, scenes, studio
 from ...pictures.contact_sheet import save_image
 from ...pictures.lettering import Lettering
 from ..server import Prompt, Server
+from .shared import BRIDGE, FLUX_BRIDGE
 
 SIDE = 512
 STANDIN = "drawn with the Tiny Studio"
@@ -112,9 +113,10 @@ def _standin(server: Server, prompt: Prompt, edit_type: str) -> Prompt:
     stream = io.BytesIO()
     Image.fromarray((pair.source.draw() * 255).astype(np.uint8)).save(stream, "png")
     uploaded = server.upload(stream.getvalue(), f"{edit_type}.png")
-    file = server.base / "models" / "attention_bridges" / "sd15_bridge_00001_.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(studio.BRIDGE, file)
+    folder = server.base / "models" / "attention_bridges"
+    folder.mkdir(parents=True, exist_ok=True)
+    for bridge in (BRIDGE, FLUX_BRIDGE):
+        shutil.copy(studio.BRIDGE, folder / bridge)
     for node in list(made.values()):
         inputs = node["inputs"]
         match node["class_type"]:

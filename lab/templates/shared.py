@@ -14,6 +14,22 @@ NOTES = Path(__file__).with_name("notes")
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 REPACKAGED = "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
 SD15 = ({"name": CHECKPOINT, "url": REPACKAGED + CHECKPOINT, "directory": "checkpoints"},)
+SDXL_CHECKPOINT = "sd_xl_base_1.0.safetensors"
+SDXL = (
+    {
+        "name": SDXL_CHECKPOINT,
+        "url": f"https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/{SDXL_CHECKPOINT}",
+        "directory": "checkpoints",
+    },
+)
+FLUX_CHECKPOINT = "flux1-dev-fp8.safetensors"
+FLUX = (
+    {
+        "name": FLUX_CHECKPOINT,
+        "url": f"https://huggingface.co/Comfy-Org/flux1-dev/resolve/main/{FLUX_CHECKPOINT}",
+        "directory": "checkpoints",
+    },
+)
 CANNY = "control_v11p_sd15_canny_fp16.safetensors"
 CONTROL = (
     {
@@ -23,6 +39,7 @@ CONTROL = (
     },
 )
 LORA, BRIDGE = "your_style_sd15.safetensors", "sd15_bridge_00001_.safetensors"
+FLUX_BRIDGE = "flux_bridge_00001_.safetensors"
 TALKER = "qwen3vl_4b_fp8_scaled.safetensors"
 TALKERS = (
     {
@@ -61,14 +78,15 @@ def add_result(graph: Graph, at: Place, before: Output, after: Output, side: flo
     return graph.add("SaveImage", place, side, 330, "Edited", images=after, filename_prefix=prefix)
 
 
-def load_checkpoint(graph: Graph) -> Node:
-    """The checkpoint, at the top left."""
-    return graph.add("CheckpointLoaderSimple", (LEFT, 0), 270, 110, ckpt_name=CHECKPOINT, models=SD15)
+def load_checkpoint(graph: Graph, files: tuple[dict[str, str], ...] = SD15) -> Node:
+    """The checkpoint, at the top left. files: it, and where it comes from."""
+    name = files[0]["name"]
+    return graph.add("CheckpointLoaderSimple", (LEFT, 0), 270, 110, ckpt_name=name, models=files)
 
 
-def load_photo(graph: Graph, model: Node) -> tuple[Node, Node, Node]:
-    """A photo, its crop and the crop's latent, below the checkpoint."""
+def load_photo(graph: Graph, model: Node, **crop: Any) -> tuple[Node, Node, Node]:
+    """A photo, its crop and the crop's latent, below the checkpoint. crop: inputs of the crop."""
     photo = graph.add("LoadImage", model.below(), 270, 360, "Your photo", image=PICTURE)
-    crop = graph.add("DescEditCrop", photo.below(), 270, 360, image=photo["IMAGE"], mask=photo["MASK"])
-    latent = graph.add("VAEEncode", crop.below(), 270, 60, pixels=crop["image"], vae=model["VAE"])
-    return photo, crop, latent
+    cut = graph.add("DescEditCrop", photo.below(), 270, 360, image=photo["IMAGE"], mask=photo["MASK"], **crop)
+    latent = graph.add("VAEEncode", cut.below(), 270, 60, pixels=cut["image"], vae=model["VAE"])
+    return photo, cut, latent

@@ -15,6 +15,7 @@ from .shared import (
     LORA,
     MEASURED,
     NOW,
+    SDXL,
     SECOND,
     TALKER,
     TALKERS,
@@ -61,8 +62,16 @@ def start(graph: Graph) -> None:
 
 def photo(graph: Graph) -> None:
     """Your photo, edited without training."""
-    model = load_checkpoint(graph)
-    picture, crop, latent = load_photo(graph, model)
+    _photo(graph, load_checkpoint(graph))
+
+
+def photo_sdxl(graph: Graph) -> None:
+    """The same with SDXL, at its size."""
+    _photo(graph, load_checkpoint(graph, SDXL), side=1024, checkpointing=True)
+
+
+def _photo(graph: Graph, model: Node, side: int = 512, **options: Any) -> None:
+    picture, crop, latent = load_photo(graph, model, side=side)
     empty = graph.add("CLIPTextEncode", (SECOND, 500), 310, 100, "Empty description", clip=model["CLIP"])
     describe = graph.add(
         "DescEditDescribe",
@@ -73,8 +82,8 @@ def photo(graph: Graph) -> None:
         source_description=NOW,
         edit_description=THEN,
     )
-    options = graph.add("DescEditUnifyOptions", (THIRD, 0), 300, 500, auto_mask=True)
-    _edit_photo(graph, model, describe, empty, crop, latent, picture, options, options.below())
+    chosen = graph.add("DescEditUnifyOptions", (THIRD, 0), 300, 500, auto_mask=True, **options)
+    _edit_photo(graph, model, describe, empty, crop, latent, picture, chosen, chosen.below())
     add_notes(graph, (SECOND, 640), (310, 290))
 
 
