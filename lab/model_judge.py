@@ -16,7 +16,8 @@ from comfy.model_patcher import ModelPatcher
 
 from ..patches.attention.layers import structure_layers
 from ..patches.attention.networks import unet_of
-from ..patches.attention.recorder import AttentionRecorder, Projections, active_entry, record
+from ..patches.attention.projections import Projections
+from ..patches.attention.recorder import AttentionRecorder, active_entry, record
 from ..patches.unify.settings import UnifyOptions
 
 LEVELS = (0.4, 0.6, 0.8)  # parts of the sampling at whose noise the predictions are compared

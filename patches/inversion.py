@@ -20,6 +20,7 @@ from .host.identity import ModelIdentity
 from .host.inputs import read_samples
 from .host.network_runs import NetworkRuns, refuse_cached_steps
 from .host.out_of_memory import memory_advice
+from .host.sigmas import noise_between
 
 MODES = ("ddim", "virtual")
 REFINE = 1  # the default
@@ -193,11 +194,10 @@ def sampler_inputs(
     On a flow model, whose sampler scales the latent down to nothing at sigma 1, the clean latent and the
     noise that leads to the path's end. On others the noisy latent, and no noise.
     """
-    end = inversion.trajectory[0]
-    if not isinstance(model.get_model_object("model_sampling"), CONST):
+    end, sampling = inversion.trajectory[0], model.get_model_object("model_sampling")
+    if not isinstance(sampling, CONST):
         return model.model.process_latent_out(end.clone()), InvertedNoise(torch.zeros_like(end))
-    sigma, clean = inversion.sigmas[0], inversion.trajectory[-1]
-    return samples, InvertedNoise((end - (1 - sigma) * clean) / sigma)
+    return samples, InvertedNoise(noise_between(sampling, inversion.sigmas[0], inversion.trajectory[-1], end))
 
 
 def _scale(model: ModelPatcher) -> int:

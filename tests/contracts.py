@@ -14,7 +14,6 @@ import comfy.model_management
 import comfy.model_patcher
 import memory_modes
 import pytest
-import small_dits
 import small_models
 import torch
 from bridge_edit import apply_bridge, counted, random_bridge, sample
@@ -54,7 +53,6 @@ class Bridge:
     redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts: tuple[str, ...] = bridge_edit.LAYOUTS
     rounding = 1  # how many times the tolerance a split for memory may change
-    on_dits = True
 
     def __init__(self, host: Host, model: Any) -> None:
         self.host, self.model = host, model
@@ -120,7 +118,6 @@ class Recorder(Bridge):
 
     neutral: ClassVar[Inputs] = ({},)
     redundant: ClassVar[Inputs] = ()
-    on_dits = False
 
     def __init__(self, host: Host, model: Any) -> None:
         self.host, self.model = host, model
@@ -142,7 +139,6 @@ class UnifyEdit(Bridge):
     neutral: ClassVar[Inputs] = ()
     redundant: ClassVar[Inputs] = ({"mask": torch.ones(1, 128, 128)},)
     layouts = ("three images", "an area")
-    on_dits = False
 
     def __init__(self, host: Host, model: Any) -> None:
         self.host, self.model = host, model
@@ -167,22 +163,20 @@ class UnifyEdit(Bridge):
 METHODS = (Bridge, BridgeOfReference, MaskedBridge, DualGuidance, Recorder, UnifyEdit)
 # Where a network is a variant of another, or its text is long, a part of the methods.
 FEWER: dict[str, tuple[type[Bridge], ...]] = {
-    "Flux.1 schnell": (Bridge,),
+    "Flux.1 schnell": (Bridge, UnifyEdit),
     "Flux.2": (Bridge, BridgeOfReference),
 }
 # Every method on every kind of network that it runs on; and what has weights of its own, however the host
 # keeps weights.
 CASES = [
-    *(
-        (method, kind, "resident")
-        for kind in small_models.KINDS
-        for method in FEWER.get(kind, METHODS)
-        if method.on_dits or kind not in small_dits.FAMILIES
-    ),
+    *((method, kind, "resident") for kind in small_models.KINDS for method in FEWER.get(kind, METHODS)),
     *(
         (method, kind, mode)
         for mode in memory_modes.MODES
-        for method, kind in ((Bridge, "SD1.5"), (DualGuidance, "SD1.5"), (Bridge, "Flux.1 dev"))
+        for method, kind in (
+            *((Bridge, "SD1.5"), (DualGuidance, "SD1.5"), (Bridge, "Flux.1 dev")),
+            (UnifyEdit, "Flux.1 dev"),
+        )
         if mode != "resident"
     ),
 ]

@@ -88,27 +88,12 @@ def _wide(tensors: Any) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.detach().double().cpu() for tensor in tensors)
 
 
-class Formula:
-    """One layer of a bridge on a network: its learned matrices in float64, and the formulas."""
+class Positions:
+    """The positions of a network's tokens, and the rotations by them, in float64."""
 
-    def __init__(self, model: Any, bridge: Any, key: str) -> None:
+    def __init__(self, model: Any) -> None:
         params = model.model.diffusion_model.params
-        self.axes, self.theta, self.heads = params.axes_dim, params.theta, params.num_heads
-        settings = bridge.model.settings
-        self.fusion, scale = settings.fusion, settings.alpha / settings.rank
-        parts = {
-            name.removeprefix(f"{key}.").removesuffix(".weight"): weight.double().cpu()
-            for name, weight in bridge.model.state_dict().items()
-            if name.startswith(f"{key}.")
-        }
-        unit = torch.eye(params.hidden_size, dtype=torch.float64)
-        self.changed = {
-            name: unit + scale * parts[f"{name}.up"] @ parts[f"{name}.down"]
-            if f"{name}.up" in parts
-            else unit
-            for name in ("q", "k", "v", "out")
-        }
-        self.fuse = parts["fuse.up"] @ parts["fuse.down"] if "fuse.up" in parts else parts.get("fuse")
+        self.axes, self.theta = params.axes_dim, params.theta
 
     def grid(
         self,
@@ -138,6 +123,30 @@ class Formula:
             angles.append(positions[:, axis, None] * speeds)
         turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.cat(angles, dim=1))
         return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+class Formula(Positions):
+    """One layer of a bridge on a network: its learned matrices in float64, and the formulas."""
+
+    def __init__(self, model: Any, bridge: Any, key: str) -> None:
+        params = model.model.diffusion_model.params
+        super().__init__(model)
+        self.heads = params.num_heads
+        settings = bridge.model.settings
+        self.fusion, scale = settings.fusion, settings.alpha / settings.rank
+        parts = {
+            name.removeprefix(f"{key}.").removesuffix(".weight"): weight.double().cpu()
+            for name, weight in bridge.model.state_dict().items()
+            if name.startswith(f"{key}.")
+        }
+        unit = torch.eye(params.hidden_size, dtype=torch.float64)
+        self.changed = {
+            name: unit + scale * parts[f"{name}.up"] @ parts[f"{name}.down"]
+            if f"{name}.up" in parts
+            else unit
+            for name in ("q", "k", "v", "out")
+        }
+        self.fuse = parts["fuse.up"] @ parts["fuse.down"] if "fuse.up" in parts else parts.get("fuse")
 
     def own(self, call: Call, grid: torch.Tensor) -> torch.Tensor:
         """Z, [rows, tokens of the image, width]: the network's own joint attention of text and image."""

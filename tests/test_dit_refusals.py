@@ -148,56 +148,57 @@ def test_tokens_that_are_merged(host: Host, models: dict[str, Any]) -> None:
 
     patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9, model=model))
     patched.set_model_attn1_patch(merge)
-    with pytest.raises(ValueError, match=r"self-attention of layer double_block.0.0 has 56 tokens .* 8x8"):
+    with pytest.raises(ValueError, match=r"joint attention of layer double_block.0.0 has 56 tokens .* 8x8"):
         bridge_edit.sample(host, patched)
 
 
-def test_what_runs_on_unets_alone(host: Host, models: dict[str, Any]) -> None:
-    """Protects: UnifyEdit, its mask and sampler, attention maps and training say that they do not run yet,
-    and UnifyEdit before it inverts anything.
-    """
-    model, latent = models["Flux.1 dev"], {"samples": small_models.latent(3, model=models["Flux.1 dev"])}
-    texts = {"source": small_models.conditioning(1), "edit": small_models.conditioning(2)}
+def _unify(host: Host, model: Any, **conditioning: Any) -> Any:
+    """One step of UnifyEdit, with more in the conditioning of the edit."""
     tokens, _ = host.execute(
         "DescEditFindTokens",
         clip=unify_edit.tokenizer_only_clip(),
         source_description="a red circle",
         edit_description="a green circle",
     )
-    sigmas = torch.tensor([0.9, 0.5, 0.0])
-    inversion, image, noise = host.execute(
-        "DescEditInvert", model=model, latent=latent, source=texts["source"], sigmas=sigmas
+    ((text, values),) = small_models.conditioning(2)
+    edited, *_ = host.execute(
+        "DescEditUnify",
+        model=model,
+        source=small_models.conditioning(1),
+        edit=[[text, {**values, **conditioning}]],
+        edit_tokens=tokens,
+        latent={"samples": small_models.latent(3, model=model)},
+        steps=1,
+        cfg=1.0,
     )
-    with bridge_edit.counted(model) as calls:
-        for node, inputs, method in (
-            ("DescEditUnify", {**texts, "edit_tokens": tokens, "latent": latent}, "UnifyEdit"),
-            ("DescEditFindMask", {**texts, "edit_tokens": tokens, "latent": latent}, "finding a mask"),
-            (
-                "DescEditAttentionMaps",
-                {"conditioning": texts["edit"], "edit_tokens": tokens, "latent": latent},
-                "reading attention maps",
-            ),
-            (
-                "DescEditTrainBridge",
-                {"bridge": bridge_edit.random_bridge(host, model), "pairs": None, "name": "x"},
-                "training a bridge",
-            ),
-        ):
-            with pytest.raises(
-                ValueError, match=f": {method} does not run on Flux yet: use SD1.x, SD2.x or SDXL"
-            ):
-                host.execute(node, model=model, **inputs)
-        (sampler,) = host.execute("DescEditUnifySampler", inversion=inversion, edit_tokens=tokens)
-        (guider,) = host.execute(
-            "CFGGuider", model=model, positive=texts["edit"], negative=texts["source"], cfg=3.0
-        )
-        with pytest.raises(ValueError, match="UnifyEdit Sampler: UnifyEdit does not run on Flux yet"):
-            host.execute(
-                "SamplerCustomAdvanced",
-                noise=noise,
-                guider=guider,
-                sampler=sampler,
-                sigmas=sigmas,
-                latent_image=image,
-            )
-    assert calls.rows == []
+    return edited["samples"]
+
+
+def test_changed_joint_attention(host: Host, models: dict[str, Any]) -> None:
+    """Protects: UnifyEdit refuses merged keys and a mask in the attention that it
+    reads, by the layer's name; reference latents take part.
+    """
+    model = models["Flux.1 dev"]
+
+    def changed(change: Any) -> Any:
+        def patch(q: Any, k: Any, v: Any, extra_options: Any, **_: Any) -> dict[str, torch.Tensor]:
+            here = extra_options["block_type"], extra_options["block_index"]
+            return change(q, k, v) if here == ("double", 1) else {}
+
+        patched = model.clone()
+        patched.set_model_attn1_patch(patch)
+        return patched
+
+    layer = "UnifyEdit: the joint attention of layer double_block.1.0 has "
+    for change, found in (
+        (lambda q, k, v: {"k": k[:, :, :-8], "v": v[:, :, :-8]}, "[0-9]+ keys for"),
+        (
+            lambda q, k, v: {"attn_mask": torch.zeros(1, 1, q.shape[2], q.shape[2], device=q.device)},
+            "a mask",
+        ),
+    ):
+        with pytest.raises(ValueError, match=layer + found):
+            _unify(host, changed(change))
+    plain = _unify(host, model)
+    beside = _unify(host, model, reference_latents=[small_models.latent(5, model=model)])
+    assert not torch.equal(plain, beside)

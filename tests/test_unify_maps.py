@@ -253,7 +253,7 @@ def test_gradient_of_whole_maps(
     """Protects: however small the pieces that maps are taken in, both losses and their gradients are those
     of whole maps of all layers at once, differentiated through the UNet in one graph.
     """
-    monkeypatch.setattr(host.pack_module("patches.attention.recorder"), "PIECE", piece)
+    monkeypatch.setattr(host.pack_module("patches.attention.projections"), "PIECE", piece)
     gradients, losses = (
         host.pack_module("patches.host.autograd").gradients,
         host.pack_module("patches.unify.losses"),

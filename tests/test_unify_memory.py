@@ -84,7 +84,7 @@ def test_maps_are_made_in_pieces(host: Host, pack: Any, monkeypatch: pytest.Monk
     """Protects: where a layer's maps are larger than a piece, as at 64x64 tokens, only a piece is there of
     them.
     """
-    maps = host.pack_module("patches.attention.recorder")
+    maps = host.pack_module("patches.attention.projections")
     losses = host.pack_module("patches.unify.losses")
     q, k, other = torch.randn(3, 1, 1024, 4 * 8, generator=torch.Generator().manual_seed(0))
     source = {"middle.0.0": maps.Projections(other, k, 4)}

@@ -200,7 +200,7 @@ def test_unet_that_does_not_run(host: Host, model: Any) -> None:
     edit = Edit(host, model, steps=1)
     edit.model = model.clone()
     edit.model.add_wrapper_with_key("diffusion_model", "test", skip)
-    with pytest.raises(Exception, match=r"UnifyEdit Sampler: another node keeps the UNet from running"):
+    with pytest.raises(Exception, match=r"UnifyEdit Sampler: another node keeps the network from running"):
         edit.run()
 
 

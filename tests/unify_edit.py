@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import small_models
@@ -33,8 +34,8 @@ class Edit:
         self.sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), "normal", steps
         )
-        self.latent = {"samples": small_models.latent(seed, batch, size)}
-        self.inversion, self.noise, _ = host.execute(
+        self.latent = {"samples": small_models.latent(seed, batch, size, model)}
+        self.inversion, self.noise, self.path_noise = host.execute(
             "DescEditInvert",
             model=model,
             latent=self.latent,
@@ -70,6 +71,11 @@ class Edit:
         sampler.extra_options["report"] = self.traces.append
         return sampler
 
+    def _no_noise(self) -> Any:
+        """NOISE with which a stock sampler begins at the path's end: a flow model's has to lead there."""
+        flow = isinstance(self.model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+        return self.path_noise if flow else self.host.execute("DisableNoise")[0]
+
     def trace(self) -> Any:
         """What the last run recorded."""
         return self.traces[-1]
@@ -77,7 +83,6 @@ class Edit:
     def run(self, sampler: Any = None, noise: Any = None) -> torch.Tensor:
         """Sample, in the host's own nodes; returns the edited latent."""
         sampler = sampler or self.sampler()
-        (no_noise,) = self.host.execute("DisableNoise")
         guider = (
             self.guider
             or self.host.execute(
@@ -90,7 +95,7 @@ class Edit:
         )
         output, _ = self.host.execute(
             "SamplerCustomAdvanced",
-            noise=noise or no_noise,
+            noise=noise or self._no_noise(),
             guider=guider,
             sampler=sampler,
             sigmas=self.sigmas,
@@ -112,14 +117,14 @@ def projections(host: Host, probabilities: torch.Tensor) -> Any:
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     q = probabilities.clamp(min=1e-30).log() * keys**0.5
     k = torch.eye(keys).expand(rows, keys, keys).repeat(1, 1, heads)
-    made = host.pack_module("patches.attention.recorder").Projections
+    made = host.pack_module("patches.attention.projections").Projections
     return made(q.transpose(1, 2).flatten(2), k, heads)
 
 
-def box_mask(rows: int = 1) -> torch.Tensor:
+def box_mask(rows: int = 1, size: int = SIZE) -> torch.Tensor:
     """A MASK of the image's size with its left third to be edited."""
-    mask = torch.zeros(rows, SIZE, SIZE)
-    mask[:, :, : SIZE // 3] = 1
+    mask = torch.zeros(rows, size, size)
+    mask[:, :, : size // 3] = 1
     return mask
 
 

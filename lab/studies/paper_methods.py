@@ -16,7 +16,8 @@ import torch
 
 from ...patches.attention.layers import named_layers
 from ...patches.attention.networks import unet_of
-from ...patches.attention.recorder import AttentionRecorder, Projections, active_entry, record
+from ...patches.attention.projections import Projections
+from ...patches.attention.recorder import AttentionRecorder, active_entry, record
 from ...patches.host.autograd import differentiable_options, gradients
 from ...patches.inversion import Inversion, invert
 from ...patches.unify.balance import normalize, row_norm

@@ -29,9 +29,9 @@ def layer_name(kind: str, key: str) -> str:
     """`the self-attention of layer output.3.0`.
 
     kind: the host's, `attn1` or `attn2`.
-    key: the layer's.
+    key: the layer's. Blocks of DiTs have one attention for both.
     """
-    return f"the {_KINDS[kind]} of layer {key}"
+    return f"the {'joint attention' if '_block.' in key else _KINDS[kind]} of layer {key}"
 
 
 def check_rows(layer: str, found: int, expected: int) -> None:
@@ -85,6 +85,15 @@ def check_text(layer: str, found: int, expected: int) -> None:
         raise ValueError(
             f"{layer} has {found} keys, but the description has {expected} tokens: a node adds text "
             f"or images to it, or takes some away, so that the words cannot be found. {TAKE_OUT}"
+        )
+
+
+def check_unmasked(layer: str, masked: bool) -> None:
+    """Raise ValueError, naming the layer, if a joint attention has a mask."""
+    if masked:
+        raise ValueError(
+            f"{layer} has a mask, which keeps tokens from each other: the conditioning or a node brings it "
+            "(Apply Style Model at a strength below 1). Use the conditioning without it"
         )
 
 

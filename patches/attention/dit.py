@@ -8,7 +8,8 @@ projection: a block's weights are never read, so they may be quantised.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from comfy.ldm.chroma_radiance.model import ChromaRadiance
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.flux.model import Flux
 
-from .hooks import After, Attention, Before
-from .layers import AttentionLayer
-from .unet import Block
+from ..host.blocks import RunBlock, around_blocks
+from .hooks import After, Attention, Before, ForwardEnded, Joint
+from .layers import MEASURED, MEASURED_STRUCTURE, USUAL, AttentionLayer, Block, named_layers
 
 
 class DiT:
@@ -67,18 +68,71 @@ class DiT:
         *,
         size: tuple[int, int],
         self_layers: Iterable[AttentionLayer],
+        cross_layers: Iterable[AttentionLayer] = (),
     ) -> dict[str, Any]:
         """A call's `transformer_options` with hooks in these layers; the original is unchanged.
 
         size: height and width of the call's latent. The image's tokens follow the text's; those of reference
         latents may follow them, and stay as they are.
         """
-        hooks = _Hooks(before, after, size, self_layers)
+        layers = {"attn1": self_layers, "attn2": cross_layers}
+        hooks = _Hooks(before, after, size, layers)
         patches = dict(options.get("patches", {}))
         patches["attn1_patch"] = [*patches.get("attn1_patch", ()), hooks.enter]
         if after is not None:
             patches["attn1_output_patch"] = [hooks.output, *patches.get("attn1_output_patch", ())]
         return {**options, "patches": patches}
+
+    def structure_layers(
+        self, height: int, width: int, res: int, names: str = "", kind: str = ""
+    ) -> tuple[AttentionLayer, ...]:
+        """The layers where structure is kept, with maps of at most `res` x `res` places.
+
+        By default those measured for this kind of model, else every third double block from a third of their
+        number on. Raises ValueError for a name that fits no layer.
+
+        kind: the name of the host's class of the model's configuration.
+        names: of layers instead of these, separated by commas.
+        """
+        count = len(self.module.double_blocks)
+        usual = [number for number in range(count) if number >= count // 3 and (count - 1 - number) % 3 == 0]
+        return self._maps("structure_layers", names or MEASURED_STRUCTURE.get(kind, ""), usual, res)
+
+    def word_layers(
+        self, height: int, width: int, res: int, names: str = "", kind: str = ""
+    ) -> tuple[AttentionLayer, ...]:
+        """The layers where words are read, with maps of at most `res` x `res` places, 0 for 16.
+
+        By default those measured for this kind of model, else the last third of the double blocks, where
+        ConceptAttention (arXiv 2502.04320) reads its maps of Flux.1. Other arguments as above.
+        """
+        count = len(self.module.double_blocks)
+        usual = [number for number in range(count) if 3 * number >= 2 * count]
+        return self._maps("word_layers", names or MEASURED.get(kind, ""), usual or [count - 1], res or USUAL)
+
+    def _maps(self, name: str, names: str, usual: list[int], res: int) -> tuple[AttentionLayer, ...]:
+        layers = self.layers.values()
+        if names.strip():
+            found = named_layers(name, layers, names)
+        else:
+            found = tuple(self.layers[f"double_block.{number}.0"] for number in usual)
+        return tuple(replace(layer, side=res) for layer in found)
+
+    def end_between_blocks(self, options: dict[str, Any], done: Callable[[], bool]) -> dict[str, Any]:
+        """As of a UNet."""
+
+        def run(args: dict[str, Any], block: RunBlock) -> dict[str, Any]:
+            if done():
+                raise ForwardEnded
+            return block(args)
+
+        return around_blocks(options, self.module, run)
+
+    @staticmethod
+    def text_offset(entry: dict[str, Any]) -> int:
+        """How far a description's tokens are moved in its context: Flux.2 pads a text in front."""
+        context, text = entry["model_conds"]["c_crossattn"].cond, entry.get("cross_attn")
+        return 0 if text is None else max(0, context.shape[1] - text.shape[1])
 
     def blocks(self, height: int, width: int) -> Iterator[Block]:
         """The blocks of the network, in the order in which they run, for a latent of `height` x `width`."""
@@ -151,10 +205,13 @@ class _Hooks:
         before: Before,
         after: After | None,
         size: tuple[int, int],
-        layers: Iterable[AttentionLayer],
+        layers: dict[str, Iterable[AttentionLayer]],
     ) -> None:
-        self._before, self._after = before, after
-        self._size, self._layers = size, {layer.key: layer for layer in layers}
+        self._before, self._after, self._size = before, after, size
+        self._layers: dict[str, list[tuple[str, AttentionLayer]]] = {}
+        for kind, some in layers.items():
+            for layer in some:
+                self._layers.setdefault(layer.key, []).append((kind, layer))
         self._found: tuple[AttentionLayer, slice, torch.Tensor] | None = None
 
     @torch.compiler.disable
@@ -166,16 +223,18 @@ class _Hooks:
         *,
         extra_options: dict[str, Any],
         pe: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
         **rest: Any,
     ) -> dict[str, torch.Tensor]:
         """Last in `attn1_patch`; q, k and v are [rows, heads, tokens, channels]."""
-        layer = self._layers.get(f"{extra_options['block_type']}_block.{extra_options['block_index']}.0")
-        if layer is not None:
-            text = extra_options["img_slice"][0]
-            image = slice(text, text + math.prod(layer.grid(*self._size)))
-            q, k, v = (tensor[:, :, image].transpose(1, 2) for tensor in (q, k, v))
+        key = f"{extra_options['block_type']}_block.{extra_options['block_index']}.0"
+        for kind, layer in self._layers.get(key, ()):
+            text, grid = extra_options["img_slice"][0], layer.grid(*self._size)
+            image = slice(text, text + math.prod(grid))
+            own = (tensor[:, :, image].transpose(1, 2) for tensor in (q, k, v))
             rotation = None if pe is None else pe[:, :, image]
-            found = self._before(Attention(layer, "attn1", q, k, v, extra_options, None, None, rotation))
+            joint = Joint(q, k, pe, text, attn_mask is not None)
+            found = self._before(Attention(layer, kind, *own, extra_options, grid, None, rotation, joint))
             self._found = None if found is None else (layer, image, found)
         return {}
 
@@ -186,9 +245,9 @@ class _Hooks:
         if found is None or self._after is None:
             return out
         layer, image, attended = found
+        out = out.clone() if out.requires_grad else out  # the attention's own gradient may read it
         own = out[:, image]
         joined = self._after(layer, attended, own)
         if joined is not own:
-            out = out.clone() if out.requires_grad else out  # the attention's own gradient may read it
             out[:, image] = joined
         return out

@@ -33,6 +33,22 @@ class Inputs(NamedTuple):
     normed: torch.Tensor
 
 
+class Joint(NamedTuple):
+    """A joint attention of a text and an image, whose tokens follow the text's.
+
+    q, k: [rows, heads, tokens, channels], projected, before any rotation.
+    rotation: of all tokens, [rows or 1, 1, tokens, channels / 2, 2, 2], or None.
+    text: tokens of the text.
+    masked: whether a mask keeps tokens from each other.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    rotation: torch.Tensor | None
+    text: int
+    masked: bool
+
+
 # The rows of a call's batch.
 Rows = slice | torch.Tensor
 
@@ -41,7 +57,7 @@ class Attention(NamedTuple):
     """An attention that is about to be computed.
 
     layer: its layer.
-    kind: the host's name, `attn1` for self-attention, `attn2` for cross-attention.
+    kind: the host's name, `attn1` for self-attention, `attn2` for cross-attention. A joint attention is both.
     q, k, v: [rows, tokens, width] or [rows, tokens, heads, channels], projected, before any rotation; a row
         is an image of the call's batch. Of a joint attention only the tokens of the image.
     options: the call's `extra_options`.
@@ -49,6 +65,7 @@ class Attention(NamedTuple):
     inputs: of a UNet's self-attention; else None.
     rotation: of q and k by the tokens' positions (RoPE), [rows or 1, 1, tokens, channels / 2, 2, 2]; None if
         the network has none.
+    joint: the whole of a joint attention; else None.
     """
 
     layer: AttentionLayer
@@ -60,6 +77,7 @@ class Attention(NamedTuple):
     grid: tuple[int, int] | None
     inputs: Inputs | None
     rotation: torch.Tensor | None = None
+    joint: Joint | None = None
 
     def projected(self, name: str, rows: Rows) -> torch.Tensor:
         """`q`, `k` or `v` of these rows, [these rows, tokens, width]."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Where words look at their object, by kind of model (lab/studies/words_by_layer.py). At its other layers the
 # Tiny Studio's words look elsewhere, or only some of them do.
 MEASURED = {"TinySD15": "output.3, output.4"}
+# The same of structure; a UNet's is kept at every layer of a resolution.
+MEASURED_STRUCTURE: dict[str, str] = {}
 USUAL = 16  # tokens a side, as in Attend-and-Excite and MAG-Edit
 
 
@@ -21,6 +24,7 @@ class AttentionLayer:
     width: channels of a token.
     heads: of each of its attentions.
     path: the block's name in the network's module tree.
+    side: its maps have at most this many places per side, each with several tokens; 0 for one a token.
     """
 
     key: str
@@ -28,12 +32,47 @@ class AttentionLayer:
     width: int
     heads: int
     path: str
+    side: int = 0
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens here, for a latent of `height` x `width`."""
         for _ in range(self.level):
             height, width = (height + 1) // 2, (width + 1) // 2
         return height, width
+
+    def places(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of its maps, for a latent of `height` x `width`: at most `side` x `side` places in
+        the grid's proportions.
+        """
+        return self.on(self.grid(height, width))
+
+    def on(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The same for a grid of tokens."""
+        rows, columns = grid
+        most = max(1.0, math.sqrt(rows * columns) / self.side) if self.side else 1.0
+        return max(1, math.floor(rows / most)), max(1, math.floor(columns / most))
+
+
+class Block(NamedTuple):
+    """A part of a network that checkpointing computes again as a whole.
+
+    path: its name in the module tree.
+    kind: `residual`, `transformer` or `resize`; `joint` in a DiT.
+    tokens: positions of the image at its input; in a DiT with those of a text.
+    inputs, outputs: channels; of a transformer those of its tokens, and 0 of a `resize`.
+    depth: transformer blocks in it.
+    convolved: whether its transformer blocks are entered and left by convolutions instead of Linears.
+    weights: number of learned parameters.
+    """
+
+    path: str
+    kind: str
+    tokens: int
+    inputs: int
+    outputs: int
+    depth: int
+    convolved: bool
+    weights: int
 
 
 def structure_layers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,9 @@ from ..host.sigmas import progress
 from ..inversion import Inversion
 from ..unify.tokens import EditTokens
 from .checks import check_order
-from .layers import word_layers
-from .networks import unet_of
-from .recorder import AttentionRecorder, Projections, active_entry, record
+from .networks import network_of
+from .projections import Projections
+from .recorder import AttentionRecorder, active_entry, record
 
 _COMPONENTS = 3
 
@@ -70,11 +70,11 @@ def capture_attention(
 
     conditioning: of the description in which the tokens were found. Of several entries the first for the
     whole image at this noise level is used.
-    cross_attn_res, self_attn_res: tokens per side; the model's nearest grid is used.
+    cross_attn_res, self_attn_res: tokens per side; the model's nearest grid is used, on DiTs a coarser one.
 
     Raises ValueError for inputs that do not belong together.
     """
-    network = unet_of(model.model.diffusion_model, "reading attention maps")
+    network = network_of(model.model.diffusion_model)
     if (source.samples is None) == (source.inversion is None):
         raise ValueError("connect either latent or inversion, and not both")
     if source.inversion is None:
@@ -83,19 +83,27 @@ def capture_attention(
         step, sigma = _nearest(model, source.inversion, source.percent)
         samples = noise = torch.zeros(source.inversion.trajectory.shape[1:])
     height, width = samples.shape[-2:]
-    layers = network.layers.values()
-    cross = word_layers(layers, height, width, cross_attn_res)
-    structure = word_layers(layers, height, width, self_attn_res)
+    kind = type(model.model.model_config).__name__
+    cross, structure = (
+        network.word_layers(height, width, res, kind=kind) for res in (cross_attn_res, self_attn_res)
+    )
+    offsets: list[int] = []
     recorder = AttentionRecorder(network, structure, cross, stop=True)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
     sampler = comfy.samplers.KSAMPLER(
-        _record_once, {"recorder": recorder, "inversion": source.inversion, "step": step}
+        _record_once,
+        {
+            "recorder": recorder,
+            "inversion": source.inversion,
+            "step": step,
+            "found": lambda entry: offsets.append(network.text_offset(entry)),
+        },
     )
     guider.sample(noise, samples, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=source.seed)
     return AttentionMaps(
-        _word_maps(recorder.cross_attention.values(), tokens, cross[0].grid(height, width)),
-        _components(_mean(recorder.self_attention.values()), structure[0].grid(height, width)),
+        _word_maps(recorder.cross_attention.values(), tokens, cross[0].places(height, width), offsets[0]),
+        _components(_mean(recorder.self_attention.values()), structure[0].places(height, width)),
     )
 
 
@@ -126,8 +134,12 @@ def _record_once(
     recorder: AttentionRecorder,
     inversion: Inversion | None,
     step: int,
+    found: Callable[[dict[str, Any]], None],
 ) -> torch.Tensor:
-    """A sampler function that runs the model once without changing the latent."""
+    """A sampler function that runs the model once without changing the latent.
+
+    found: gets the conditioning entry that it ran with.
+    """
     guider, options = model.inner_model, (extra_args or {})["model_options"]
     if inversion is not None:
         x = inversion.latent(step, x)
@@ -137,6 +149,7 @@ def _record_once(
             "conditioning has no entry for the whole image at this percent: wire the description "
             "without an area, a mask or a range of steps"
         )
+    found(entry)
     options = one_device(options)
     record(guider.inner_model, recorder, entry, x, sigmas[0] * x.new_ones([len(x)]), options, own_grid=True)
     check_order(recorder.moved)
@@ -144,17 +157,17 @@ def _record_once(
 
 
 def _mean(attention: Collection[Projections]) -> torch.Tensor:
-    """Probabilities, [images, queries, keys], averaged over heads and layers of one grid."""
+    """Probabilities, [images, queries, columns], averaged over heads and layers of one grid."""
     first, *others = (layer.mean() for layer in attention)
     return sum(others, first) / len(attention)
 
 
 def _word_maps(
-    attention: Collection[Projections], tokens: EditTokens, grid: tuple[int, int]
+    attention: Collection[Projections], tokens: EditTokens, grid: tuple[int, int], offset: int
 ) -> dict[str, torch.Tensor]:
     if not tokens.words or not all(word.tokens for word in tokens.words):
         raise ValueError("edit_tokens has no words: find the words of the edit first")
-    mean = _mean(attention)
+    mean = _mean(attention)[..., offset:]
     last, context = max(max(word.tokens) for word in tokens.words), mean.shape[-1]
     if last >= context:
         raise ValueError(

@@ -37,12 +37,13 @@ def layer_masks(
     width: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """The mask on every layer's grid: a token's value is the fraction of its area that the mask covers.
+    """The mask on the places of every layer's maps: a place's value is the fraction of its area that the mask
+    covers.
 
     mask: [rows or 1, any height, any width], 0 to 1, or None for the whole image.
     height, width: the latent's.
 
-    Returns [rows or 1, tokens] by layer, on `device`; layers of the same grid have the same tensor.
+    Returns [rows or 1, places] by layer, on `device`; layers of the same grid have the same tensor.
     """
     mask = torch.ones(1, height, width) if mask is None else mask
     mask = rearrange(mask.to(device), "b h w -> b 1 h w")
@@ -51,4 +52,4 @@ def layer_masks(
     def on(grid: tuple[int, int]) -> torch.Tensor:
         return rearrange(resize(mask, grid, interpolation="area"), "b 1 h w -> b (h w)")
 
-    return {layer.key: on(layer.grid(height, width)) for layer in layers}
+    return {layer.key: on(layer.places(height, width)) for layer in layers}

@@ -3,16 +3,13 @@
 A recorder lives for one model call. It is passed in the call's own `model_options` as a wrapper around the
 network, which puts hooks into the attention layers. The model's output stays bit for bit the same, unless the
 recorder is set to stop early: then the forward ends at the last recorded attention, and its output is zero.
-
-Queries and keys are kept, not probabilities, which take up to a hundred times the memory. Probabilities are
-computed from them when needed, one piece at a time.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +19,6 @@ import comfy.samplers
 import torch
 from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
-from einops import einsum, rearrange
 
 from ..host.options import read_options, replace_options
 from .checks import (
@@ -33,15 +29,16 @@ from .checks import (
     check_keys,
     check_rows,
     check_text,
+    check_unmasked,
     layer_name,
     moved_tokens,
 )
 from .hooks import Attention, ForwardEnded
 from .layers import AttentionLayer
-from .unet import UNet
+from .networks import Network
+from .projections import Projections, project
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
-PIECE = 2**24  # probabilities at a time: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -59,73 +56,6 @@ class Expected:
     size: tuple[int, int]
     text: int
     own_grid: bool = False
-
-
-class Piece(NamedTuple):
-    """A part of an attention's probabilities: some of its heads, some of its queries, all of its keys."""
-
-    heads: slice = slice(None)
-    queries: slice = slice(None)
-
-
-_WHOLE = Piece()
-
-
-@dataclass(frozen=True, eq=False)
-class Projections:
-    """The queries and keys of one attention in one model call, or of several (`stack`).
-
-    q: [rows, queries, heads * d] in the network's dtype; a row is an image of the call's batch. Of several
-    attentions [attentions, rows, ...].
-    k: [rows, keys, heads * d].
-    heads: of the attention.
-
-    If the call has a gradient, q and k are in its graph.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    heads: int
-
-    def detach(self) -> Projections:
-        """The same outside of every graph."""
-        return Projections(self.q.detach(), self.k.detach(), self.heads)
-
-    def pieces(self, whole_heads: bool = False) -> Iterator[Piece]:
-        """Pieces of at most PIECE probabilities, or of one query, that together cover all.
-
-        whole_heads: every piece has all queries of its heads.
-        """
-        *rows, queries, _ = self.q.shape
-        line = math.prod(rows) * self.k.shape[-2]
-        heads = max(1, PIECE // (line * queries))
-        count = queries if whole_heads or line * queries <= PIECE else max(1, PIECE // line)
-        for head in range(0, self.heads, heads):
-            for query in range(0, queries, count):
-                yield Piece(slice(head, head + heads), slice(query, query + count))
-
-    def probabilities(self, piece: Piece = _WHOLE) -> torch.Tensor:
-        """softmax(q k^T / sqrt(d)) of the piece, [rows, heads, queries, keys] in float32.
-
-        It sums to 1 over keys.
-        """
-        q, k = (rearrange(part, "... n (h d) -> ... h n d", h=self.heads) for part in (self.q, self.k))
-        q, k = q[..., piece.heads, piece.queries, :].float(), k[..., piece.heads, :, :].float()
-        scores = einsum(q, k, "... h i d, ... h j d -> ... h i j")
-        return scores.mul_(q.shape[-1] ** -0.5).softmax(dim=-1)
-
-    def mean(self) -> torch.Tensor:
-        """The probabilities' mean over heads, [rows, queries, keys] in float32."""
-        total = self.q.new_zeros(*self.q.shape[:2], self.k.shape[1], dtype=torch.float32)
-        for piece in self.pieces():
-            total[:, piece.queries] += self.probabilities(piece).sum(dim=1)
-        return total.div_(self.heads)
-
-
-def stack(attentions: Sequence[Projections]) -> Projections:
-    """Several attentions of the same shapes in one."""
-    q, k = (torch.stack(tensors) for tensors in zip(*((one.q, one.k) for one in attentions), strict=True))
-    return Projections(q, k, attentions[0].heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +122,7 @@ class AttentionRecorder:
 
     def __init__(
         self,
-        network: UNet,
+        network: Network,
         self_layers: Iterable[AttentionLayer],
         cross_layers: Iterable[AttentionLayer],
         *,
@@ -296,7 +226,8 @@ class AttentionRecorder:
 
     def _record(self, at: Attention) -> None:
         key = at.layer.key
-        if (at.kind, key) not in self._pending[self._called[0]]:  # a checkpointed layer is computed again
+        if (at.kind, key) not in self._pending[self._called[0]]:
+            project(at)  # a checkpointed layer that is computed again must do the same again
             return
         if at.inputs is not None:
             normed = at.inputs.normed
@@ -305,10 +236,8 @@ class AttentionRecorder:
                     self.moved.append((key, moved_tokens(normed, now)))
         if self._expected is not None:
             self._check(self._expected, at)
-        count = len(self._called)
-        parts = [tensor.chunk(count) if count > 1 else (tensor,) for tensor in (at.q, at.k)]
-        for branch, q, k in zip(self._called, *parts, strict=True):
-            getattr(self._found[branch], at.kind)[key] = Projections(q, k, at.options["n_heads"])
+        for branch, found in zip(self._called, project(at).chunk(len(self._called)), strict=True):
+            getattr(self._found[branch], at.kind)[key] = found
             self._pending[branch].discard((at.kind, key))
         if self._stop and not self._whole_layers and self._complete():
             raise ForwardEnded
@@ -325,12 +254,16 @@ class AttentionRecorder:
         if within and not expected.own_grid:
             grid = at.grid or grid
         check_grid(name, at.q.shape[1], grid, at.grid, "this node")
-        if within:
+        if at.joint is not None:
+            check_keys(name, at.joint.k.shape[2], at.joint.q.shape[2])
+            check_text(name, at.joint.text, expected.text)
+            check_unmasked(name, at.joint.masked)
+        elif within:
             check_keys(name, at.k.shape[1], at.q.shape[1])
         else:
             check_text(name, at.k.shape[1], expected.text)
         if self._differentiated:
-            check_gradient(name, *((at.q, at.k) if within else (at.q,)))
+            check_gradient(name, *((at.q, at.k) if within or at.joint is not None else (at.q,)))
 
 
 def record(
@@ -381,7 +314,7 @@ def run_entries(
         )
     if recorder.missing:
         raise ValueError(
-            "another node keeps the UNet from running at every step (EasyCache, or with a torch "
+            "another node keeps the network from running at every step (EasyCache, or with a torch "
             "before 2.6 TorchCompileModel): take it out of the model's chain"
         )
     return denoised

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
 from .hooks import After, Attention, Before, ForwardEnded, Inputs, attend
-from .layers import AttentionLayer
-
-
-class Block(NamedTuple):
-    """A part of the network that checkpointing computes again as a whole.
-
-    path: its name in the module tree.
-    kind: `residual`, `transformer` or `resize`.
-    tokens: positions of the image at its input.
-    inputs, outputs: channels; of a transformer those of its tokens, and 0 of a `resize`.
-    depth: transformer blocks in it.
-    convolved: whether its transformer blocks are entered and left by convolutions instead of Linears.
-    weights: number of learned parameters.
-    """
-
-    path: str
-    kind: str
-    tokens: int
-    inputs: int
-    outputs: int
-    depth: int
-    convolved: bool
-    weights: int
+from .layers import AttentionLayer, Block, structure_layers, word_layers
 
 
 class UNet:
@@ -49,6 +27,7 @@ class UNet:
     positional: whether its tokens have positions.
     any_reference_size: whether a reference may have another size than the image.
     text_tokens: how many tokens of a text training uses, None for all: the first 77, as in the paper.
+    joint_text: tokens of a text that take part in the image's attention, for estimates.
 
     Raises ValueError for a UNet without cross-attention.
     """
@@ -58,6 +37,7 @@ class UNet:
     positional = False
     any_reference_size = True
     text_tokens = 77
+    joint_text = 0
 
     def __init__(self, module: UNetModel) -> None:
         self.module = module
@@ -114,6 +94,23 @@ class UNet:
                 slot = block, int(number), int(depth)
                 slots[slot] = partial(hooks.attention, layer, kind, slots.get(slot, slots.get(slot[:2])))
         return {**options, "patches": patches, "patches_replace": replace}
+
+    def structure_layers(
+        self, height: int, width: int, res: int, names: str = "", kind: str = ""
+    ) -> tuple[AttentionLayer, ...]:
+        """The layers where structure is kept: `layers.structure_layers`."""
+        return structure_layers(self.layers.values(), height, width, res, names)
+
+    def word_layers(
+        self, height: int, width: int, res: int, names: str = "", kind: str = ""
+    ) -> tuple[AttentionLayer, ...]:
+        """The layers where words are read: `layers.word_layers`."""
+        return word_layers(self.layers.values(), height, width, res, names, kind)
+
+    @staticmethod
+    def text_offset(*_: Any) -> int:
+        """How far a description's tokens are moved in its context: not at all."""
+        return 0
 
     @staticmethod
     def source(entry: dict[str, Any]) -> dict[str, Any]:

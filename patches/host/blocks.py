@@ -8,13 +8,13 @@ from types import CellType, FunctionType
 from typing import Any
 
 # From the block's arguments by name to its results by name.
-Block = Callable[[dict[str, Any]], dict[str, Any]]
+RunBlock = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def around_blocks(
     options: dict[str, Any],
     module: Any,
-    run: Callable[[dict[str, Any], Block], dict[str, Any]],
+    run: Callable[[dict[str, Any], RunBlock], dict[str, Any]],
 ) -> dict[str, Any]:
     """A copy of a call's `transformer_options` in which `run` runs every block.
 
@@ -31,7 +31,7 @@ def around_blocks(
 
 
 def _in_slot(
-    run: Callable[[dict[str, Any], Block], dict[str, Any]],
+    run: Callable[[dict[str, Any], RunBlock], dict[str, Any]],
     previous: Callable | None,
     args: dict[str, Any],
     extra: dict[str, Any],

@@ -22,7 +22,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepBlock, UNetMo
 from torch.utils.checkpoint import checkpoint
 
 from .autograd import Region, current_region, gradients
-from .blocks import Block, around_blocks
+from .blocks import RunBlock, around_blocks
 
 SLOT = "forward_timestep_embed_patch"
 
@@ -58,7 +58,7 @@ def checkpointed(options: dict[str, Any], module: Any) -> dict[str, Any]:
     return _layers(options) if isinstance(module, UNetModel) else around_blocks(options, module, _run_block)
 
 
-def _run_block(args: dict[str, Any], block: Block) -> dict[str, Any]:
+def _run_block(args: dict[str, Any], block: RunBlock) -> dict[str, Any]:
     """A DiT's block changes its input in place, so it gets copies, each time that it runs."""
     if not torch.is_grad_enabled():
         return block(args)

@@ -18,6 +18,17 @@ def progress(model_sampling: Any, sigmas: torch.Tensor) -> torch.Tensor:
     return ((last - model_sampling.timestep(sigmas).float()) / (last - first)).clamp(0, 1)
 
 
+def noise_between(sampling: Any, sigma: Any, clean: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+    """The noise with which the host's scaling for `sigma` takes the clean latent to the noisy one.
+
+    sampling: the host's `model_sampling`, of any prediction: clean + sigma n, and on a flow model
+        (1 - sigma) clean + sigma n.
+    """
+    zeros = torch.zeros_like(clean)
+    start = sampling.noise_scaling(sigma, zeros, clean)
+    return (noisy - start) / sampling.noise_scaling(sigma, torch.ones_like(clean), zeros)
+
+
 def schedule(model: ModelPatcher, scheduler: str, steps: int, denoise: float) -> torch.Tensor:
     """The sigmas of the last `steps` steps of a schedule, [steps + 1], as in the host's BasicScheduler and
     KSampler.

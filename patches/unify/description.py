@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .pieces import BYTES, own_pieces, places, plain, shares, text_of, words_in
+
 # As the host finds them: at the beginning, behind a space, or behind the brackets of a prompt weight.
 _EMBEDDING = re.compile(r"(?<![^\s()])embedding:\s*((?:\\[()]|[^\s<\[()])*)")
 _WEIGHT = re.compile(r":[-+.\d]+$")
@@ -21,10 +23,9 @@ _SYNTAX = re.compile(r"<[A-Za-z]+:[^<>]*>|\bBREAK\b|(?<=:)\s*[-+]?\d*\.?\d+(?=\s
 _OPEN_WEIGHT = re.compile(r"[(\[{][^()\[\]{}:,]*:(\s*[-+]?\d*\.?\d+)(?=\s*(?:,|$))")
 _APOSTROPHE, _ENDINGS = "\u2019", ("s", "t", "re", "ve", "m", "ll", "d")
 _JOINERS = "\u200c\u200d"
-# CLIP's vocabulary writes each byte as one letter, which is GPT-2's alphabet: printable ones are themselves.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(0x100) if byte not in _PRINTABLE]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + n): byte for n, byte in enumerate(_HIDDEN)}
+# The host's names of CLIP's text encoders, and of those that give a DiT its text, T5 with CLIP beside it.
+_CLIP = {"l", "g", "h"}
+_PIECES = {"t5xxl", "qwen3_4b", "qwen3_8b", "mistral3_24b"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Word:
 
     key: equal for the same word elsewhere.
     text: as written.
-    tokens: its positions in the context, the start mark being 0.
+    tokens: its positions in what the text encoder gives, counted from 0.
     is_word: whether it has content, unlike punctuation and the marks of other programs.
     span: its position in the text, if known.
     sizes: the tokens' parts of `key`, in bytes; an embedding has none.
@@ -66,13 +67,16 @@ def read_words(name: str, clip: Any, text: str) -> list[Word]:
     textual-inversion embedding is one word, different from any other embedding. Prompt weights and their
     brackets belong to no word.
 
-    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model.
+    clip: the host's CLIP of an SD1.5, SD2.x, SDXL, Flux.1, Flux.2 or Chroma model.
 
-    Raises ValueError, naming the input, for an empty text, more than one context, and an embedding that the
-    host would leave out.
+    Raises ValueError, naming the input, for an empty text, more than one context, an embedding that the host
+    would leave out, letters that a text encoder does not know, and other text encoders.
     """
     if not text.strip():
         raise ValueError(f"{name} is empty: describe the image")
+    encoders = [*clip.tokenize("")]
+    if not set(encoders) <= _CLIP:
+        return _read_pieces(name, clip, encoders, text)
     mentions = _mentions(name, clip, text)
     by_encoder = clip.tokenize(text, return_word_ids=True)
     chunks = by_encoder.get("l") or next(iter(by_encoder.values()))
@@ -93,6 +97,47 @@ def read_words(name: str, clip: Any, text: str) -> list[Word]:
             )
     spelling = _Spelling(text)
     return _joined([spelling.find(word, mentions) for word in words], text)
+
+
+def _read_pieces(name: str, clip: Any, encoders: list[str], text: str) -> list[Word]:
+    """The words of a description for T5 or a language model."""
+    found = [encoder for encoder in encoders if encoder in _PIECES]
+    if len(found) != 1 or not set(encoders) <= {*found, "l"}:
+        raise ValueError(
+            f"clip has the text encoders {', '.join(encoders)}, whose words cannot be found yet: use those "
+            "of SD1.x, SD2.x, SDXL, Flux.1, Flux.2 or Chroma"
+        )
+    if _EMBEDDING.search(text):
+        raise ValueError(
+            f"{name} names an embedding, beside which words cannot be found with the text encoder "
+            f"{found[0]}: leave it out"
+        )
+    (chunk,) = clip.tokenize(text, return_word_ids=True)[found[0]]
+    own = own_pieces(clip, found[0], chunk)
+    syntax = _syntax(text)
+
+    def says(text: str, index: int) -> bool:
+        return _says(text[index]) and not any(low <= index < high for low, high in syntax)
+
+    spans = places([text_of(clip, found[0], token) for _, token in own], text, says)
+    words, read = [*words_in(text, says)], []
+    for (span, is_word), parts in zip(words, shares(spans, [span for span, _ in words]), strict=True):
+        written = text[slice(*span)]
+        if is_word and not parts:
+            raise ValueError(
+                f"{name} has {written!r}, of which the text encoder {found[0]} does not know the letters: "
+                "write it in another way"
+            )
+        tokens = tuple(own[number][0] for number, _ in parts)
+        sizes = tuple(len(plain(text[slice(*part)]).encode()) for _, part in parts)
+        read += [Word(plain(written), written, tokens, is_word, span, sizes=sizes)] if parts else []
+    return read
+
+
+def _syntax(text: str) -> list[tuple[int, int]]:
+    """Where a text has marks of other programs."""
+    found = [match.span() for match in _SYNTAX.finditer(text)]
+    return found + [match.span(1) for match in _OPEN_WEIGHT.finditer(text)]
 
 
 def says_something(text: str) -> bool:
@@ -134,7 +179,7 @@ def _cut(clip: Any, chunk: list[tuple[Any, float, int]]) -> Iterator[Word]:
             vectors.append((position, token))
             continue
         ((_, part),) = clip.tokenizer.untokenize([(token, weight)])
-        pieces.append((position, bytes(_BYTES[letter] for letter in part.removesuffix("</w>"))))
+        pieces.append((position, bytes(BYTES[letter] for letter in part.removesuffix("</w>"))))
         if part.endswith("</w>"):
             yield from _runs(pieces)
             pieces = []
@@ -212,8 +257,7 @@ class _Spelling:
             self._plain += plain
             self._starts += [cluster.start()] * len(plain)
             self._ends += [cluster.end()] * len(plain)
-        self._syntax = [match.span() for match in _SYNTAX.finditer(text)]
-        self._syntax += [match.span(1) for match in _OPEN_WEIGHT.finditer(text)]
+        self._syntax = _syntax(text)
 
     def find(self, word: Word, mentions: list[Word]) -> Word:
         """The spelling of `word`. A word inside a mark of another program has no content."""

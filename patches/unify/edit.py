@@ -13,7 +13,7 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..attention.networks import unet_of
+from ..attention.networks import network_of
 from ..host.sigmas import schedule
 from ..inversion import invert, invert_virtually
 from .balance import Balance
@@ -61,7 +61,7 @@ def edit_latent(
         "mask": mask,
         "options": options,
     }
-    unet_of(model.model.diffusion_model, "UnifyEdit")
+    network_of(model.model.diffusion_model)
     sigmas = schedule(model, scheduler, steps, denoise)
     report("inverting")
     if options.inversion == "virtual":

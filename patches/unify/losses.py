@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from einops import einsum, rearrange, reduce
 
-from ..attention.recorder import PIECE, LossGradient, Piece, Projections, stack
+from ..attention.projections import PIECE, Piece, Projections, stack
+from ..attention.recorder import LossGradient
 from .words import Words
 
 FORMS = ("token_ratio", "absolute", "spatial_ratio", "area_ratio")
@@ -125,7 +127,7 @@ def _derive(
             for tensor in (together.q, together.k)
         ]
         leaves = [tensor for tensor in tensors if tensor.requires_grad]
-        together, slopes = Projections(*tensors, together.heads), []
+        together, slopes = replace(together, q=tensors[0], k=tensors[1]), []
         for piece in together.pieces(whole_heads):
             value = part(piece, together.probabilities(piece))
             values.append(value.detach())
@@ -145,7 +147,7 @@ def _alike(target: Mapping[str, Projections], weights: Mapping[str, torch.Tensor
     groups: dict[tuple, list[str]] = {}
     for key, layer in target.items():
         q, k = layer.q, layer.k
-        alike = q.shape, k.shape, layer.heads, q.requires_grad, k.requires_grad
+        alike = q.shape, k.shape, layer.heads, layer.part, q.requires_grad, k.requires_grad
         groups.setdefault((*alike, weights and id(weights[key])), []).append(key)
     found = []
     for (q, k, heads, *_), keys in groups.items():

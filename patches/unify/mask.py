@@ -11,9 +11,10 @@ from comfy.model_patcher import ModelPatcher
 from einops import einsum, rearrange
 from kornia.geometry.transform import resize
 
-from ..attention.layers import AttentionLayer, word_layers
-from ..attention.networks import unet_of
-from ..attention.recorder import AttentionRecorder, Projections, active_entry, record, whole_image
+from ..attention.layers import AttentionLayer
+from ..attention.networks import network_of
+from ..attention.projections import Projections
+from ..attention.recorder import AttentionRecorder, active_entry, record, whole_image
 from ..host.inputs import read_samples
 from ..host.options import one_device
 from ..inversion import invert_virtually
@@ -58,8 +59,8 @@ def find_mask(
             latent = source.latent(step, x)
             record(source.model, recorder, entry, latent, x.new_full((len(x),), sigma), source.options)
             attention = recorder.cross_attention
-            context = next(iter(attention.values())).k.shape[1]
-            words = find(tokens, context).to(x.device)
+            context = next(iter(attention.values())).columns
+            words = find(tokens, context, source.network.text_offset(entry)).to(x.device)
             found.append(word_attention(attention, words, layers, height, width))
     if not found:
         raise ValueError(
@@ -91,10 +92,10 @@ def find_mask_of_image(
     sampling: Any = model.get_model_object("model_sampling")
     sigmas = torch.tensor([*(sampling.percent_to_sigma(percent) for percent in PROGRESS), 0.0])
     inversion = invert_virtually(model, samples, source, sigmas, seed=0)
-    network = unet_of(model.model.diffusion_model, "finding a mask")
+    network = network_of(model.model.diffusion_model)
     height, width = samples.shape[-2:]
     kind = type(model.model.model_config).__name__
-    layers = word_layers(network.layers.values(), height, width, cross_attn_res, kind=kind)
+    layers = network.word_layers(height, width, cross_attn_res, kind=kind)
     plan = [Step(float(sigma), at, 0.0, 0.0) for sigma, at in zip(sigmas, PROGRESS, strict=False)]
     found = []
 
@@ -142,7 +143,7 @@ def word_attention(
 ) -> torch.Tensor:
     """The attention that the words get, averaged over heads, words and layers.
 
-    attention: at each of `layers`; queries are the image's tokens and keys the text's.
+    attention: at each of `layers`; from the places of its maps to the text's tokens.
     height, width: the latent's.
 
     Returns [rows, height, width], 0 to 1; 0 for a row without words.
@@ -152,7 +153,7 @@ def word_attention(
         probabilities = attention[layer.key].mean()
         # A weighted sum over words: padding has no weight.
         looks = einsum(probabilities, words.tokens, words.weights, "b p t, b w t, b w -> b p")
-        rows, columns = layer.grid(height, width)
+        rows, columns = layer.places(height, width)
         looks = rearrange(looks, "b (h w) -> b 1 h w", h=rows, w=columns)
         found.append(resize(looks, (height, width), interpolation="bilinear", align_corners=False))
     return rearrange(torch.stack(found).mean(dim=0), "b 1 h w -> b h w")

@@ -5,7 +5,9 @@ The estimate is the peak, for a forward whose weights have no gradient:
 - What autograd keeps. Of a ResBlock: the inputs of both norms, activations and convolutions. Of a
 transformer: its input, those of its convolutions, and of each of its blocks 21 times its tokens (inputs of
 three norms; queries, keys, values and results of attention; 12 for the gated feed-forward). With
-checkpointing: the layers' inputs, and the recorded queries and keys.
+checkpointing: the layers' inputs, and the recorded queries and keys. Of a DiT's block: its input, and 15
+times its tokens (inputs of two norms; queries and keys before their norm; queries, keys, values and results
+of attention; 4 to 6 for the feed-forward), a text's among them.
 - The source's queries and keys.
 - The larger of two phases. A loss: its derivatives with respect to queries and keys in float32, and one piece
 of a map: its probabilities, the source's, their difference, and two more for its gradient. The backward pass:
@@ -24,10 +26,9 @@ import comfy.model_management
 import comfy.samplers
 import torch
 
-from ..attention.layers import AttentionLayer
+from ..attention.layers import AttentionLayer, Block
 from ..attention.networks import Network
-from ..attention.recorder import PIECE
-from ..attention.unet import UNet
+from ..attention.projections import PIECE
 from ..host.autograd import weights_streamed
 from .plan import Layers
 
@@ -37,7 +38,7 @@ TEXT_TOKENS = 77
 # pixels, and has not been tried on a card. The second lies between the narrow network of `dev.py bench`,
 # where joined rows take less time, and SD1.5's width, where they take more.
 _PER_MULTIPROCESSOR, _PER_THREAD = 8e9, 2e8
-_BLOCK, _BACK, _MAPS = 21, 16, 5
+_BLOCK, _JOINT, _BACK, _MAPS = 21, 15, 16, 5
 
 
 class MemoryPlan(NamedTuple):
@@ -88,7 +89,9 @@ def plan_memory(
     return MemoryPlan(needed(*chosen), *chosen)
 
 
-def row_operations(network: UNet, layers: Sequence[Collection[AttentionLayer]], shape: Sequence[int]) -> int:
+def row_operations(
+    network: Network, layers: Sequence[Collection[AttentionLayer]], shape: Sequence[int]
+) -> int:
     """Additions and multiplications in one row's forward up to the last of `layers`, to a quarter: two for
     each weight and position of the image.
 
@@ -99,8 +102,13 @@ def row_operations(network: UNet, layers: Sequence[Collection[AttentionLayer]], 
         if not paths:
             break
         found += 2 * block.tokens * block.weights
-        paths = {path for path in paths if not path.startswith(f"{block.path}.")}
+        paths = _after(paths, block)
     return found * shape[0]
+
+
+def _after(paths: set[str], block: Block) -> set[str]:
+    """Those of the layers' paths that are not in `block`."""
+    return {path for path in paths if not f"{path}.".startswith(f"{block.path}.")}
 
 
 def few_operations(count: int, device: torch.device, itemsize: int) -> bool:
@@ -115,7 +123,7 @@ def few_operations(count: int, device: torch.device, itemsize: int) -> bool:
 
 
 def backward_bytes(
-    network: UNet,
+    network: Network,
     self_layers: Collection[AttentionLayer],
     cross_layers: Collection[AttentionLayer],
     shape: Sequence[int],
@@ -137,23 +145,30 @@ def backward_bytes(
         return 0
     kept, inside, back = _graph(network, paths, height, width)
 
-    def tokens(layer: AttentionLayer) -> int:
-        return math.prod(layer.grid(height, width))
+    def queries(layer: AttentionLayer) -> int:
+        return math.prod(layer.places(height, width))
 
-    structure = 2 * sum(tokens(layer) * layer.width for layer in self_layers)
-    words = sum(tokens(layer) * layer.width for layer in cross_layers)
-    maps = [layer.heads * tokens(layer) ** 2 for layer in self_layers]
-    maps += [layer.heads * tokens(layer) * TEXT_TOKENS for layer in cross_layers]
+    def keys(layer: AttentionLayer) -> int:
+        return math.prod(layer.grid(height, width)) + network.joint_text
+
+    joint = bool(network.joint_text)  # then words have the image's keys too, which have a gradient
+    structure = sum((queries(layer) + keys(layer)) * layer.width for layer in self_layers)
+    words = sum((queries(layer) + joint * keys(layer)) * layer.width for layer in cross_layers)
+    within = sum(layer.heads * queries(layer) * keys(layer) for layer in self_layers)
+    across = sum(
+        layer.heads * queries(layer) * (keys(layer) if joint else TEXT_TOKENS) for layer in cross_layers
+    )
+    maps = max(within, across) if joint else within + across
     kept += structure + (structure + words if checkpoint else sum(inside))
     back += max(inside) if checkpoint else 0
     slopes = rows * (structure + words if joined else max(structure, words))
-    piece = min(PIECE, rows * sum(maps))
+    piece = min(PIECE, rows * maps)
     return rows * copies * kept * itemsize + max(
         4 * (slopes + _MAPS * piece), itemsize * (slopes + rows * copies * back)
     )
 
 
-def _graph(network: UNet, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:
+def _graph(network: Network, paths: set[str], height: int, width: int) -> tuple[int, list[int], int]:
     """Numbers per row up to the last of `paths`.
 
     They are what autograd keeps of the blocks' inputs and of the inside of each block, and what exists during
@@ -168,7 +183,13 @@ def _graph(network: UNet, paths: set[str], height: int, width: int) -> tuple[int
             around = 2 if block.convolved else 0
             inside.append(block.tokens * block.inputs * (_BLOCK * block.depth + around))
             back = max(back, block.tokens * block.inputs * _BACK)
-            paths = {path for path in paths if not path.startswith(f"{block.path}.")}
+            paths = _after(paths, block)
+            if not paths:
+                break
+        elif block.kind == "joint":
+            inside.append(block.tokens * block.inputs * _JOINT)
+            back = max(back, block.tokens * block.inputs * _BACK)
+            paths = _after(paths, block)
             if not paths:
                 break
     return kept, inside, back
@@ -187,5 +208,5 @@ def copied_bytes(
         if not paths:
             break
         weights.append(block.weights)
-        paths = {path for path in paths if not path.startswith(f"{block.path}.")}
+        paths = _after(paths, block)
     return itemsize * (max(weights) if checkpoint else sum(weights))

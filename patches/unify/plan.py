@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..attention.layers import AttentionLayer, structure_layers, word_layers
-from ..attention.unet import UNet
+from ..attention.layers import AttentionLayer
+from ..attention.networks import Network
 from ..host.sigmas import progress
 from .settings import UnifySettings
 
@@ -59,24 +59,24 @@ def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tenso
 class Layers:
     """Layers that the losses read: self-attention for structure, cross-attention for words."""
 
-    network: UNet
+    network: Network
     structure: tuple[AttentionLayer, ...]
     words: tuple[AttentionLayer, ...]
 
 
 def choose_layers(
-    settings: UnifySettings, plan: Sequence[Step], network: UNet, kind: str, x: torch.Tensor
+    settings: UnifySettings, plan: Sequence[Step], network: Network, kind: str, x: torch.Tensor
 ) -> Layers:
     """The layers read by the losses that have a weight, for a latent `x`.
 
     kind: as in `word_layers`.
     """
-    options, (height, width), layers = settings.options, x.shape[-2:], network.layers.values()
+    options, (height, width) = settings.options, x.shape[-2:]
     structure, words = (), ()
     if any(step.structure for step in plan):
-        structure = structure_layers(
-            layers, height, width, options.max_self_attn_res, options.structure_layers
+        structure = network.structure_layers(
+            height, width, options.max_self_attn_res, options.structure_layers, kind
         )
     if any(step.alignment for step in plan) or options.auto_mask:
-        words = word_layers(layers, height, width, options.cross_attn_res, options.word_layers, kind)
+        words = network.word_layers(height, width, options.cross_attn_res, options.word_layers, kind)
     return Layers(network, structure, words)

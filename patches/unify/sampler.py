@@ -17,12 +17,13 @@ import torch
 from comfy.utils import model_trange
 
 from ..attention.masks import check_mask
-from ..attention.networks import unet_of
+from ..attention.networks import network_of
 from ..attention.recorder import whole_image
 from ..host.inputs import check_noise_mask
 from ..host.network_runs import NetworkRuns, refuse_cached_steps
 from ..host.options import one_device
 from ..host.out_of_memory import memory_advice
+from ..host.sigmas import noise_between
 from .balance import Slope, row_norm
 from .mask import find_mask
 from .memory import plan_memory
@@ -80,7 +81,8 @@ class UnifySampler(comfy.samplers.KSAMPLER):
             # On the straight line from the inverted noise to the image, which is where Euler steps keep what
             # a noise mask protects.
             clean = inversion.latent(-1, noise)
-            noise = (inversion.latent(0, noise) - clean) / sigmas[0]
+            sampling = model_wrap.inner_model.model_sampling
+            noise = noise_between(sampling, sigmas[0], clean, inversion.latent(0, noise))
             return super().sample(
                 model_wrap, sigmas, extra_args, callback, noise, clean, denoise_mask, disable_pbar
             )
@@ -113,7 +115,7 @@ def sample_unify(
     rows = x.new_ones([len(x)])
 
     plan = plan_steps(settings, guider.inner_model.model_sampling, sigmas)
-    network = unet_of(guider.inner_model.diffusion_model, "UnifyEdit")
+    network = network_of(guider.inner_model.diffusion_model)
     kind = type(guider.inner_model.model_config).__name__
     layers = choose_layers(settings, plan, network, kind, x)
     tokens = settings.tokens(len(x))

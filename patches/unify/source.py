@@ -15,8 +15,9 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ..attention.layers import AttentionLayer
-from ..attention.recorder import AttentionRecorder, Projections, active_entry, record
-from ..attention.unet import UNet
+from ..attention.networks import Network
+from ..attention.projections import Projections
+from ..attention.recorder import AttentionRecorder, active_entry, record
 from ..inversion import Inversion
 
 
@@ -33,7 +34,7 @@ class Source:
     """
 
     model: BaseModel
-    network: UNet
+    network: Network
     virtual: bool
     path: torch.Tensor
     sigmas: Sequence[float]
@@ -105,7 +106,7 @@ class Reading:
 @contextmanager
 def open_source(
     guider: comfy.samplers.CFGGuider,
-    network: UNet,
+    network: Network,
     inversion: Inversion,
     x: torch.Tensor,
     options: dict[str, Any],

@@ -15,10 +15,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ..attention.layers import AttentionLayer
 from ..attention.masks import layer_masks
+from ..attention.projections import Projections
 from ..attention.recorder import (
     AttentionRecorder,
     LossGradient,
-    Projections,
     active_entry,
     loss_gradients,
     whole_image,
@@ -70,9 +70,9 @@ class Target:
     twins: the same with uuids of their own, for a second row of the target.
     options: the model options of every call.
     patchers: the models that a call runs.
-    words: the edit's words by the number of tokens in the context.
-    masks: the edit mask at each layer for words, [rows or 1, tokens].
-    regions: where structure is kept at each layer for it, [rows or 1, tokens]; None for everywhere.
+    words: the edit's words by the number of tokens in the context, and how far they are moved in it.
+    masks: the edit mask at each layer for words, [rows or 1, places].
+    regions: where structure is kept at each layer for it, [rows or 1, places]; None for everywhere.
     alignment: form of the alignment loss.
     checkpointing: whether layers are computed again in the backward pass.
     joined: whether all rows of a step run together.
@@ -86,7 +86,7 @@ class Target:
     options: dict[str, Any]
     patchers: Sequence[ModelPatcher]
     layers: Layers
-    words: Callable[[int], Words]
+    words: Callable[[int, int], Words]
     masks: Mapping[str, torch.Tensor]
     regions: Mapping[str, torch.Tensor] | None
     alignment: str
@@ -177,10 +177,9 @@ class Target:
             if name == "structure":
                 losses[name] = partial(structure_loss, reference, own, self.regions)
             else:
-                context = next(iter(across.values())).k.shape[1]
-                losses[name] = partial(
-                    alignment_loss, across, self.words(context), self.masks, self.alignment
-                )
+                context = next(iter(across.values())).columns
+                words = self.words(context, self.layers.network.text_offset(branches[0][0]))
+                losses[name] = partial(alignment_loss, across, words, self.masks, self.alignment)
         return losses
 
 
@@ -224,10 +223,11 @@ def make_target(
     mask: 1 in the edit region, [rows or 1, any height, any width], or None for the whole image.
     """
     entries = guider.conds["positive"]
-    words = cache(lambda context: edit_words(tokens, context).to(x.device))
+    words = cache(lambda context, offset: edit_words(tokens, context, offset).to(x.device))
     if layers.words:
         for entry in whole_image(entries):  # now, so that no step waits for them
-            words(entry["model_conds"]["c_crossattn"].cond.shape[1])
+            context = entry["model_conds"]["c_crossattn"].cond.shape[1]
+            words(context, layers.network.text_offset(entry))
     return Target(
         model=guider.inner_model,
         source=source,

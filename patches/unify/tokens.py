@@ -1,4 +1,4 @@
-"""Finds the tokens of the edit description that carry the edit, as positions in the context of the UNet."""
+"""Finds the tokens of the edit description that carry the edit, as positions in the text encoder's output."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _COMMAS = re.compile("[,\uff0c\u3001\u060c]")
 class EditWord:
     """One word or phrase of the edit description.
 
-    tokens: its positions in the context, the start mark being 0.
-    source_tokens: positions in the source description's context of what it replaces or repeats; empty if
-    there is no counterpart.
+    tokens: its positions in what the text encoder gives, counted from 0.
+    source_tokens: those of what it replaces or repeats in the source description; empty if there is no
+    counterpart.
     """
 
     text: str
@@ -32,8 +32,10 @@ class EditWord:
 class EditTokens:
     """EDIT_TOKENS: the words that carry the edit, and the alignment of the two descriptions.
 
-    edit_length, source_length: tokens between start and end mark.
+    edit_length, source_length: tokens of each description, without marks and template.
     alignment: pairs (edit position, source position) of the tokens that both descriptions share.
+    start: position of both descriptions' first token: 1 behind CLIP's start mark, 0 with T5, and behind the
+    template that language models are given.
     """
 
     words: tuple[EditWord, ...]
@@ -41,6 +43,7 @@ class EditTokens:
     source_length: int
     alignment: tuple[tuple[int, int], ...]
     note: str = ""
+    start: int = 1
 
     def describe(self) -> str:
         """The words and their positions as text, one per line."""
@@ -57,7 +60,7 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
     If `edit` only removes words, their neighbours are taken, and the result says so. Punctuation, case,
     spaces and prompt weights such as "(red:1.3)" do not count.
 
-    clip: the host's CLIP of an SD1.5, SD2.x or SDXL model.
+    clip: as in `read_words`.
     words: separated by commas, phrases allowed; all occurrences count.
 
     Raises ValueError for an empty description, descriptions with the same words if none are named, a
@@ -89,6 +92,7 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
             if len(new.tokens) == len(old.tokens):  # punctuation beside it can change how a word is cut
                 alignment += zip(new.tokens, old.tokens, strict=True)
 
+    start = min(token for word in (*all_source, *all_edit) for token in word.tokens)
     note = ""
     if words.strip():
         phrases = _COMMAS.split(words)
@@ -112,6 +116,7 @@ def find_tokens(clip: Any, source: str, edit: str, words: str = "") -> EditToken
         source_length=sum(len(word.tokens) for word in all_source),
         alignment=tuple(alignment),
         note=note,
+        start=start,
     )
 
 

@@ -15,7 +15,7 @@ class Words:
     """The words of each row of a batch.
 
     tokens: [rows or 1, words, context], 1 at each word's tokens.
-    description: [rows or 1, context], 1 at the description's own tokens: not the start mark, not the padding.
+    description: [rows or 1, context], 1 at the description's own tokens: not marks, a template or padding.
     weights: [rows or 1, words], each word's weight in its row, which sum to 1; 0 for padding in a row that
     has fewer words than another, and all 0 for a row without words.
     """
@@ -28,8 +28,10 @@ class Words:
         return Words(self.tokens.to(device), self.description.to(device), self.weights.to(device))
 
 
-def edit_words(rows: Sequence[EditTokens], context: int) -> Words:
+def edit_words(rows: Sequence[EditTokens], context: int, offset: int = 0) -> Words:
     """Each row's edit words in a context of `context` positions.
+
+    offset: of the encoder's output in it.
 
     Raises ValueError for a row without words and for a position that is not in the context.
     """
@@ -39,15 +41,15 @@ def edit_words(rows: Sequence[EditTokens], context: int) -> Words:
     words = [[word.tokens for word in tokens.words] for tokens in rows]
     return _words(
         words,
-        [tokens.edit_length for tokens in rows],
-        context,
+        [(offset + tokens.start, tokens.edit_length) for tokens in rows],
+        (context, offset),
         "edit_tokens",
         "the guider's positive conditioning",
         "edit",
     )
 
 
-def source_words(rows: Sequence[EditTokens], context: int) -> Words:
+def source_words(rows: Sequence[EditTokens], context: int, offset: int = 0) -> Words:
     """The source description's words that each row's edit words replace or repeat; words without a
     counterpart are left out.
 
@@ -56,8 +58,8 @@ def source_words(rows: Sequence[EditTokens], context: int) -> Words:
     words = [[word.source_tokens for word in tokens.words if word.source_tokens] for tokens in rows]
     return _words(
         words,
-        [tokens.source_length for tokens in rows],
-        context,
+        [(offset + tokens.start, tokens.source_length) for tokens in rows],
+        (context, offset),
         "edit_tokens (of the source description)",
         "the inversion's conditioning",
         "source",
@@ -66,29 +68,30 @@ def source_words(rows: Sequence[EditTokens], context: int) -> Words:
 
 def _words(
     rows: list[list[tuple[int, ...]]],
-    lengths: list[int],
-    context: int,
+    descriptions: list[tuple[int, int]],
+    place: tuple[int, int],
     name: str,
     conditioning: str,
     description: str,
 ) -> Words:
+    context, offset = place
     most = max(1, *map(len, rows))
     found = Words(
         torch.zeros(len(rows), most, context),
         torch.zeros(len(rows), context),
         torch.zeros(len(rows), most),
     )
-    for row, (words, length) in enumerate(zip(rows, lengths, strict=True)):
+    for row, (words, (start, length)) in enumerate(zip(rows, descriptions, strict=True)):
         # Padding repeats a word, so that losses stay finite; its weight 0 removes it.
         padding = [words[0]] * (most - len(words)) if words else []
         for number, word in enumerate([*words, *padding]):
-            for token in word:
-                if not 0 < token < context:
+            for token in (offset + token for token in word):
+                if not start <= token < context:
                     raise ValueError(
-                        f"{name} has token {token} but {conditioning} has {context} tokens: encode the "
-                        f"{description} description that the tokens were found in"
+                        f"{name} has token {token - offset} but {conditioning} has {context} tokens: encode "
+                        f"the {description} description that the tokens were found in"
                     )
                 found.tokens[row, number, token] = 1
             found.weights[row, number] = 1 / len(words) if number < len(words) else 0
-        found.description[row, 1 : length + 1] = 1
+        found.description[row, start : start + length] = 1
     return found
