@@ -106,6 +106,27 @@ def test_each_row_is_another_edit(host: Host, lab: Any) -> None:
     )
 
 
+def test_chosen_settings_of_papers(host: Host, lab: Any) -> None:
+    """Protects: each method of another paper has the setting that the stored search chose: of the six the two
+    best on half of the cases, of these the better one on all.
+    """
+    plan = lab.unify_study.PLAN
+    read, first = (host.pack_module(f"lab.benchmark.{name}") for name in ("layouts", "cases"))
+    cases = first.first_of_each_type(read.read_cases(plan.layout, None, "tuning"), plan.per_type)
+    half = {case.id for case in first.first_of_each_type(cases, plan.per_type // 2)}
+    study = lab.study.Study(SimpleNamespace(), cases, "tuning", {plan.name: plan.search()})
+
+    def score(method: Any, some: set[str]) -> tuple[float, float]:
+        found = [result["metrics"] for result in study.of(method) if result["case"] in some]
+        assert len(found) == len(some), method.settings
+        return sum(m["success"] for m in found), sum(m["target_psnr"] for m in found)
+
+    for name, method in lab.paper_settings.papers().items():
+        rows = [row for label, row in lab.paper_settings.search().items() if label.startswith(f"{name}, ")]
+        best = sorted(rows, key=lambda row: score(row, half))[-2:]
+        assert method.label == max(best, key=lambda row: score(row, {c.id for c in cases})).label, name
+
+
 def test_as_many_settings_for_each_paper(lab: Any) -> None:
     """Protects a fair comparison: every method of another paper has as many settings in the search, and the
     chosen one is among them.
