@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import numpy as np
@@ -34,7 +33,6 @@ def _train(host: Host, work: Path, steps: int) -> None:
     rng = np.random.default_rng(3)
     pool = [scenes.sample_scene(rng) for _ in range(50)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comfy.model_management, "in_training", False)  # what training sets ends with it
         patch.setattr(train_flow, "BATCH", 8)
         train_flow.train_two.encode_pool(work / "latents.pt", pool, train_flow.studio.FILE)
         train_flow.train(work, pool, steps, train_flow.studio.FILE)

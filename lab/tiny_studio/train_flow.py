@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
-from torch.overrides import TorchFunctionMode
 
 from ...models.files import replacing
 from ...models.tiny_studio import scenes, studio, words
+from ...patches.host.autograd import gradients
 from ...training.state import read_state
 from . import report, tiny_flux, train_diffusion, train_two
 from .stage import Stage, muon_and_adamw, say
@@ -29,16 +29,6 @@ WORK = Path(__file__).resolve().parents[2] / ".studio" / "flux"
 BATCH = 64
 CAPTION_DROP = 0.1
 MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
-
-
-class OutOfPlace(TorchFunctionMode):
-    """Adds out of place what the host's blocks add in place to tensors that autograd has saved. Every such
-    place in them assigns the result.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        in_place = func in (torch.Tensor.add_, torch.Tensor.__iadd__)
-        return (torch.add if in_place else func)(*args, **(kwargs or {}))
 
 
 def _attention(_: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -53,7 +43,7 @@ def predict(network: Any, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) 
     text: [rows, TOKENS, width].
     """
     options = {"optimized_attention_override": _attention}
-    with torch.autocast(x.device.type, torch.bfloat16), OutOfPlace():
+    with torch.autocast(x.device.type, torch.bfloat16):
         return network(x, t, text, transformer_options=options).float()
 
 
@@ -63,10 +53,8 @@ def train(work: Path, pool: list[scenes.Scene], steps: int, start: Path) -> None
     pool: the scenes whose latents are in `work`.
     start: the packed studio with the text encoder.
     """
-    management: Any = comfy.model_management
-    management.in_training = True  # the host's rotation has a derivative only then
     torch.manual_seed(4)
-    device = management.get_torch_device()
+    device = comfy.model_management.get_torch_device()
     latents = torch.load(work / "latents.pt", weights_only=True, map_location=device)["latents"]
     reader = train_diffusion.TextAndUNet(words.vocabulary())
     reader.load_state_dict(train_diffusion.packed(start))
@@ -88,7 +76,8 @@ def train(work: Path, pool: list[scenes.Scene], steps: int, start: Path) -> None
         clean = latents[picked].float()
         noise, t = torch.randn_like(clean), torch.randn(BATCH, device=device).sigmoid()
         along = t[:, None, None, None]
-        found = predict(network, (1 - along) * clean + along * noise, t, text)
+        with gradients():
+            found = predict(network, (1 - along) * clean + along * noise, t, text)
         return (F.mse_loss(found, noise - clean),)
 
     stage.run(steps, losses)
