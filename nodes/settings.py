@@ -172,7 +172,8 @@ class DescEditUnifyOptions(io.ComfyNode):
                     max=256,
                     tooltip="Structure is kept at self-attention layers with at most this many tokens per "
                     "side, 1 to 256. Low values keep the layout only; high ones keep detail and need more "
-                    "time and memory. 1, or any value below the model's coarsest grid: the coarsest grid.",
+                    "time and memory. 1, or any value below the model's coarsest grid: the coarsest grid. "
+                    "With Flux and Chroma the places per side of the maps.",
                 ),
                 io.Int.Input(
                     "cross_attn_res",
@@ -182,22 +183,25 @@ class DescEditUnifyOptions(io.ComfyNode):
                     max=256,
                     tooltip="The word loss uses the cross-attention layers with the grid nearest to this "
                     "many tokens per side, 0 to 256. 0: the layers where this kind of model was measured to "
-                    "keep its words, else 16. 1: the model's coarsest grid. 256: the finest.",
+                    "keep its words, else 16. 1: the model's coarsest grid. 256: the finest. With Flux and "
+                    "Chroma the places per side of the maps.",
                 ),
                 io.String.Input(
                     "structure_layers",
                     default=default.structure_layers,
                     optional=True,
-                    tooltip="Names of the self-attention layers to keep, such as output.3.0, or prefixes "
-                    "such as output or input.4, separated by commas. They replace max_self_attn_res. Empty: "
-                    "by resolution.",
+                    tooltip="Names of the self-attention layers to keep, such as output.3.0 or "
+                    "double_block.9, or prefixes such as output or input.4, separated by commas. They are "
+                    "used instead of those of max_self_attn_res. Empty: by resolution, with Flux and Chroma "
+                    "a part of the double blocks.",
                 ),
                 io.String.Input(
                     "word_layers",
                     default=default.word_layers,
                     optional=True,
                     tooltip="Names of the cross-attention layers for the words, written the same way. They "
-                    "replace cross_attn_res. Empty: by resolution.",
+                    "are used instead of those of cross_attn_res. Empty: by resolution, with Flux and Chroma "
+                    "the last third of the double blocks.",
                 ),
                 io.Combo.Input(
                     "update_target",

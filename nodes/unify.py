@@ -56,7 +56,9 @@ class DescEditUnify(io.ComfyNode):
                 *("p2p", "prompt-to-prompt", "ip2p", "instructpix2pix", "masactrl", "plug and play"),
             ],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its patches."),
+                io.Model.Input(
+                    "model", tooltip="SD1.x, SD2.x, SDXL, Flux.1, Flux.2 or Chroma, with its patches."
+                ),
                 io.Conditioning.Input("source", tooltip="What the image shows now, from Describe Edit."),
                 io.Conditioning.Input("edit", tooltip="What the edited image shows, from Describe Edit."),
                 EditTokensType.Input(
@@ -84,7 +86,8 @@ class DescEditUnify(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="Strength of the text guidance, 0 to 100. 1: the edit description alone, which "
-                    "halves the time of a prediction. High values change more.",
+                    "halves the time of a prediction, and suits distilled models (Flux.1 dev). High values "
+                    "change more.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -261,7 +264,9 @@ class DescEditFindMask(io.ComfyNode):
             ),
             search_aliases=[*ALIASES, "automatic mask", "LocalBlend", "segment", "DAAM"],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its patches."),
+                io.Model.Input(
+                    "model", tooltip="SD1.x, SD2.x, SDXL, Flux.1, Flux.2 or Chroma, with its patches."
+                ),
                 io.Conditioning.Input("source", tooltip="What the image shows now, from Describe Edit."),
                 io.Conditioning.Input("edit", tooltip="What the edited image shows, from Describe Edit."),
                 EditTokensType.Input(

@@ -37,7 +37,9 @@ class DescEditAttentionMaps(io.ComfyNode):
             ),
             search_aliases=["cross attention", "self attention", "heat map", "DAAM", "daam"],
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion model with a UNet, with its patches."),
+                io.Model.Input(
+                    "model", tooltip="SD1.x, SD2.x, SDXL, Flux.1, Flux.2 or Chroma, with its patches."
+                ),
                 io.Conditioning.Input(
                     "conditioning",
                     tooltip="The encoded description in which the tokens were found.",

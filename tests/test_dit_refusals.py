@@ -176,7 +176,8 @@ def _unify(host: Host, model: Any, **conditioning: Any) -> Any:
 
 def test_changed_joint_attention(host: Host, models: dict[str, Any]) -> None:
     """Protects: UnifyEdit refuses merged keys and a mask in the attention that it
-    reads, by the layer's name; reference latents take part.
+    reads, by the layer's name, and
+    a method of reference latents with which the host fails; reference latents take part.
     """
     model = models["Flux.1 dev"]
 
@@ -199,6 +200,9 @@ def test_changed_joint_attention(host: Host, models: dict[str, Any]) -> None:
     ):
         with pytest.raises(ValueError, match=layer + found):
             _unify(host, changed(change))
+    reference = [small_models.latent(5, model=model)]
+    with pytest.raises(ValueError, match=r"UnifyEdit: .* ComfyUI itself fails on Flux\.1"):
+        _unify(host, model, reference_latents=reference, reference_latents_method="index_timestep_zero")
     plain = _unify(host, model)
-    beside = _unify(host, model, reference_latents=[small_models.latent(5, model=model)])
+    beside = _unify(host, model, reference_latents=reference)
     assert not torch.equal(plain, beside)

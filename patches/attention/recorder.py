@@ -130,7 +130,7 @@ class AttentionRecorder:
         whole_layers: bool = False,
         branches: Sequence[Hashable] = (),
     ) -> None:
-        self._network = network
+        self.network = network
         self._self_layers, self._cross_layers = tuple(self_layers), tuple(cross_layers)
         self._branches = tuple(branches) or (None,)
         wanted = {("attn1", layer.key) for layer in self._self_layers}
@@ -205,7 +205,7 @@ class AttentionRecorder:
         if self._expected is not None:
             check_call(x, len(self._called) * self._expected.rows, self._expected.size)
         self._differentiated = x.requires_grad
-        options = self._network.install(
+        options = self.network.install(
             options,
             self._record,
             size=(x.shape[-2], x.shape[-1]),
@@ -213,7 +213,7 @@ class AttentionRecorder:
             cross_layers=self._cross_layers,
         )
         if self._stop and self._whole_layers:
-            options = self._network.end_between_blocks(options, self._complete)
+            options = self.network.end_between_blocks(options, self._complete)
         args, kwargs = replace_options(args, kwargs, options)
         try:
             return executor(*args, **kwargs)
@@ -303,6 +303,8 @@ def run_entries(
     """`record` of several entries with texts of one length; returns what the host makes of all."""
     text, (height, width) = entries[0]["model_conds"]["c_crossattn"].cond.shape[1], x.shape[-2:]
     expected = Expected(len(x), (height, width), text, own_grid)
+    for entry in entries:
+        recorder.network.check_conditions({name: found.cond for name, found in entry["model_conds"].items()})
     with _uncompiled():
         denoised = comfy.samplers.calc_cond_batch(
             model, [entries], x, sigma, recorder.attach(options, expected)
