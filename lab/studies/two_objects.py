@@ -25,7 +25,7 @@ from .study import Rows, Study, Tables
 from .words_by_layer import localisation
 
 LAYOUT = "tiny-studio-two"
-COLUMNS = ("success", "asked", "leaked", "target_psnr", "psnr_outside")
+COLUMNS = ("success", "asked", "leaked", "target_psnr", "psnr_outside", "structure")
 CFGS = (1.0, 2.0, 4.0, 7.0)
 FREE = Edit(denoise=1.0)  # only words say which object is meant
 MASKED = Edit(denoise=1.0, masked=True, structure_region="outside")
