@@ -22,6 +22,7 @@ TEMPLATES: dict[str, Callable[[Graph], None]] = {
     "12 UnifyEdit in parts": unify.parts,
     "13 Edit a photo with SDXL": unify.photo_sdxl,
     "14 Flux with a bridge": bridge.bridge_flux,
+    "15 Flux with UnifyEdit": unify.photo_flux,
 }
 
 BLUEPRINTS: dict[str, tuple[Callable[[Blueprint], None], str]] = {

@@ -55,6 +55,8 @@ THEN = "a drawing of a girl in a blue dress on a green hill"
 # DDIM with 50 steps and cfg 7.5, from pure noise: what Prompt-to-Prompt, MAG-Edit and Guide-and-Rescale use
 # on Stable Diffusion 1.x.
 LITERATURE: dict[str, Any] = {"steps": 50, "cfg": 7.5, "denoise": 1.0}
+# Flux.1 dev's usual ones, in which guidance is part of the conditioning.
+DISTILLED: dict[str, Any] = {"steps": 28, "cfg": 1.0, "scheduler": "simple", "denoise": 1.0}
 # What the Tiny Studio's study chose.
 MEASURED: dict[str, Any] = {"steps": 25, "cfg": 2.0, "denoise": 0.6}
 LEFT, SECOND, THIRD, FOURTH, FIFTH = 0, 310, 660, 1000, 1400

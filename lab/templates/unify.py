@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .graph import Blueprint, Graph, Node, Place
+from .graph import Blueprint, Graph, Node, Output, Place
 from .shared import (
     CANNY,
     CONTROL,
+    DISTILLED,
     FIFTH,
+    FLUX,
     FOURTH,
     LEFT,
     LITERATURE,
@@ -87,32 +89,89 @@ def _photo(graph: Graph, model: Node, side: int = 512, **options: Any) -> None:
     add_notes(graph, (SECOND, 640), (310, 290))
 
 
+def photo_flux(graph: Graph) -> None:
+    """The same with Flux.1 dev, which has learned guidance by the text."""
+    model = load_checkpoint(graph, FLUX)
+    picture, crop, latent = load_photo(graph, model, side=1024)
+    describe = graph.add(
+        "DescEditDescribe",
+        (SECOND, 0),
+        310,
+        360,
+        clip=model["CLIP"],
+        source_description=NOW,
+        edit_description=THEN,
+    )
+    source = graph.add(
+        "FluxGuidance",
+        describe.below(),
+        310,
+        80,
+        "Guidance of the inversion",
+        conditioning=describe["source"],
+        guidance=1.0,
+    )
+    edit = graph.add(
+        "FluxGuidance",
+        source.below(),
+        310,
+        80,
+        "Guidance of the edit",
+        conditioning=describe["edit"],
+        guidance=3.5,
+    )
+    options = graph.add("DescEditUnifyOptions", (THIRD, 0), 300, 500, auto_mask=True, checkpointing=True)
+    _edit_photo(
+        graph,
+        model,
+        describe,
+        None,
+        crop,
+        latent,
+        picture,
+        options,
+        options.below(),
+        texts=(source[0], edit[0]),
+        settings=DISTILLED,
+    )
+    add_notes(graph, edit.below(), (310, 290))
+
+
 def _edit_photo(
     graph: Graph,
     model: Node,
     describe: Node,
-    empty: Node,
+    empty: Node | None,
     crop: Node,
     latent: Node,
     picture: Node,
     options: Node,
     at: Place,
+    texts: tuple[Output, Output] | None = None,
+    settings: dict[str, Any] = LITERATURE,
 ) -> None:
-    """UnifyEdit on a crop, put back into the photo."""
+    """UnifyEdit on a crop, put back into the photo.
+
+    empty: the empty description, for a model that has not learned guidance.
+    texts: source and edit, in place of those of `describe`.
+    settings: of UnifyEdit.
+    """
+    source, edit = texts or (describe["source"], describe["edit"])
+    negative: dict[str, Any] = {} if empty is None else {"negative": empty[0]}
     unify = graph.add(
         "DescEditUnify",
         at,
         300,
         560,
         model=model["MODEL"],
-        source=describe["source"],
-        edit=describe["edit"],
+        source=source,
+        edit=edit,
         edit_tokens=describe["edit_tokens"],
         latent=latent[0],
-        negative=empty[0],
         mask=crop["mask"],
         options=options[0],
-        **LITERATURE,
+        **negative,
+        **settings,
     )
     edited = graph.add("VAEDecode", (FOURTH, 0), 380, 60, samples=unify["latent"], vae=model["VAE"])
     whole = graph.add(
