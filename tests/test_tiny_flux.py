@@ -117,3 +117,27 @@ def test_a_bridge_of_it(host: Host, trained: Path, tmp_path: Path, monkeypatch: 
     assert not torch.equal(*found)
     with pytest.raises(ValueError, match="needs --network FILE"):
         train_bridge.train(name, tmp_path)
+
+
+def test_unify_edit_on_it(host: Host, trained: Path) -> None:
+    """Protects: the study's methods run on the Tiny Flux and are measured: one row each, with a success and
+    similarities.
+    """
+    flow, studies = (host.pack_module(f"lab.studies.{name}") for name in ("flow_study", "studio"))
+    tiny_flux, studio = (
+        host.pack_module("lab.tiny_studio.tiny_flux"),
+        host.pack_module("models.tiny_studio.studio"),
+    )
+    tiny = studies.Studio(tiny_flux.load_model(trained), studio.load_clip(), studio.load_vae())
+    cases = host.pack_module("lab.benchmark.layouts").read_cases("tiny-studio", None, "tuning")[:1]
+    edit = replace(flow.EDIT, steps=1)
+    rows = {
+        "text": flow.text_only(),
+        "path": flow.unify({cases[0].edit_type: replace(flow._PATH, steps=1)}),
+        "edit": flow.unify({cases[0].edit_type: edit}),
+    }
+    lines = flow.table(tiny, cases, rows).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| text", "| path", "| edit"]
+    for line in lines:
+        assert re.fullmatch(r"\| \w+ \| (0|100)\.0% \| \d+\.\d\d \| \d+\.\d\d \| \d+\.\d \|", line)
+    assert len({line.split(" | ")[2] for line in lines}) > 1
