@@ -121,3 +121,50 @@ def test_every_node_is_run(host: Host) -> None:
     prompts = [graph(file.stem) for file in WORKFLOWS if file.stem not in FOREIGN]
     run = {node["class_type"] for prompt in prompts for node in prompt.values()}
     assert set(host.node_ids()) - run == OTHERS | NO_NETWORK
+
+
+def test_pairs_of_a_folder(host: Host) -> None:
+    """Protects: the template that makes pairs writes one for each photo of the folder, in the photo's shape,
+    with both texts; the Tiny Studio stands in for its models, which no test can have.
+    """
+    prompt = json.loads((ROOT / "workflows" / "api" / "06 Make edit pairs.json").read_text(encoding="utf-8"))
+    (studio,) = [key for key, node in prompt.items() if node["class_type"] == "UNETLoader"]
+    slots = {"CLIPLoader": 1, "VAELoader": 2}
+    loaders = {key: slots[node["class_type"]] for key, node in prompt.items() if node["class_type"] in slots}
+    prompt[studio] = {"class_type": "DescEditTinyStudio", "inputs": {}}
+    texts = iter(("a red circle", "a red circle in winter"))
+    for key, node in list(prompt.items()):
+        if node["class_type"] == "TextGenerate":
+            node["class_type"], node["inputs"] = "PrimitiveStringMultiline", {"value": next(texts)}
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in loaders:
+                node["inputs"][name] = [studio, loaders[value[0]]]
+        if node["class_type"] == "ImageScaleToTotalPixels":
+            node["inputs"]["megapixels"] = 0.01
+        if node["class_type"] == "DescEditSavePair":
+            node["inputs"]["folder"] = "made_pairs"
+        if key in loaders:
+            del prompt[key]
+    photos = host.base / "input" / "edit_sources"
+    photos.mkdir()
+    for index, shape in enumerate(((100, 200, 3), (200, 100, 3))):
+        noise = np.random.default_rng(index).integers(0, 256, shape, np.uint8)
+        Image.fromarray(noise).save(photos / f"{index}.png")
+    host.run_graph(prompt)
+    made = host.base / "input" / "made_pairs"
+    pairs = sorted(made.glob("*.json"))
+    shapes = set()
+    for pair in pairs:
+        assert json.loads(pair.read_text("utf-8")) == {
+            "source": "a red circle",
+            "edit": "a red circle in winter",
+        }
+        with (
+            Image.open(pair.with_name(f"{pair.stem}_source.png")) as source,
+            Image.open(pair.with_name(f"{pair.stem}_edit.png")) as edited,
+        ):
+            assert source.size == edited.size
+            assert np.abs(np.asarray(source, np.float32) - np.asarray(edited, np.float32)).mean() > 5
+            shapes.add(source.width > source.height)
+    assert len(pairs) == 2
+    assert shapes == {True, False}

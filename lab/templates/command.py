@@ -1,5 +1,5 @@
 """`python dev.py run lab.templates.command`: write the templates and blueprints; `--pictures` also draws the
-templates' pictures anew.
+templates' pictures anew, `--help-pictures` those of the help pages.
 
 Pictures come from a real server, at each template's own settings. What cannot run here is drawn with the Tiny
 Studio in the checkpoint's place, and says so.
@@ -19,7 +19,7 @@ from ..server import Server, device_arguments
 from .contents import BLUEPRINTS, TEMPLATES
 from .foreign import FOREIGN
 from .graph import Blueprint, Graph, Info
-from .pictures import draw
+from .pictures import draw, draw_help
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,14 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", nargs="*", metavar="NAME", help="draw these templates, or all; such as 03"
     )
+    parser.add_argument(
+        "--help-pictures", action="store_true", help="draw what nodes show for their help pages"
+    )
     options = parser.parse_args(arguments)
     with Server(Path(os.environ["COMFYUI_PATH"]), device_arguments()) as server:
         info = server.object_info()
         for path, content in files(info):
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (ROOT / path).write_text(text, encoding="utf-8", newline="\n")
+        prompts = {name: graph.prompt for name, graph in graphs(info).items()}
+        if options.help_pictures:
+            draw_help(server, prompts, ROOT / "web" / "docs" / "pictures")
         if options.pictures is not None:
-            prompts = {name: graph.prompt for name, graph in graphs(info).items()}
             for name in prompts:
                 if not options.pictures or name[:2] in options.pictures:
                     print(f"drawing {name}", flush=True)

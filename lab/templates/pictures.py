@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ...models.tiny_studio import drawing, scenes, studio
 from ...pictures.contact_sheet import save_image
@@ -21,6 +21,7 @@ from ..server import Prompt, Server
 from .shared import BRIDGE, FLUX_BRIDGE
 
 SIDE = 512
+SHOWN = 800
 STANDIN = "drawn with the Tiny Studio"
 # Nodes that are left out with the Tiny Studio, and which input each output passes on.
 PASSED = {
@@ -31,6 +32,30 @@ PASSED = {
 }
 UNUSED = {"ControlNetLoader", "Canny", "CLIPLoader", "TextGenerate", "DescEditDescribePrompt"}
 EDITS = {"04": "face", "11": "background"}  # what a template edits, where not a colour
+
+# A picture of the help pages: what a node of a template shows after a run.
+HELP = {
+    "balance": ("12", "DescEditAdaptiveScheduler"),
+    "compare_unify": ("12", "DescEditCompare"),
+    "guidance_grid": ("02", "DescEditGuidanceGrid"),
+    "losses": ("01", "DescEditUnify"),
+    "maps": ("12", "DescEditAttentionMaps"),
+    "schedule": ("schedule", "DescEditGuidanceSchedule"),
+}
+SCHEDULE: Prompt = {
+    "1": {
+        "class_type": "DescEditGuidanceSchedule",
+        "inputs": {
+            "image_low": 1.0,
+            "image_high": 2.0,
+            "image_shape": "rising",
+            "text_low": 3.0,
+            "text_high": 7.5,
+            "text_shape": "falling",
+        },
+    },
+    "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}},
+}
 
 
 def draw(server: Server, name: str, graphs: dict[str, Prompt], file: Path) -> None:
@@ -53,6 +78,23 @@ def draw(server: Server, name: str, graphs: dict[str, Prompt], file: Path) -> No
     else:
         picture = _labelled(_split(server, _standin(server, prompt, EDITS.get(number, "colour"))))
     save_image(picture, file)
+
+
+def draw_help(server: Server, graphs: dict[str, Prompt], folder: Path) -> None:
+    """Draw the help pages' pictures of what nodes show. graphs: as in `draw`."""
+    prompts = {"schedule": SCHEDULE, **{name[:2]: prompt for name, prompt in graphs.items()}}
+    outputs = {number: _run(server, prompts[number]) for number in {number for number, _ in HELP.values()}}
+    for file, (number, kind) in HELP.items():
+        (key,) = [key for key, node in prompts[number].items() if node["class_type"] == kind]
+        shown = [_read(server, entry) for entry in outputs[number][key]["images"]]
+        height = max(picture.height for picture in shown)
+        shown = [ImageOps.contain(picture, (SHOWN, height), Image.Resampling.LANCZOS) for picture in shown]
+        row = Image.new("RGB", (sum(picture.width for picture in shown), height), "white")
+        left = 0
+        for picture in shown:
+            row.paste(picture, (left, 0))
+            left += picture.width
+        save_image(row, folder / f"{file}.jpg")
 
 
 def _run(server: Server, prompt: Prompt) -> dict[str, dict[str, list[dict[str, str]]]]:

@@ -59,7 +59,7 @@ def start(graph: Graph) -> None:
     )
     edited = graph.add("VAEDecode", (THIRD, 720), 300, 60, samples=unify["latent"], vae=studio["vae"])
     add_result(graph, (FOURTH, 0), scene["source"], edited[0], 400)
-    add_notes(graph, (SECOND, 620), (310, 280))
+    add_notes(graph, (SECOND, 620), (310, 280), (LEFT, 760))
 
 
 def photo(graph: Graph) -> None:

@@ -14,7 +14,6 @@ from playwright.sync_api import Browser
 TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
 SMALLEST = 0.6  # below about this zoom the page draws no text
 QUICK = {
-    "DescEditUnify": ("steps", 2),
     "DescEditGuidanceGrid": ("steps", 1),
     "BasicScheduler": ("steps", 2),
     "DescEditTrainBridge": ("steps", 2),
