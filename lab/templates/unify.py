@@ -106,7 +106,7 @@ def photo_flux(graph: Graph) -> None:
         "FluxGuidance",
         describe.below(),
         310,
-        80,
+        110,
         "Guidance of the inversion",
         conditioning=describe["source"],
         guidance=1.0,
@@ -115,7 +115,7 @@ def photo_flux(graph: Graph) -> None:
         "FluxGuidance",
         source.below(),
         310,
-        80,
+        110,
         "Guidance of the edit",
         conditioning=describe["edit"],
         guidance=3.5,
@@ -134,7 +134,7 @@ def photo_flux(graph: Graph) -> None:
         texts=(source[0], edit[0]),
         settings=DISTILLED,
     )
-    add_notes(graph, edit.below(), (310, 290))
+    add_notes(graph, (FIFTH, 0), (340, 600))
 
 
 def _edit_photo(
