@@ -88,9 +88,9 @@ def inversion_psnr(model: Any, clip: Any, vae: Any, chosen: list[scenes.Scene]) 
         latent = vae.encode(drawings([scene]))
         source = [[clip.encode_from_tokens(clip.tokenize(scenes.caption(scene)), return_pooled=False), {}]]
         path = inversion.invert(model, latent, source, sigmas, refine=inversion.REFINE)
-        start = model.model.process_latent_out(path.trajectory[0].clone())
+        start, noise = inversion.sampler_inputs(model, latent, path)
         again = comfy.sample.sample_custom(
-            model, torch.zeros_like(start), 1.0, sampler, sigmas, source, source, start, disable_pbar=True
+            model, noise.samples, 1.0, sampler, sigmas, source, source, start, disable_pbar=True
         )
         values.append(psnr_db(vae.decode(again), vae.decode(latent)))
     return float(np.mean(values))

@@ -1,7 +1,7 @@
 """Tiny Flux: a network of Flux.1's kind for the Tiny Studio's VAE and text encoder, of the host's classes.
 
 6.2M parameters on 8x8 tokens. It has no embedding of guidance and no pooled text, and reads 32 tokens of
-text.
+text. The weights beside this file had 4,029 steps of 64 scenes (`train_flow`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from comfy.supported_models import FluxSchnell
 from ...models.operations import disable_weight_init
 from ...models.tiny_studio import networks
 
+FILE = Path(__file__).with_name("tiny_flux.safetensors")
 TOKENS = 32
 FLUX: dict[str, Any] = {
     "image_model": "flux",

@@ -98,14 +98,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12_000, help="64 scenes each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pack", type=Path, help="only write the weights trained so far")
-    parser.add_argument("--report", type=Path, help="only measure packed weights on held-out prompts")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="?",
+        const=tiny_flux.FILE,
+        metavar="FILE",
+        help="only measure packed weights on held-out scenes; those of the repository without FILE",
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.report:
         tiny = tiny_flux.load_model(args.report), studio.load_clip(args.start), studio.load_vae(args.start)
         with torch.inference_mode():
-            accuracy = report.prompts(tiny).accuracy
-        print(f"prompts with all attributes right: {accuracy:.1%} of {report.PROMPTS}")
+            print(
+                f"prompts with all attributes right: {report.prompts(tiny).accuracy:.1%} of {report.PROMPTS}"
+            )
+            psnr = report.inversion_psnr(*tiny, report.held_scenes(10, 11))
+        print(f"images inverted and sampled again: {psnr:.1f} dB")
         return
     args.work.mkdir(parents=True, exist_ok=True)
     if args.pack:
