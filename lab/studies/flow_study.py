@@ -1,4 +1,4 @@
-"""`python dev.py run lab.studies.flow_study --network FILE`: UnifyEdit on the Tiny Flux, beside the edit
+"""`python dev.py run lab.studies.flow_study`: UnifyEdit on the Tiny Flux, beside the edit
 description alone and beside its own path without the losses.
 
 Prints success and similarity to the true edit, on held-out cases or, with `--tuning`, on those that settings
@@ -62,7 +62,9 @@ def table(tiny: Studio, cases: Sequence[Case], rows: Mapping[str, StudioMethod])
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="flow_study", description=__doc__)
-    parser.add_argument("--network", type=Path, required=True, help="packed weights of the Tiny Flux")
+    parser.add_argument(
+        "--network", type=Path, default=tiny_flux.FILE, help="other packed weights of the Tiny Flux"
+    )
     parser.add_argument("--tuning", action="store_true", help="the tuning cases instead of held-out ones")
     parser.add_argument("--per-type", type=int, default=8, help="cases of each edit type")
     args = parser.parse_args()
