@@ -2,8 +2,7 @@
 
 One is the bridge that ships. The others are for the comparison in the bridge study, with the same pairs and
 seeds: those of the two directions with the whole budget, the rest with a small one. Those whose names begin
-with `flux` are of the Tiny Flux in `--network FILE`. Each resumes from its checkpoint and is packed when it
-is done.
+with `flux` are of the Tiny Flux. Each resumes from its checkpoint and is packed when it is done.
 """
 
 from __future__ import annotations
@@ -152,19 +151,17 @@ def new_bridge(variant: Variant, widths: dict, seed: int) -> AttentionBridge:
     return bridge
 
 
-def base_model(variant: Variant, network: Path | None) -> ModelPatcher:
+def base_model(variant: Variant, network: Path) -> ModelPatcher:
     """The base, frozen, in float32. network: the Tiny Flux's packed weights."""
-    if not variant.flux:
-        model = studio.load_model(disable_dynamic=True, dtype=torch.float32)
-    elif network is None:
-        raise ValueError("a bridge of the Tiny Flux needs --network FILE, its packed weights")
-    else:
+    if variant.flux:
         model = tiny_flux.load_model(network, disable_dynamic=True)
+    else:
+        model = studio.load_model(disable_dynamic=True, dtype=torch.float32)
     model.model.requires_grad_(False)
     return model
 
 
-def train(name: str, work: Path, network: Path | None = None, steps: int | None = None) -> None:
+def train(name: str, work: Path, network: Path = tiny_flux.FILE, steps: int | None = None) -> None:
     """Train one variant, from its checkpoint if there is one, and pack its averaged weights.
 
     network: the packed weights of the Tiny Flux, for a bridge of it.
@@ -218,7 +215,7 @@ def main() -> None:
         choices=VARIANTS,
         default=[name for name, variant in VARIANTS.items() if not (variant.again or variant.flux)],
     )
-    parser.add_argument("--network", type=Path, help="the packed weights of the Tiny Flux")
+    parser.add_argument("--network", type=Path, default=tiny_flux.FILE, help="packed weights of a Tiny Flux")
     parser.add_argument("--steps", type=int, help="in place of the variants' own")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
