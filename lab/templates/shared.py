@@ -69,7 +69,7 @@ def add_notes(graph: Graph, at: Place, size: Place, folded: Place | None = None)
     english, chinese = ((NOTES / f"{number}.{language}.md").read_text("utf-8") for language in ("en", "zh"))
     graph.note(english, at, size, "Read me first")
     place = folded or (at[0], at[1] + size[1] + 90)
-    graph.note(chinese, place, (min(270, size[0]), 100), "先读我（中文）", collapsed=True)
+    graph.note(chinese, place, (min(270, size[0]), 60), "先读我（中文）", collapsed=True)
 
 
 def add_result(graph: Graph, at: Place, before: Output, after: Output, side: float = 380) -> Node:
