@@ -14,7 +14,10 @@ from typing import Any
 from ...models.bridge import DIRECTIONS, FUSIONS
 from ...models.tiny_studio import studio
 from ...patches.bridge.guidance import DualGuidance
+from ..tiny_studio.train_instruct import BATCH as PAIRS
+from ..tiny_studio.train_instruct import STEPS
 from .claims import Aim, Claim, Comparison
+from .instruct import instructed
 from .methods import TEXT_CFG, bridged, image_to_image, inverted, text_only
 from .publish import Plan, command
 from .studio import StudioMethod
@@ -25,6 +28,7 @@ COMPARED = Path(__file__).with_name("bridges")
 GUIDANCE = DualGuidance(image=3.0, text=3.0)
 DENOISE, INVERSION_CFG = 0.2, 1.0
 COMPARED_GUIDANCE = DualGuidance(image=1.5, text=3.0)
+INSTRUCT = (1.5, 3.0)  # s_I and s_T
 SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
@@ -46,7 +50,11 @@ def tables() -> dict[str, Rows]:
     """The rows of every table, by the name that the page gives it."""
     equal = variant("reference_queries_linear")
     return {
-        "methods": {"bridge": bridged(studio.BRIDGE, GUIDANCE), **baselines()},
+        "methods": {
+            "bridge": bridged(studio.BRIDGE, GUIDANCE),
+            **baselines(),
+            "InstructPix2Pix": instructed(*INSTRUCT),
+        },
         "sweep": {
             f"λ_I = {image:g}": bridged(studio.BRIDGE, DualGuidance(image, GUIDANCE.text)) for image in SWEEP
         },
@@ -174,7 +182,15 @@ def aims(study: Study, tables: Tables) -> list[Aim]:
 
 def texts(study: Study, tables: Tables, metrics: Mapping[str, float]) -> dict[str, Any]:
     """The page's values beside the tables."""
-    return {"image": GUIDANCE.image, "text": GUIDANCE.text, "compared": COMPARED_GUIDANCE.image}
+    return {
+        "image": GUIDANCE.image,
+        "text": GUIDANCE.text,
+        "compared": COMPARED_GUIDANCE.image,
+        "s_image": INSTRUCT[0],
+        "s_text": INSTRUCT[1],
+        "steps": STEPS,
+        "batch": PAIRS,
+    }
 
 
 def search() -> dict[str, Rows]:
@@ -185,6 +201,8 @@ def search() -> dict[str, Rows]:
     for tenths in range(1, 9):
         rows[f"image to image, denoise {tenths / 10:g}"] = image_to_image(tenths / 10)
     rows |= {f"DDIM inversion, CFG {cfg:g}": inverted(cfg) for cfg in (1.0, 2.0, 3.0, 5.0)}
+    for image, text in product((1.0, 1.5, 2.0), (2.0, 3.0, 5.0)):
+        rows[f"InstructPix2Pix, s_I = {image:g}, s_T = {text:g}"] = instructed(image, text)
     for g in scales:
         rows[f"bridge, {g.formula}, λ_I = {g.image:g}, λ_T = {g.text:g}"] = bridged(studio.BRIDGE, g)
     return {"search": rows}
