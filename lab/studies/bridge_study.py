@@ -14,6 +14,7 @@ from typing import Any
 from ...models.bridge import DIRECTIONS, FUSIONS
 from ...models.tiny_studio import studio
 from ...patches.bridge.guidance import DualGuidance
+from ..tiny_studio.train_bridge import WHOLE
 from ..tiny_studio.train_instruct import BATCH as PAIRS
 from ..tiny_studio.train_instruct import STEPS
 from .claims import Aim, Claim, Comparison
@@ -61,6 +62,7 @@ def tables() -> dict[str, Rows]:
         "wordings": {"descriptions": equal, "instructions": variant("instruction")},
         "starts": {"F starts at zero": equal, "F starts at random": variant("random_start")},
         "times": {"s = 0": equal, "s = t": variant("same_time")},
+        "directions": {d: bridged(COMPARED / f"{d}.safetensors", GUIDANCE) for d in DIRECTIONS},
         "fusions": {f"{d}, {f}": variant(f"{d}_{f}") for d, f in product(DIRECTIONS, FUSIONS)},
     }
 
@@ -189,6 +191,7 @@ def texts(study: Study, tables: Tables, metrics: Mapping[str, float]) -> dict[st
         "s_image": INSTRUCT[0],
         "s_text": INSTRUCT[1],
         "steps": STEPS,
+        "whole": WHOLE.steps,
         "batch": PAIRS,
     }
 
