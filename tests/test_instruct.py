@@ -37,7 +37,7 @@ def file(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = lab.train_instruct.new_network()
     with torch.no_grad():
         network.unet.input_blocks[0][0].weight[:, 4:].normal_(std=0.02)
-    lab.state.write_state(folder / "instruct.pt", {"average": network.state_dict()})
+    lab.state.write_state(folder / "instruct.pt", {"average": network.state_dict(), "step": 0})
     lab.train_instruct.pack(folder, folder / "packed.safetensors")
     return folder / "packed.safetensors"
 

@@ -16,9 +16,8 @@ from ...models.tiny_studio import studio
 from ...patches.bridge.guidance import DualGuidance
 from ..tiny_studio.train_bridge import WHOLE
 from ..tiny_studio.train_instruct import BATCH as PAIRS
-from ..tiny_studio.train_instruct import STEPS
 from .claims import Aim, Claim, Comparison
-from .instruct import instructed
+from .instruct import instructed, steps_learned
 from .methods import TEXT_CFG, bridged, image_to_image, inverted, text_only
 from .publish import Plan, command
 from .studio import StudioMethod
@@ -29,7 +28,7 @@ COMPARED = Path(__file__).with_name("bridges")
 GUIDANCE = DualGuidance(image=3.0, text=3.0)
 DENOISE, INVERSION_CFG = 0.2, 1.0
 COMPARED_GUIDANCE = DualGuidance(image=1.5, text=3.0)
-INSTRUCT = (1.5, 3.0)  # s_I and s_T
+INSTRUCT = (2.0, 3.0)  # s_I and s_T
 SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
@@ -62,7 +61,10 @@ def tables() -> dict[str, Rows]:
         "wordings": {"descriptions": equal, "instructions": variant("instruction")},
         "starts": {"F starts at zero": equal, "F starts at random": variant("random_start")},
         "times": {"s = 0": equal, "s = t": variant("same_time")},
-        "directions": {d: bridged(COMPARED / f"{d}.safetensors", GUIDANCE) for d in DIRECTIONS},
+        "directions": {
+            "reference_queries, the bridge that ships": bridged(studio.BRIDGE, GUIDANCE),
+            "edit_queries": bridged(COMPARED / "edit_queries.safetensors", GUIDANCE),
+        },
         "fusions": {f"{d}, {f}": variant(f"{d}_{f}") for d, f in product(DIRECTIONS, FUSIONS)},
     }
 
@@ -190,7 +192,7 @@ def texts(study: Study, tables: Tables, metrics: Mapping[str, float]) -> dict[st
         "compared": COMPARED_GUIDANCE.image,
         "s_image": INSTRUCT[0],
         "s_text": INSTRUCT[1],
-        "steps": STEPS,
+        "steps": steps_learned(),
         "whole": WHOLE.steps,
         "batch": PAIRS,
     }

@@ -46,6 +46,12 @@ def load_instruct(file: Path = PACKED) -> ModelPatcher:
     return patcher
 
 
+def steps_learned(file: Path = PACKED) -> int:
+    """How many steps the network of a file had."""
+    with safetensors.safe_open(file, "pt") as opened:
+        return int(opened.metadata()["steps"])
+
+
 def instructed(image: float, text: float, file: Path = PACKED) -> StudioMethod:
     """Instructions, from each case's own noise. image, text: s_I and s_T of equation 3."""
 

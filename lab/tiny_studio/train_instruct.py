@@ -116,14 +116,15 @@ def _numbers(sizes: Sequence[tuple[int, int]], step: int) -> list[int]:
 
 
 def pack(work: Path, path: Path) -> None:
-    """The averaged weights as float16: a packed studio without a VAE."""
+    """The averaged weights as float16: a packed studio without a VAE; the file says how many steps it had."""
+    checkpoint = read_state(work / f"{NAME}.pt")
     state = {
         {"table": "text.table"}.get(name, name): value.half().contiguous()
-        for name, value in read_state(work / f"{NAME}.pt")["average"].items()
+        for name, value in checkpoint["average"].items()
     }
     state["text.tokens"] = torch.tensor(vocabulary())
     with replacing(path) as part:
-        safetensors.torch.save_file(state, part)
+        safetensors.torch.save_file(state, part, {"steps": str(checkpoint["step"])})
     say(f"wrote {path.name}, {path.stat().st_size / 1e6:.1f} MB")
 
 
