@@ -336,7 +336,7 @@ def test_bench_lists_what_it_measures(
     monkeypatch.setattr(sys, "argv", ["bench"])
     with pytest.raises(SystemExit):
         bench.main()
-    assert "{bridge,unify,start,training}" in capsys.readouterr().err
+    assert "{bridge,unify,start,templates,training}" in capsys.readouterr().err
 
 
 def test_everything_is_pinned() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,3 +152,40 @@ def test_the_repositorys_weights(host: Host) -> None:
     tiny = tiny_flux.load_model(tiny_flux.FILE), studio.load_clip(), studio.load_vae()
     assert report.prompts(tiny, count=20).accuracy >= 0.8
     assert report.inversion_psnr(*tiny, report.held_scenes(2, 11)) > 35
+
+
+@torch.inference_mode()
+def test_papers_for_flows(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: with the source's description for the edit's, FlowEdit with one scale gives the image back,
+    and RF-Edit nearly; with the edit's both change it; RF-Edit without sharing is
+    another edit.
+    """
+    methods, studies = (host.pack_module(f"lab.studies.{name}") for name in ("flow_methods", "studio"))
+    tiny_flux, studio = (
+        host.pack_module("lab.tiny_studio.tiny_flux"),
+        host.pack_module("models.tiny_studio.studio"),
+    )
+    schedule = studies.schedule
+    monkeypatch.setattr(methods, "schedule", lambda tiny: schedule(tiny, 1.0, 8))
+    tiny = studies.Studio(tiny_flux.load_model(tiny_flux.FILE), studio.load_clip(), studio.load_vae())
+    cases = host.pack_module("lab.benchmark.layouts").read_cases("tiny-studio", None, "tuning")[:1]
+    batch = studies.Batch.of(tiny, cases)
+    same = replace(batch, edit_text=batch.source_text)
+    torch.testing.assert_close(
+        methods.flow_edit(2.0, 2.0, 2).edit(tiny, same), batch.latent, rtol=0, atol=1e-3
+    )
+    back = methods.rf_edit(1.0, 2, 1.0).edit(tiny, same)
+    assert (back - batch.latent).norm() < 0.05 * batch.latent.norm()  # eight steps
+    assert not torch.allclose(methods.flow_edit(1.5, 3.0, 2).edit(tiny, batch), batch.latent, atol=0.1)
+    found = [methods.rf_edit(2.0, 4, share).edit(tiny, batch) for share in (0.0, 0.5)]
+    assert not torch.allclose(*found, atol=1e-2)
+
+
+def test_by_the_studios_command(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: `dev.py studio --flux` is about the Tiny Flux, and hands on its arguments."""
+    report, train_flow = (host.pack_module(f"lab.tiny_studio.{name}") for name in ("report", "train_flow"))
+    seen: list[list[str]] = []
+    monkeypatch.setattr(train_flow, "main", seen.append)
+    monkeypatch.setattr(sys, "argv", ["studio", "--flux", "--threads", "1", "--report"])
+    report.main()
+    assert seen == [["--threads", "1", "--report"]]

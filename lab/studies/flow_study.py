@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import comfy.utils
@@ -24,6 +25,7 @@ from ..benchmark.layouts import read_cases
 from ..output import markdown
 from ..tiny_studio import tiny_flux
 from ..tiny_studio.attribute_classifier import shows
+from .flow_methods import flow_edit, rf_edit
 from .methods import Edit, text_only, unify
 from .studio import Batch, Studio, StudioMethod
 
@@ -32,6 +34,15 @@ EDIT = Edit(Balance(beta1=0.3), cfg=2.0, denoise=0.8, steps=15, masked=True, str
 STYLE = replace(EDIT, balance=Balance(beta1=0.1))
 _PATH = replace(EDIT, balance=Balance(beta1=0.0, beta2=0.0))
 _EDITS = {edit_type: STYLE if edit_type == "style" else EDIT for edit_type in scenes.EDIT_TYPES}
+
+
+def search() -> dict[str, StudioMethod]:
+    """The settings tried for the other papers' methods."""
+    flow = product((1.0, 1.5), (2.0, 3.0), (5, 10))
+    rf = product((1.0, 2.0), (3, 6), (0.25, 0.5))
+    return {f"FlowEdit, CFG {s:g} and {c:g}, {n} steps left out": flow_edit(s, c, n) for s, c, n in flow} | {
+        f"RF-Edit, CFG {c:g}, {n} blocks, {share:g} of the steps": rf_edit(c, n, share) for c, n, share in rf
+    }
 
 
 def methods() -> dict[str, StudioMethod]:
@@ -66,13 +77,14 @@ def main() -> None:
         "--network", type=Path, default=tiny_flux.FILE, help="other packed weights of the Tiny Flux"
     )
     parser.add_argument("--tuning", action="store_true", help="the tuning cases instead of held-out ones")
+    parser.add_argument("--search", action="store_true", help="the search for the other methods' settings")
     parser.add_argument("--per-type", type=int, default=8, help="cases of each edit type")
     args = parser.parse_args()
     comfy.utils.set_progress_bar_enabled(False)
     tiny = Studio(tiny_flux.load_model(args.network), studio.load_clip(), studio.load_vae())
-    split = "tuning" if args.tuning else "test"
+    split = "tuning" if args.tuning or args.search else "test"
     cases = first_of_each_type(read_cases("tiny-studio", None, split), args.per_type)
-    print(f"{len(cases)} {split} cases\n\n{table(tiny, cases, methods())}")
+    print(f"{len(cases)} {split} cases\n\n{table(tiny, cases, search() if args.search else methods())}")
 
 
 if __name__ == "__main__":

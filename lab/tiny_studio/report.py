@@ -1,4 +1,5 @@
 """`python dev.py studio` trains the Tiny Studio; `python dev.py studio --report` measures the shipped one.
+With `--flux` both are about the Tiny Flux (`train_flow`).
 
 All scenes have a combination of attributes that no training saw, and run with the host's own classes and
 sampler. The attribute classifier reads the images. A prompt counts as right if every attribute that it names
@@ -148,7 +149,13 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("output/studio"), help="where the contact sheet goes"
     )
+    parser.add_argument("--flux", action="store_true", help="the Tiny Flux in place of the studio")
     args, rest = parser.parse_known_args()
+    if args.flux:
+        from . import train_flow  # which measures by this module
+
+        train_flow.main([*rest, *(["--report"] if args.report else [])])
+        return
     if not args.report:
         train.main(rest)
         return

@@ -1,4 +1,4 @@
-"""Trains the Tiny Flux on the Tiny Studio's latents and text: `python dev.py run lab.tiny_studio.train_flow`.
+"""Trains the Tiny Flux on the Tiny Studio's latents and text: `python dev.py studio --flux`.
 
 Rectified flow: x_t = (1 - t) x_0 + t n, the network predicts n - x_0, and t is the sigmoid of a normal value
 (Esser et al., arXiv 2403.03206). VAE and text encoder are the shipped ones and do not learn. Resumes from its
@@ -91,8 +91,8 @@ def pack(work: Path, path: Path) -> None:
     say(f"wrote {path.name}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="train_flow", description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="dev.py studio --flux", description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="where latents and checkpoint are kept")
     parser.add_argument("--start", type=Path, default=studio.FILE, help="the packed studio")
     parser.add_argument("--steps", type=int, default=12_000, help="64 scenes each")
@@ -106,7 +106,7 @@ def main() -> None:
         metavar="FILE",
         help="only measure packed weights on held-out scenes; those of the repository without FILE",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if args.report:
         tiny = tiny_flux.load_model(args.report), studio.load_clip(args.start), studio.load_vae(args.start)
