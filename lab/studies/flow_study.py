@@ -1,6 +1,7 @@
 """`python dev.py run lab.studies.flow_study`: UnifyEdit on the Tiny Flux, beside the edit
 description alone and beside its own path without the losses.
 
+Two methods of other papers for flows stand beside them, with the best settings of `--search --per-type 3`.
 Prints success and similarity to the true edit, on held-out cases or, with `--tuning`, on those that settings
 are chosen on.
 """
@@ -51,6 +52,8 @@ def methods() -> dict[str, StudioMethod]:
         "the edit description alone": text_only(),
         "the source's path, no losses": unify(dict.fromkeys(scenes.EDIT_TYPES, _PATH)),
         "UnifyEdit": unify(_EDITS),
+        "FlowEdit": flow_edit(1.5, 2.0, 5),
+        "RF-Edit": rf_edit(2.0, 6, 0.5),
     }
 
 
