@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
@@ -96,3 +97,18 @@ def test_a_bridge_is_a_copy_of_its_file(
         file.seek(-64, 2)
         file.write(bytes(range(64)))
     assert all(torch.equal(weight, before[name]) for name, weight in loaded.items())
+
+
+def test_the_text_encoder_is_loaded_again(host: Host) -> None:
+    """Protects: where the host wants a text encoder with weights of its own, as for hooks with dynamic VRAM,
+    it gets the Tiny Studio's anew, as an ordinary patcher with the same weights in other memory.
+    """
+    clip = host.pack_module("models.tiny_studio.studio").load_clip()
+    load, arguments = clip.patcher.cached_patcher_init
+    again = load(*arguments, disable_dynamic=True)
+    assert type(again) is comfy.model_patcher.ModelPatcher
+    own, others = again.model.state_dict(), clip.patcher.model.state_dict()
+    assert own.keys() == others.keys()
+    for name, weight in own.items():
+        assert torch.equal(weight, others[name])
+        assert weight.data_ptr() != others[name].data_ptr()

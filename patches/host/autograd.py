@@ -15,7 +15,7 @@ autograd records gets copies of the tensors without a gradient. A tensor does no
 all are copied; what autograd does not save is freed when the function returns. Hooks on saved tensors would
 copy less, but torch's checkpoint has its own hooks, which take precedence.
 
-The host's kernels for RoPE have no derivative; inside `gradients` the host's own formula takes their place.
+The host's kernels for RoPE have no derivative; inside `gradients` the plain formula takes their place.
 And its DiT blocks add in place to what their norms have saved, so these get copies: as much memory as adding
 out of place would take.
 
@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import comfy.model_patcher
 import torch
 import torch.nn.functional as F
-from comfy.ldm.flux.math import _apply_rope1
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from torch.autograd.graph import saved_tensors_hooks
@@ -102,10 +101,19 @@ def _layer_norm(x: torch.Tensor, *args: Any, weight: torch.Tensor | None = None,
     return F.layer_norm(x.clone() if weight is None and x.requires_grad else x, *args, weight=weight, **rest)
 
 
+def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """RoPE (arXiv 2104.09864): each pair of channels of [..., tokens, channels] times a matrix of
+    [..., tokens, channels / 2, 2, 2].
+    """
+    pairs = x.to(rotation.dtype).unflatten(-1, (-1, 2))
+    turned = rotation[..., 0] * pairs[..., :1] + rotation[..., 1] * pairs[..., 1:]
+    return turned.flatten(-2).type_as(x)
+
+
 def _rotate_both(
     q: torch.Tensor, k: torch.Tensor, rotation: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _apply_rope1(q, rotation), _apply_rope1(k, rotation)
+    return _rotate(q, rotation), _rotate(k, rotation)
 
 
 def _repeatable_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -123,7 +131,7 @@ def _repeatable_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
     return out
 
 
-_KERNELS = {"apply_rope": _rotate_both, "apply_rope1": _apply_rope1}
+_KERNELS = {"apply_rope": _rotate_both, "apply_rope1": _rotate}
 # What takes the place of a function in a region.
 _DERIVABLE: dict[Any, Callable] = {
     F.layer_norm: _layer_norm,
