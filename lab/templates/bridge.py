@@ -1,27 +1,29 @@
-"""The templates and the blueprint of an attention bridge."""
+"""The templates of an attention bridge."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .graph import Blueprint, Graph, Node, Output, Place
+from .graph import Graph, Node, Output, Place
 from .shared import (
     BRIDGE,
-    CANNY,
-    CONTROL,
     FIFTH,
     FLUX,
     FLUX_BRIDGE,
     FOURTH,
     LEFT,
-    LORA,
-    NOW,
     PICTURE,
     SECOND,
     THEN,
     THIRD,
+    add_control,
+    add_edges,
+    add_empty,
     add_notes,
     add_result,
+    add_style,
+    describe_photo,
+    describe_scene,
     load_checkpoint,
     load_photo,
 )
@@ -33,16 +35,8 @@ def guidance(graph: Graph) -> None:
     """One edit at every pair of the bridge's two scales."""
     studio = graph.add("DescEditTinyStudio", (LEFT, 0), 270, 110)
     scene = graph.add("DescEditTinyScene", studio.below(), 270, 500, edit_type="background", seed=3)
-    describe = graph.add(
-        "DescEditDescribe",
-        (SECOND, 0),
-        310,
-        440,
-        clip=studio["clip"],
-        source_text=scene["source_description"],
-        edit_text=scene["edit_description"],
-    )
-    empty = graph.add("CLIPTextEncode", (SECOND, 500), 310, 100, "Empty description", clip=studio["clip"])
+    describe = describe_scene(graph, (SECOND, 0), studio, scene)
+    empty = add_empty(graph, (SECOND, 500), 310, studio["clip"])
     latent = graph.add("VAEEncode", (THIRD, 0), 300, 60, pixels=scene["source"], vae=studio["vae"])
     bridged = graph.add(
         "DescEditApplyBridge",
@@ -78,10 +72,8 @@ def _bridged(
     graph: Graph, model: Output, clip: Output, latent: Node, then: str, bridge_name: str = BRIDGE
 ) -> tuple[Node, Node, Node]:
     """Describe Edit, the empty text and the applied bridge, in the second column."""
-    describe = graph.add(
-        "DescEditDescribe", (SECOND, 0), 310, 360, clip=clip, source_description=NOW, edit_description=then
-    )
-    empty = graph.add("CLIPTextEncode", describe.below(), 310, 100, "Empty description", clip=clip)
+    describe = describe_photo(graph, (SECOND, 0), clip, then, 360)
+    empty = add_empty(graph, describe.below(), 310, clip)
     loaded = graph.add("DescEditLoadBridge", empty.below(), 310, 110, bridge_name=bridge_name)
     applied = graph.add(
         "DescEditApplyBridge",
@@ -178,35 +170,10 @@ def bridge_control(graph: Graph) -> None:
     """A bridge beside a ControlNet and a LoRA."""
     base = load_checkpoint(graph)
     picture, crop, latent = load_photo(graph, base)
-    styled = graph.add(
-        "LoraLoader",
-        (FIFTH, 0),
-        340,
-        160,
-        model=base["MODEL"],
-        clip=base["CLIP"],
-        lora_name=LORA,
-        strength_model=0.8,
-        strength_clip=0.8,
-    )
+    styled = add_style(graph, (FIFTH, 0), 340, base)
     describe, empty, applied = _bridged(graph, styled["MODEL"], styled["CLIP"], latent, THEN)
-    edges = graph.add(
-        "Canny", (FOURTH, 850), 380, 90, image=crop["image"], low_threshold=0.3, high_threshold=0.6
-    )
-    net = graph.add("ControlNetLoader", edges.below(), 380, 60, control_net_name=CANNY, models=CONTROL)
-    controlled = graph.add(
-        "ControlNetApplyAdvanced",
-        styled.below(),
-        340,
-        190,
-        positive=describe["edit"],
-        negative=empty[0],
-        control_net=net[0],
-        image=edges[0],
-        strength=0.6,
-        end_percent=0.6,
-        vae=base["VAE"],
-    )
+    edges, net = add_edges(graph, (FOURTH, 850), 380, crop)
+    controlled = add_control(graph, styled.below(), 340, edges, net, describe, empty, base)
     _sampled(
         graph,
         applied[0],
@@ -246,71 +213,3 @@ def bridge_adapter(graph: Graph) -> None:
     describe, empty, applied = _bridged(graph, adapted[0], base["CLIP"], latent, then)
     _sampled(graph, applied[0], describe["edit"], empty[0], latent, base["VAE"], crop, picture, (FOURTH, 0))
     add_notes(graph, (FOURTH + 350, 850), (380, 240), (THIRD, 920))
-
-
-def bridge_blueprint(graph: Blueprint) -> None:
-    """A bridge on a photo as one node."""
-    sockets = {
-        name: graph.socket(name, kind)
-        for name, kind in (
-            ("model", "MODEL"),
-            ("clip", "CLIP"),
-            ("vae", "VAE"),
-            ("bridge", "ATTENTION_BRIDGE"),
-            ("image", "IMAGE"),
-            ("mask", "MASK"),
-            ("source_description", "STRING"),
-            ("edit_description", "STRING"),
-            ("side", "INT"),
-            ("steps", "INT"),
-            ("image_guidance", "FLOAT"),
-            ("text_guidance", "FLOAT"),
-            ("seed", "INT"),
-        )
-    }
-    crop = graph.add(
-        "DescEditCrop", (0, 0), image=sockets["image"], mask=sockets["mask"], side=sockets["side"]
-    )
-    latent = graph.add("VAEEncode", crop.below(), pixels=crop["image"], vae=sockets["vae"])
-    empty = graph.add("CLIPTextEncode", latent.below(), title="Empty description", clip=sockets["clip"])
-    describe = graph.add(
-        "DescEditDescribe",
-        (380, 0),
-        clip=sockets["clip"],
-        source_description=sockets["source_description"],
-        edit_description=sockets["edit_description"],
-    )
-    applied = graph.add(
-        "DescEditApplyBridge",
-        describe.below(),
-        model=sockets["model"],
-        bridge=sockets["bridge"],
-        reference=latent[0],
-        source=describe["source"],
-    )
-    guided = graph.add(
-        "DescEditDualGuidance",
-        (760, 0),
-        model=applied[0],
-        image_guidance=sockets["image_guidance"],
-        text_guidance=sockets["text_guidance"],
-    )
-    blank = graph.add(
-        "LatentMultiply", guided.below(), title="Empty latent", samples=latent[0], multiplier=0.0
-    )
-    sampled = graph.add(
-        "KSampler",
-        blank.below(),
-        model=guided[0],
-        positive=describe["edit"],
-        negative=empty[0],
-        latent_image=blank[0],
-        seed=sockets["seed"],
-        steps=sockets["steps"],
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="normal",
-    )
-    edited = graph.add("VAEDecode", sampled.below(), samples=sampled[0], vae=sockets["vae"])
-    whole = graph.add("DescEditStitch", edited.below(), crop=crop["crop"], edited=edited[0])
-    graph.results += [("image", whole[0])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import bridge, training, unify
+from . import blueprints, bridge, training, unify
 from .graph import Blueprint, Graph
 
 TEMPLATES: dict[str, Callable[[Graph], None]] = {
@@ -27,14 +27,14 @@ TEMPLATES: dict[str, Callable[[Graph], None]] = {
 
 BLUEPRINTS: dict[str, tuple[Callable[[Blueprint], None], str]] = {
     "Edit by description (UnifyEdit)": (
-        unify.unify_blueprint,
+        blueprints.unify,
         "Edits a photo without training. Connect a model, CLIP, VAE and the photo, and type what it shows "
         "and what it should show, with only the words of the edit changed. A mask limits the edit; without "
         "one auto_mask finds it. seed matters with the inversion virtual only. side: 512 for SD1.x, 1024 "
         "for SDXL, 128 for the Tiny Studio.",
     ),
     "Edit by description (attention bridge)": (
-        bridge.bridge_blueprint,
+        blueprints.bridge,
         "Draws what you describe while it attends to your photo through an attention bridge. Connect a model "
         "and the bridge trained for it, CLIP, VAE and the photo. More image_guidance keeps more of the "
         "photo, more text_guidance follows the text more. side: 512 for SD1.x, 128 for the Tiny Studio.",

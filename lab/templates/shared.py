@@ -92,3 +92,64 @@ def load_photo(graph: Graph, model: Node, **crop: Any) -> tuple[Node, Node, Node
     cut = graph.add("DescEditCrop", photo.below(), 270, 360, image=photo["IMAGE"], mask=photo["MASK"], **crop)
     latent = graph.add("VAEEncode", cut.below(), 270, 60, pixels=cut["image"], vae=model["VAE"])
     return photo, cut, latent
+
+
+def describe_photo(graph: Graph, at: Place, clip: Output, then: str = THEN, height: float = 440) -> Node:
+    """Describe Edit on what ComfyUI's own picture shows. then: the edit description."""
+    return graph.add(
+        "DescEditDescribe", at, 310, height, clip=clip, source_description=NOW, edit_description=then
+    )
+
+
+def describe_scene(graph: Graph, at: Place, studio: Node, scene: Node) -> Node:
+    """Describe Edit on a drawn scene."""
+    source, edit = scene["source_description"], scene["edit_description"]
+    return graph.add(
+        "DescEditDescribe", at, 310, 440, clip=studio["clip"], source_text=source, edit_text=edit
+    )
+
+
+def add_empty(graph: Graph, at: Place, width: float, clip: Output) -> Node:
+    """The empty description."""
+    return graph.add("CLIPTextEncode", at, width, 100, "Empty description", clip=clip)
+
+
+def add_style(graph: Graph, at: Place, width: float, base: Node) -> Node:
+    """A LoRA on the checkpoint."""
+    return graph.add(
+        "LoraLoader",
+        at,
+        width,
+        160,
+        model=base["MODEL"],
+        clip=base["CLIP"],
+        lora_name=LORA,
+        strength_model=0.8,
+        strength_clip=0.8,
+    )
+
+
+def add_edges(graph: Graph, at: Place, width: float, crop: Node) -> tuple[Node, Node]:
+    """The photo's edges, and below them the ControlNet that reads them."""
+    edges = graph.add("Canny", at, width, 90, image=crop["image"], low_threshold=0.3, high_threshold=0.6)
+    net = graph.add("ControlNetLoader", edges.below(), width, 60, control_net_name=CANNY, models=CONTROL)
+    return edges, net
+
+
+def add_control(
+    graph: Graph, at: Place, width: float, edges: Node, net: Node, describe: Node, empty: Node, base: Node
+) -> Node:
+    """The ControlNet on the edit description and the empty one."""
+    return graph.add(
+        "ControlNetApplyAdvanced",
+        at,
+        width,
+        190,
+        positive=describe["edit"],
+        negative=empty[0],
+        control_net=net[0],
+        image=edges[0],
+        strength=0.6,
+        end_percent=0.6,
+        vae=base["VAE"],
+    )

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from .graph import Graph
-from .shared import FOURTH, LEFT, PAIRED, SECOND, TALKER, TALKERS, THIRD, add_notes, load_checkpoint
+from .shared import (
+    FOURTH,
+    LEFT,
+    PAIRED,
+    SECOND,
+    TALKER,
+    TALKERS,
+    THIRD,
+    add_empty,
+    add_notes,
+    describe_scene,
+    load_checkpoint,
+)
 
 
 def make_pairs(graph: Graph) -> None:
@@ -156,15 +168,7 @@ def train_tiny(graph: Graph) -> None:
         **PAIRED,
     )
     scene = graph.add("DescEditTinyScene", (SECOND, 0), 310, 500, seed=4, wording="simple")
-    describe = graph.add(
-        "DescEditDescribe",
-        scene.below(),
-        310,
-        440,
-        clip=studio["clip"],
-        source_text=scene["source_description"],
-        edit_text=scene["edit_description"],
-    )
+    describe = describe_scene(graph, scene.below(), studio, scene)
     latent = graph.add("VAEEncode", (THIRD, 0), 300, 60, pixels=scene["source"], vae=studio["vae"])
     bridged = graph.add(
         "DescEditApplyBridge",
@@ -176,7 +180,7 @@ def train_tiny(graph: Graph) -> None:
         reference=latent[0],
         source=describe["source"],
     )
-    empty = graph.add("CLIPTextEncode", bridged.below(), 300, 100, "Empty description", clip=studio["clip"])
+    empty = add_empty(graph, bridged.below(), 300, studio["clip"])
     guided = graph.add("DescEditDualGuidance", empty.below(), 300, 150, model=bridged[0], text_guidance=3.0)
     blank = graph.add("EmptyLatentImage", guided.below(), 300, 110, width=128, height=128)
     pictures = []

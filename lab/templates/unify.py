@@ -1,30 +1,32 @@
-"""The templates and the blueprint of UnifyEdit."""
+"""The templates of UnifyEdit."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .graph import Blueprint, Graph, Node, Output, Place
+from .graph import Graph, Node, Output, Place
 from .shared import (
-    CANNY,
-    CONTROL,
     DISTILLED,
     FIFTH,
     FLUX,
     FOURTH,
     LEFT,
     LITERATURE,
-    LORA,
     MEASURED,
     NOW,
     SDXL,
     SECOND,
     TALKER,
     TALKERS,
-    THEN,
     THIRD,
+    add_control,
+    add_edges,
+    add_empty,
     add_notes,
     add_result,
+    add_style,
+    describe_photo,
+    describe_scene,
     load_checkpoint,
     load_photo,
 )
@@ -34,15 +36,7 @@ def start(graph: Graph) -> None:
     """A drawn scene, edited by the small model."""
     studio = graph.add("DescEditTinyStudio", (LEFT, 0), 270, 110)
     scene = graph.add("DescEditTinyScene", studio.below(), 270, 500, seed=8, wording="complex")
-    describe = graph.add(
-        "DescEditDescribe",
-        (SECOND, 0),
-        310,
-        440,
-        clip=studio["clip"],
-        source_text=scene["source_description"],
-        edit_text=scene["edit_description"],
-    )
+    describe = describe_scene(graph, (SECOND, 0), studio, scene)
     latent = graph.add("VAEEncode", (SECOND, 500), 310, 60, pixels=scene["source"], vae=studio["vae"])
     unify = graph.add(
         "DescEditUnify",
@@ -74,16 +68,8 @@ def photo_sdxl(graph: Graph) -> None:
 
 def _photo(graph: Graph, model: Node, side: int = 512, **options: Any) -> None:
     picture, crop, latent = load_photo(graph, model, side=side)
-    empty = graph.add("CLIPTextEncode", (SECOND, 500), 310, 100, "Empty description", clip=model["CLIP"])
-    describe = graph.add(
-        "DescEditDescribe",
-        (SECOND, 0),
-        310,
-        440,
-        clip=model["CLIP"],
-        source_description=NOW,
-        edit_description=THEN,
-    )
+    empty = add_empty(graph, (SECOND, 500), 310, model["CLIP"])
+    describe = describe_photo(graph, (SECOND, 0), model["CLIP"])
     chosen = graph.add("DescEditUnifyOptions", (THIRD, 0), 300, 500, auto_mask=True, **options)
     _edit_photo(graph, model, describe, empty, crop, latent, picture, chosen, chosen.below())
     add_notes(graph, (SECOND, 640), (310, 290))
@@ -93,15 +79,7 @@ def photo_flux(graph: Graph) -> None:
     """The same with Flux.1 dev, which has learned guidance by the text."""
     model = load_checkpoint(graph, FLUX)
     picture, crop, latent = load_photo(graph, model, side=1024)
-    describe = graph.add(
-        "DescEditDescribe",
-        (SECOND, 0),
-        310,
-        360,
-        clip=model["CLIP"],
-        source_description=NOW,
-        edit_description=THEN,
-    )
+    describe = describe_photo(graph, (SECOND, 0), model["CLIP"], height=360)
     source = graph.add(
         "FluxGuidance",
         describe.below(),
@@ -184,44 +162,16 @@ def control(graph: Graph) -> None:
     """Your photo, with a ControlNet and a LoRA."""
     base = load_checkpoint(graph)
     picture, crop, latent = load_photo(graph, base)
-    styled = graph.add(
-        "LoraLoader",
-        (SECOND, 0),
-        310,
-        160,
-        model=base["MODEL"],
-        clip=base["CLIP"],
-        lora_name=LORA,
-        strength_model=0.8,
-        strength_clip=0.8,
-    )
-    describe = graph.add(
-        "DescEditDescribe",
+    styled = add_style(graph, (SECOND, 0), 310, base)
+    describe = describe_photo(
+        graph,
         styled.below(),
-        310,
-        440,
-        clip=styled["CLIP"],
-        source_description="a drawing of a girl in a pink dress on a green hill",
-        edit_description="a watercolor painting of a girl in a pink dress on a green hill",
+        styled["CLIP"],
+        "a watercolor painting of a girl in a pink dress on a green hill",
     )
-    empty = graph.add("CLIPTextEncode", describe.below(), 310, 100, "Empty description", clip=styled["CLIP"])
-    edges = graph.add(
-        "Canny", (THIRD, 0), 300, 90, image=crop["image"], low_threshold=0.3, high_threshold=0.6
-    )
-    net = graph.add("ControlNetLoader", edges.below(), 300, 60, control_net_name=CANNY, models=CONTROL)
-    applied = graph.add(
-        "ControlNetApplyAdvanced",
-        net.below(),
-        300,
-        190,
-        positive=describe["edit"],
-        negative=empty[0],
-        control_net=net[0],
-        image=edges[0],
-        strength=0.6,
-        end_percent=0.6,
-        vae=base["VAE"],
-    )
+    empty = add_empty(graph, describe.below(), 310, styled["CLIP"])
+    edges, net = add_edges(graph, (THIRD, 0), 300, crop)
+    applied = add_control(graph, net.below(), 300, edges, net, describe, empty, base)
     unify = graph.add(
         "DescEditUnify",
         applied.below(),
@@ -275,7 +225,7 @@ def instruction(graph: Graph) -> None:
     describe = graph.add(
         "DescEditDescribe", (THIRD, 0), 300, 400, clip=model["CLIP"], source_text=source[0], edit_text=told[0]
     )
-    empty = graph.add("CLIPTextEncode", (FIFTH, 0), 340, 100, "Empty description", clip=model["CLIP"])
+    empty = add_empty(graph, (FIFTH, 0), 340, model["CLIP"])
     options = graph.add("DescEditUnifyOptions", empty.below(), 340, 500, auto_mask=True)
     _edit_photo(graph, model, describe, empty, crop, latent, picture, options, describe.below())
     add_notes(graph, (FIFTH, 720), (340, 220))
@@ -295,15 +245,7 @@ def parts(graph: Graph) -> None:
         steps=25,
         denoise=0.6,
     )
-    describe = graph.add(
-        "DescEditDescribe",
-        (SECOND, 0),
-        310,
-        440,
-        clip=studio["clip"],
-        source_text=scene["source_description"],
-        edit_text=scene["edit_description"],
-    )
+    describe = describe_scene(graph, (SECOND, 0), studio, scene)
     latent = graph.add("VAEEncode", describe.below(), 310, 60, pixels=scene["source"], vae=studio["vae"])
     mask = graph.add(
         "DescEditFindMask",
@@ -337,7 +279,7 @@ def parts(graph: Graph) -> None:
         balance=balance["balance"],
         mask=mask[0],
     )
-    empty = graph.add("CLIPTextEncode", sampler.below(), 300, 100, "Empty description", clip=studio["clip"])
+    empty = add_empty(graph, sampler.below(), 300, studio["clip"])
     guider = graph.add(
         "CFGGuider",
         (FOURTH, 0),
@@ -393,67 +335,3 @@ def parts(graph: Graph) -> None:
         mask=scene["mask"],
     )
     add_notes(graph, (FOURTH + 340, 880), (400, 130), (LEFT, 900))
-
-
-def unify_blueprint(graph: Blueprint) -> None:
-    """UnifyEdit on a photo as one node."""
-    sockets = {
-        name: graph.socket(name, kind)
-        for name, kind in (
-            ("model", "MODEL"),
-            ("clip", "CLIP"),
-            ("vae", "VAE"),
-            ("image", "IMAGE"),
-            ("mask", "MASK"),
-            ("source_description", "STRING"),
-            ("edit_description", "STRING"),
-            ("side", "INT"),
-            ("steps", "INT"),
-            ("cfg", "FLOAT"),
-            ("denoise", "FLOAT"),
-            ("structure", "FLOAT"),
-            ("words", "FLOAT"),
-            ("auto_mask", "BOOLEAN"),
-            ("inversion", "COMBO"),
-            ("seed", "INT"),
-        )
-    }
-    crop = graph.add(
-        "DescEditCrop", (0, 0), image=sockets["image"], mask=sockets["mask"], side=sockets["side"]
-    )
-    latent = graph.add("VAEEncode", crop.below(), pixels=crop["image"], vae=sockets["vae"])
-    empty = graph.add("CLIPTextEncode", latent.below(), title="Empty description", clip=sockets["clip"])
-    describe = graph.add(
-        "DescEditDescribe",
-        (380, 0),
-        clip=sockets["clip"],
-        source_description=sockets["source_description"],
-        edit_description=sockets["edit_description"],
-    )
-    options = graph.add(
-        "DescEditUnifyOptions",
-        describe.below(),
-        auto_mask=sockets["auto_mask"],
-        inversion=sockets["inversion"],
-        virtual_seed=sockets["seed"],
-    )
-    names = ("steps", "cfg", "denoise", "structure", "words")
-    dials: dict[str, Any] = {name: sockets[name] for name in names}
-    unify = graph.add(
-        "DescEditUnify",
-        (760, 0),
-        model=sockets["model"],
-        source=describe["source"],
-        edit=describe["edit"],
-        edit_tokens=describe["edit_tokens"],
-        latent=latent[0],
-        negative=empty[0],
-        mask=crop["mask"],
-        options=options[0],
-        **dials,
-    )
-    edited = graph.add("VAEDecode", unify.below(), samples=unify["latent"], vae=sockets["vae"])
-    whole = graph.add(
-        "DescEditStitch", edited.below(), crop=crop["crop"], edited=edited[0], mask=unify["mask"]
-    )
-    graph.results += [("image", whole[0]), ("crop_mask", unify["mask"]), ("plot", unify["plot"])]
