@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .graph import Blueprint, Node, Output
 
 PHOTO = {
@@ -101,12 +103,12 @@ def bridge(graph: Blueprint) -> None:
     _put_back(graph, given, crop, sampled[0], sampled)
 
 
-def _sockets(graph: Blueprint, **kinds: str) -> dict[str, Output]:
+def _sockets(graph: Blueprint, **kinds: str) -> dict[str, Any]:
     """The blueprint's own inputs by name."""
     return {name: graph.socket(name, kind) for name, kind in kinds.items()}
 
 
-def _described(graph: Blueprint, given: dict[str, Output]) -> tuple[Node, Node, Node, Node]:
+def _described(graph: Blueprint, given: dict[str, Any]) -> tuple[Node, Node, Node, Node]:
     """The photo's crop, its latent, the empty description and Describe Edit, in two columns."""
     crop = graph.add("DescEditCrop", (0, 0), image=given["image"], mask=given["mask"], side=given["side"])
     latent = graph.add("VAEEncode", crop.below(), pixels=crop["image"], vae=given["vae"])
@@ -122,7 +124,7 @@ def _described(graph: Blueprint, given: dict[str, Output]) -> tuple[Node, Node, 
 
 
 def _put_back(
-    graph: Blueprint, given: dict[str, Output], crop: Node, latent: Output, above: Node, **mask: Output
+    graph: Blueprint, given: dict[str, Any], crop: Node, latent: Output, above: Node, **mask: Any
 ) -> None:
     """The photo with the edited latent in it, below a node: the blueprint's first result."""
     edited = graph.add("VAEDecode", above.below(), samples=latent, vae=given["vae"])
