@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST
 from comfy.utils import model_trange
 
-from .attention.networks import network_of
+from .attention.networks import readable_of
 from .host.identity import ModelIdentity
 from .host.inputs import read_samples
 from .host.network_runs import NetworkRuns, refuse_cached_steps
@@ -209,7 +209,7 @@ def _checked(
     model: ModelPatcher, samples: torch.Tensor, sigmas: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The latent, and `sigmas` on the CPU. Raises ValueError for invalid inputs."""
-    network_of(model.model.diffusion_model)
+    readable_of(model.model.diffusion_model)
     samples = read_samples("latent", samples, model)
     if torch.count_nonzero(samples) == 0:
         raise ValueError("latent is empty: encode the image to edit with VAEEncode")

@@ -22,6 +22,7 @@ from host import Host
 from unify_edit import Edit, euler
 
 Inputs = tuple[dict[str, Any], ...]
+WITHOUT_AREAS = tuple(name for name in bridge_edit.LAYOUTS if name not in ("an area", "a mask"))
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class BridgeOfReference(Bridge):
     """The same, with the other direction, which cannot follow the area of a conditioning or of its mask."""
 
     direction = "reference_queries"
-    layouts = tuple(name for name in bridge_edit.LAYOUTS if name not in ("an area", "a mask"))
+    layouts = WITHOUT_AREAS
 
 
 class MaskedBridge(Bridge):
@@ -165,6 +166,7 @@ METHODS = (Bridge, BridgeOfReference, MaskedBridge, DualGuidance, Recorder, Unif
 FEWER: dict[str, tuple[type[Bridge], ...]] = {
     "Flux.1 schnell": (Bridge, UnifyEdit),
     "Flux.2": (Bridge, BridgeOfReference),
+    "SD3.5": (Bridge, DualGuidance),
 }
 # Every method on every kind of network that it runs on; and what has weights of its own, however the host
 # keeps weights.
@@ -197,7 +199,10 @@ def method(
     with memory_modes.MODES[mode]():
         if (kind, mode) not in models:
             models[kind, mode] = small_models.KINDS[kind]()
-        yield method(host, models[kind, mode])
+        made = method(host, models[kind, mode])
+        if kind == "SD3.5":  # whose positions do not follow an area
+            made.layouts = WITHOUT_AREAS
+        yield made
 
 
 def test_neutral_inputs_change_no_bit(method: Bridge) -> None:
@@ -271,6 +276,7 @@ class _Others:
             patched.set_model_patch(self._output(slot), slot)
         for slot, block in (("attn1", ("middle", 0)), ("attn2", ("middle", 0)), ("attn1", ("output", 0))):
             patched.set_model_patch_replace(self._attention(slot), slot, *block)
+        patched.set_model_patch_replace(self._block, "dit", "double_block", 1)
         return patched
 
     def _note(self, slot: str, tensor: torch.Tensor, options: dict[str, Any]) -> None:
@@ -299,6 +305,12 @@ class _Others:
             return out
 
         return patch
+
+    def _block(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        self._note(
+            "dit", args["img"], {**args["transformer_options"], "block": ("double", 1), "block_index": 1}
+        )
+        return extra["original_block"](args)
 
     def _attention(self, slot: str) -> Any:
         def replace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The bridge's formulas on a DiT of Flux's kind, in float64, from what its blocks were seen to compute."""
+"""The bridge's formulas on a DiT, in float64, from what its blocks were seen to compute."""
 
 from __future__ import annotations
 
@@ -34,10 +34,15 @@ class Blocks:
 
     def __enter__(self) -> Blocks:
         network = self.model.model.diffusion_model
-        for index, block in enumerate(network.double_blocks):
+        for index, block in enumerate(getattr(network, "double_blocks", ())):
             self._double(f"double_block.{index}.0", block)
-        for index, block in enumerate(network.single_blocks):
+        for index, block in enumerate(getattr(network, "single_blocks", ())):
             self._single(f"single_block.{index}.0", block)
+        for index, block in enumerate(getattr(network, "joint_blocks", ())):
+            text = self._parts(block.context_block.attn, lambda _: None)
+            self._of_sd3(f"double_block.{index}.0", block.x_block.attn, text)
+            if block.x_block.x_block_self_attn:
+                self._of_sd3(f"double_block.{index}.1", block.x_block.attn2, {})
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -83,6 +88,43 @@ class Blocks:
             block.linear2.register_forward_pre_hook(result),
         ]
 
+    def _parts(self, attention: Any, done: Any) -> dict[str, torch.Tensor]:
+        """What a text's or an image's tokens in a block of SD3 have, [rows, heads, tokens, channels]; `done`
+        is called with it.
+        """
+        parts: dict[str, torch.Tensor] = {}
+
+        def values(_: Any, args: tuple, found: torch.Tensor) -> None:
+            (wide,) = _wide([found])
+            parts["v"] = wide.unflatten(2, (3, attention.num_heads, -1))[:, :, 2].transpose(1, 2)
+
+        def queries(_: Any, args: tuple, found: torch.Tensor) -> None:
+            parts["q"] = _wide([found])[0].transpose(1, 2)
+
+        def keys(_: Any, args: tuple, found: torch.Tensor) -> None:
+            parts["k"] = _wide([found])[0].transpose(1, 2)
+            done(parts)
+
+        self._handles += [
+            module.register_forward_hook(note)
+            for module, note in ((attention.qkv, values), (attention.ln_q, queries), (attention.ln_k, keys))
+        ]
+        return parts
+
+    def _of_sd3(self, key: str, attention: Any, text: dict[str, torch.Tensor]) -> None:
+        calls = self.calls.setdefault(key, [])
+
+        def begin(image: dict[str, torch.Tensor]) -> None:
+            pairs = {name: [text[name], image[name]] if text else [image[name]] for name in "qkv"}
+            q, k, v = (torch.cat(pair, dim=2) for pair in pairs.values())
+            calls.append(Call(q, k, v, text["q"].shape[2] if text else 0))
+
+        def result(_: Any, args: tuple) -> None:
+            (calls[-1].result,) = _wide(args)
+
+        self._parts(attention, begin)
+        self._handles.append(attention.proj.register_forward_pre_hook(result))
+
 
 def _wide(tensors: Any) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.detach().double().cpu() for tensor in tensors)
@@ -92,8 +134,9 @@ class Positions:
     """The positions of a network's tokens, and the rotations by them, in float64."""
 
     def __init__(self, model: Any) -> None:
-        params = model.model.diffusion_model.params
-        self.axes, self.theta = params.axes_dim, params.theta
+        params = getattr(model.model.diffusion_model, "params", None)
+        self.axes = params.axes_dim if params else ()  # SD3's tokens are not rotated
+        self.theta = params.theta if params else 0
 
     def grid(
         self,
@@ -104,6 +147,8 @@ class Positions:
     ) -> torch.Tensor:
         """Positions of an image's tokens, [tokens, axes]: row and column are the second and the third."""
         found = torch.zeros(height, width, len(self.axes), dtype=torch.float64)
+        if not self.axes:
+            return found.flatten(0, 1)
         found[..., 1] = (torch.arange(height) * scale[0] + corner[0])[:, None]
         found[..., 2] = (torch.arange(width) * scale[1] + corner[1])[None]
         return found.flatten(0, 1)
@@ -116,6 +161,8 @@ class Positions:
 
     def rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """RoPE: pairs of channels of [rows, heads, tokens, channels] turned by angles of the positions."""
+        if not self.axes:
+            return x
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         angles = []
         for axis, size in enumerate(self.axes):
@@ -129,9 +176,9 @@ class Formula(Positions):
     """One layer of a bridge on a network: its learned matrices in float64, and the formulas."""
 
     def __init__(self, model: Any, bridge: Any, key: str) -> None:
-        params = model.model.diffusion_model.params
+        network = model.model.diffusion_model
         super().__init__(model)
-        self.heads = params.num_heads
+        self.heads = network.num_heads
         settings = bridge.model.settings
         self.fusion, scale = settings.fusion, settings.alpha / settings.rank
         parts = {
@@ -139,7 +186,7 @@ class Formula(Positions):
             for name, weight in bridge.model.state_dict().items()
             if name.startswith(f"{key}.")
         }
-        unit = torch.eye(params.hidden_size, dtype=torch.float64)
+        unit = torch.eye(network.hidden_size, dtype=torch.float64)
         self.changed = {
             name: unit + scale * parts[f"{name}.up"] @ parts[f"{name}.down"]
             if f"{name}.up" in parts

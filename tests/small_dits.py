@@ -62,17 +62,40 @@ _CHROMA = {
     "hidden_dim": 48,
     "n_layers": 2,
 }
+_SD3 = {
+    "in_channels": 16,
+    "out_channels": None,
+    "patch_size": 2,
+    "depth": 2,
+    "num_blocks": 3,
+    "input_size": None,
+    "adm_in_channels": CONTEXT_WIDTH,
+    "num_patches": 24 * 24,
+    "pos_embed_max_size": 24,
+    "pos_embed_scaling_factor": None,
+    "qk_norm": "rms",
+    "context_embedder_config": {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": CONTEXT_WIDTH, "out_features": 128},
+    },
+    "x_block_self_attn_layers": [0, 1],
+}
+# Of Flux's kind.
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "Flux.1 dev": (families.Flux, _FLUX),
     "Flux.1 schnell": (families.FluxSchnell, {**_FLUX, "guidance_embed": False}),
     "Flux.2": (families.Flux2, _FLUX2),
     "Chroma": (families.Chroma, _CHROMA),
 }
+# Those whose attention only a bridge reaches.
+OTHERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "SD3.5": (families.SD3, _SD3),
+}
 
 
 def _model(name: str, dtype: torch.dtype, changes: dict[str, Any]) -> Any:
     """The host's BaseModel, without weights. Half precision is computed in float32, as on a CPU."""
-    family, config = FAMILIES[name]
+    family, config = {**FAMILIES, **OTHERS}[name]
     config = {**config, **changes, "dtype": dtype}
     found = family(dict(config))
     found.unet_config = config  # the constructor adds what it does not know
@@ -89,7 +112,7 @@ def state_dict(name: str, seed: int = 0, **changes: Any) -> dict[str, torch.Tens
     for key, weight in shapes.items():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
-            gain = 0.5 if "mod" in key else 1.0
+            gain = 0.5 if "mod" in key or "adaLN" in key else 1.0
             weights[key] = gain * noise / weight[0].numel() ** 0.5
         else:
             weights[key] = 0.05 * noise + float(key.endswith("weight"))

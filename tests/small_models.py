@@ -126,7 +126,7 @@ def small_unet(
 KINDS: dict[str, Callable[[], Any]] = {
     "SD1.5": small_unet,
     "SDXL": lambda: small_unet(layout=SDXL_LAYOUT),
-    **{name: partial(small_dits.small_dit, name) for name in small_dits.FAMILIES},
+    **{name: partial(small_dits.small_dit, name) for name in (*small_dits.FAMILIES, *small_dits.OTHERS)},
 }
 
 

@@ -1,4 +1,4 @@
-"""The attention bridge on DiTs of Flux's kind: its numbers at every layer, and what is read when."""
+"""The attention bridge on DiTs: its numbers at every layer, and what is read when."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_formula import Blocks, Call, Formula
 from host import Host
 from unify_edit import FakeControl
 
-FAMILIES = tuple(small_dits.FAMILIES)
+FAMILIES = *small_dits.FAMILIES, *small_dits.OTHERS
 CASES = [
     ("edit_queries", "linear", 0, False),
     ("edit_queries", "linear", 6, False),

@@ -21,7 +21,7 @@ from host import Host, device
 from live_bytes import LiveBytes
 from training_settings import batch_of
 
-DITS = tuple(small_dits.FAMILIES)
+DITS = *small_dits.FAMILIES, *small_dits.OTHERS
 TOKENS, PAIRS, SIZE = 10, 2, (8, 12)
 
 
@@ -211,7 +211,14 @@ def encoded(host: Host, model: Any, folder: Path, pairs: int = 3) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
-    [("SDXL", False), ("SDXL", True), ("Flux.1 dev", True), ("Flux.2", True), ("Chroma", False)],
+    [
+        ("SDXL", False),
+        ("SDXL", True),
+        ("Flux.1 dev", True),
+        ("Flux.2", True),
+        ("Chroma", False),
+        ("SD3.5", False),
+    ],
 )
 def test_the_node_trains(
     host: Host, training: Any, models: dict[str, Any], kind: str, checkpointing: bool, tmp_path: Path

@@ -487,11 +487,32 @@ def test_tiny_base_in_the_dtype(host: Host) -> None:
             assert {weight.dtype for weight in weights} == {dtype}
 
 
-def flux_file(path: Path) -> None:
-    """A file of a small Flux.1 alone, in bf16: one head of the host's width, a double and a single block."""
-    config: dict[str, Any] = {"hidden_size": 128, "num_heads": 1, "axes_dim": [16, 56, 56], "depth": 1}
-    config |= {"depth_single_blocks": 1, "context_in_dim": 128, "vec_in_dim": 128}
-    weights = small_models.small_dits.state_dict("Flux.1 dev", **config)
+FILES: dict[str, dict[str, Any]] = {
+    "Flux.1 dev": {
+        "hidden_size": 128,
+        "num_heads": 1,
+        "axes_dim": [16, 56, 56],
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "context_in_dim": 128,
+        "vec_in_dim": 128,
+    },
+    "SD3.5": {
+        "depth": 2,
+        "num_blocks": 2,
+        "x_block_self_attn_layers": [0],
+        "adm_in_channels": 128,
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": 128, "out_features": 128},
+        },
+    },
+}
+
+
+def dit_file(path: Path, family: str) -> None:
+    """A file of a small DiT alone, in bf16, of shapes from which the host's loader tells the family."""
+    weights = small_models.small_dits.state_dict(family, **FILES[family])
     safetensors.torch.save_file({name: weight.bfloat16() for name, weight in weights.items()}, path)
 
 
@@ -506,13 +527,21 @@ class _FluxVae:
         return small.repeat(1, 6, 1, 1)[:, :16]
 
 
-def test_flux_from_its_own_file(
-    host: Host, training: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("family", "base"), [("Flux.1 dev", "Flux"), ("SD3.5", "SD3")])
+def test_a_dit_from_its_own_file(
+    host: Host,
+    training: Any,
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    base: str,
 ) -> None:
-    """Protects: the command trains a Flux.1 from a file of the network alone, with another file's text
-    encoder and VAE, blocks computed again, and an F of low rank; the loss falls, and the bridge is for Flux.
+    """Protects: the command trains a Flux.1 or SD3.5 from a file of the network alone, with another file's
+    text encoder and VAE, blocks computed again, and an F of low rank; the loss falls, and the bridge is for
+    that family.
     """
-    flux_file(tmp_path / "flux.safetensors")
+    dit_file(tmp_path / "dit.safetensors", family)
     base_model = host.pack_module("training.base_model")
     clip = host.execute("DescEditTinyStudio")[1]
     monkeypatch.setattr(base_model.BaseModelLoader, "encoders", lambda _: (_FluxVae(), clip))
@@ -524,12 +553,12 @@ def test_flux_from_its_own_file(
         "cache": str(tmp_path / "encoded"),
         "steps": 20,
     }
-    run = make_run(training, tmp_path, data, base=str(tmp_path / "flux.safetensors"), **changes)
+    run = make_run(training, tmp_path, data, base=str(tmp_path / "dit.safetensors"), **changes)
     before = {name: weight.clone() for name, weight in run.model.model.state_dict().items()}
     assert run.train()
     assert all(torch.equal(w, before[name]) for name, w in run.model.model.state_dict().items())
     bridge = host.pack_module("models.bridge_file").load_bridge(tmp_path / "run" / "bridge.safetensors").model
-    assert (bridge.settings.base, bridge.settings.fuse_rank) == ("Flux", 2)
+    assert (bridge.settings.base, bridge.settings.fuse_rank) == (base, 2)
     with torch.no_grad():
         again = [float(run.trainer.loss(forward).mean()) for forward in range(20)]
     assert sum(again) < 0.99 * sum(run.trainer.losses)

@@ -82,7 +82,8 @@ class BaseModelLoader:
     def _is_dit(self) -> bool:
         try:
             with safetensors.safe_open(str(self.file), framework="pt") as file:
-                return any("double_blocks." in name for name in file.keys())  # noqa: SIM118 (not a dict)
+                names = list(file.keys())
+            return any(part in name for name in names for part in ("double_blocks.", "joint_blocks."))
         except safetensors.SafetensorError:  # a file of another kind, which the host reads or refuses
             return False
 

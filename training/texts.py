@@ -38,6 +38,8 @@ def text_conditions(
     texts: of each row. Where the network takes texts of any length, shorter ones are filled up and hidden by
         a mask, so that each row is what it is alone.
     latents: [rows, channels, height, width].
+
+    Raises ValueError for texts of several lengths where the network has no such mask.
     """
     rows = []
     for row, text in enumerate(texts):
@@ -51,6 +53,12 @@ def text_conditions(
     filled = [F.pad(embedding, (0, 0, 0, longest - embedding.shape[1])) for embedding in embeddings]
     joined["context"] = torch.cat(filled)
     if any(embedding.shape[1] < longest for embedding in embeddings):
+        if "attention_mask" not in network.conditions:
+            lengths = ", ".join(str(found) for found in sorted({each.shape[1] for each in embeddings}))
+            raise ValueError(
+                f"the descriptions of a batch have several lengths ({lengths} tokens), and {network.name} "
+                "cannot hide what the shorter ones lack: train with batch 1, or shorten the descriptions"
+            )
         joined["attention_mask"] = _mask(network, embeddings, longest, latents)
     return joined
 

@@ -29,9 +29,10 @@ def layer_name(kind: str, key: str) -> str:
     """`the self-attention of layer output.3.0`.
 
     kind: the host's, `attn1` or `attn2`.
-    key: the layer's. Blocks of DiTs have one attention for both.
+    key: the layer's. Blocks of DiTs have one attention for both, and some a second one of the image alone.
     """
-    return f"the {'joint attention' if '_block.' in key else _KINDS[kind]} of layer {key}"
+    joint = "_block." in key and key.endswith(".0")
+    return f"the {'joint attention' if joint else _KINDS[kind]} of layer {key}"
 
 
 def check_rows(layer: str, found: int, expected: int) -> None:

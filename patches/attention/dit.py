@@ -1,26 +1,16 @@
-"""DiTs of Flux's kind, as the host builds them: Flux.1, Flux.2, Chroma, Chroma Radiance.
-
-Text and image attend to each other in one joint attention a block. The host's slots show its queries, keys
-and values before they are rotated by the tokens' positions (RoPE), and its result before the output
-projection: a block's weights are never read, so they may be quantised.
-"""
+"""What the adapters of DiTs have in common: a joint attention of text and image a block."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from comfy.ldm.chroma.model import Chroma
-from comfy.ldm.chroma_radiance.model import ChromaRadiance
-from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
-from comfy.ldm.flux.model import Flux
 
-from ..host.blocks import RunBlock, around_blocks
-from .hooks import After, Attention, Before, ForwardEnded, Joint
-from .layers import MEASURED, MEASURED_STRUCTURE, USUAL, AttentionLayer, Block, named_layers
+from ..host.blocks import blocks_of
+from .hooks import After
+from .layers import AttentionLayer, Block
 
 
 class DiT:
@@ -29,30 +19,35 @@ class DiT:
     module: the host's `diffusion_model`.
     layers: by key, in the order in which they run.
     outputs: by key, what a joint attention's result passes before a bridge joins it: nothing.
-
-    Raises ValueError for LongCat-Image, which moves the tokens' positions outside of the network.
     """
 
-    conditions = ("y", "guidance", "attention_mask")
+    conditions: tuple[str, ...] = ("y", "guidance", "attention_mask")
     positional = True
-    text_tokens = None
-    joint_text = 512  # of Flux.1 dev and Flux.2; fewer elsewhere
+    any_reference_size = False
+    text_tokens: int | None = None
+    joint_text = 512
 
-    def __init__(self, module: Flux | Chroma) -> None:
-        if list(module.params.txt_ids_dims) == [1, 2]:
-            raise ValueError("LongCat-Image is not supported yet: use Flux.1, Flux.2 or Chroma")
-        self.module, self.name = module, type(module).__name__
-        # Chroma Radiance counts its channels before it cuts the image into patches.
-        whole = isinstance(module, ChromaRadiance)
-        self.channels: int = module.in_channels // (1 if whole else module.patch_size**2)
-        # Chroma does not read the option that would put a reference of another size on the image's positions.
-        self.any_reference_size = isinstance(module, Flux)
-        level, width, heads = round(math.log2(module.patch_size)), module.hidden_size, module.num_heads
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        channels: int,
+        patch: int,
+        width: int,
+        heads: int,
+        second: Sequence[int] = (),
+    ) -> None:
+        """
+        channels: of the network's input.
+        patch: positions of the latent in a token, per side.
+        second: numbers of the blocks whose image's tokens have a self-attention of their own as well.
+        """
+        self.module, self.name, self.channels = module, name, channels
         self.layers: dict[str, AttentionLayer] = {}
-        for kind, blocks in (("double_block", module.double_blocks), ("single_block", module.single_blocks)):
-            for index in range(len(blocks)):
-                key = f"{kind}.{index}.0"
-                self.layers[key] = AttentionLayer(key, level, width, heads, f"{kind}s.{index}")
+        for (kind, number), path, _ in blocks_of(module):
+            for turn in range(1 + (number in second)):
+                key = f"{kind}.{number}.{turn}"
+                self.layers[key] = AttentionLayer(key, round(math.log2(patch)), width, heads, path)
         self.outputs: dict[str, torch.nn.Module] = dict.fromkeys(self.layers, torch.nn.Identity())
 
     @property
@@ -60,194 +55,43 @@ class DiT:
         """Channels of a token at each layer."""
         return {key: layer.width for key, layer in self.layers.items()}
 
-    def install(
-        self,
-        options: dict[str, Any],
-        before: Before,
-        after: After | None = None,
-        *,
-        size: tuple[int, int],
-        self_layers: Iterable[AttentionLayer],
-        cross_layers: Iterable[AttentionLayer] = (),
-    ) -> dict[str, Any]:
-        """A call's `transformer_options` with hooks in these layers; the original is unchanged.
-
-        size: height and width of the call's latent. The image's tokens follow the text's; those of reference
-        latents may follow them, and stay as they are.
-        """
-        layers = {"attn1": self_layers, "attn2": cross_layers}
-        hooks = _Hooks(before, after, size, layers)
-        patches = dict(options.get("patches", {}))
-        patches["attn1_patch"] = [*patches.get("attn1_patch", ()), hooks.enter]
-        if after is not None:
-            patches["attn1_output_patch"] = [hooks.output, *patches.get("attn1_output_patch", ())]
-        return {**options, "patches": patches}
-
-    def structure_layers(
-        self, height: int, width: int, res: int, names: str = "", kind: str = ""
-    ) -> tuple[AttentionLayer, ...]:
-        """The layers where structure is kept, with maps of at most `res` x `res` places.
-
-        By default those measured for this kind of model, else every third double block from a third of their
-        number on. Raises ValueError for a name that fits no layer.
-
-        kind: the name of the host's class of the model's configuration.
-        names: of layers instead of these, separated by commas.
-        """
-        count = len(self.module.double_blocks)
-        usual = [number for number in range(count) if number >= count // 3 and (count - 1 - number) % 3 == 0]
-        return self._maps("structure_layers", names or MEASURED_STRUCTURE.get(kind, ""), usual, res)
-
-    def word_layers(
-        self, height: int, width: int, res: int, names: str = "", kind: str = ""
-    ) -> tuple[AttentionLayer, ...]:
-        """The layers where words are read, with maps of at most `res` x `res` places, 0 for 16.
-
-        By default those measured for this kind of model, else the last third of the double blocks, where
-        ConceptAttention (arXiv 2502.04320) reads its maps of Flux.1. Other arguments as above.
-        """
-        count = len(self.module.double_blocks)
-        usual = [number for number in range(count) if 3 * number >= 2 * count]
-        return self._maps("word_layers", names or MEASURED.get(kind, ""), usual or [count - 1], res or USUAL)
-
-    def _maps(self, name: str, names: str, usual: list[int], res: int) -> tuple[AttentionLayer, ...]:
-        layers = self.layers.values()
-        if names.strip():
-            found = named_layers(name, layers, names)
-        else:
-            found = tuple(self.layers[f"double_block.{number}.0"] for number in usual)
-        return tuple(replace(layer, side=res) for layer in found)
-
-    def end_between_blocks(self, options: dict[str, Any], done: Callable[[], bool]) -> dict[str, Any]:
-        """As of a UNet."""
-
-        def run(args: dict[str, Any], block: RunBlock) -> dict[str, Any]:
-            if done():
-                raise ForwardEnded
-            return block(args)
-
-        return around_blocks(options, self.module, run)
-
-    @staticmethod
-    def text_offset(entry: dict[str, Any]) -> int:
-        """How far a description's tokens are moved in its context: Flux.2 pads a text in front."""
-        context, text = entry["model_conds"]["c_crossattn"].cond, entry.get("cross_attn")
-        return 0 if text is None else max(0, context.shape[1] - text.shape[1])
-
     def blocks(self, height: int, width: int) -> Iterator[Block]:
         """The blocks of the network, in the order in which they run, for a latent of `height` x `width`."""
-        image = math.prod(next(iter(self.layers.values())).grid(height, width))
-        for path, block in self.module.named_modules():
-            if isinstance(block, DoubleStreamBlock | SingleStreamBlock):
-                weights = sum(weight.numel() for weight in block.parameters())
-                size = self.module.hidden_size
-                yield Block(path, "joint", image + self.joint_text, size, size, 1, False, weights)
+        layer = next(iter(self.layers.values()))
+        tokens = math.prod(layer.grid(height, width)) + self.joint_text
+        for _, path, block in blocks_of(self.module):
+            weights = sum(weight.numel() for weight in block.parameters())
+            yield Block(path, "joint", tokens, layer.width, layer.width, 1, False, weights)
 
     def source(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """A conditioning entry as a reference is read with it: without other images, and with guidance 1
-        where the network has learned guidance, as OminiControl (arXiv 2411.15098) trains.
-        """
+        """A conditioning entry as a reference is read with it: without other images."""
         dropped = ("reference_latents", "reference_latents_method", "guidance")
-        entry = {name: value for name, value in entry.items() if name not in dropped}
-        return {**entry, "guidance": 1.0} if getattr(self.module.params, "guidance_embed", False) else entry
+        return {name: value for name, value in entry.items() if name not in dropped}
 
     def check_conditions(self, conditions: dict[str, Any]) -> None:
         """Raise ValueError for a model call that the host itself cannot run; `conditions` are by name."""
-        params = self.module.params
-        method = conditions.get("ref_latents_method", getattr(params, "default_ref_method", None))
-        blockwise = not getattr(params, "global_modulation", False)
-        if blockwise and conditions.get("ref_latents") and method == "index_timestep_zero":
-            raise ValueError(
-                "the conditioning has reference latents by the method index_timestep_zero, with which "
-                "ComfyUI itself fails on Flux.1: choose index in FluxKontextMultiReferenceLatentMethod, and "
-                "take FluxKVCache out of the MODEL's chain"
-            )
 
     def positions(
         self, options: dict[str, Any], image: tuple[int, int], reference: tuple[int, int]
     ) -> dict[str, Any]:
         """The entries of `transformer_options` that put the tokens of a reference on the image's positions.
 
-        options: the `transformer_options` of the sampling, whose own scale and shift are kept.
+        options: the `transformer_options` of the sampling.
         image, reference: height and width of the latents.
         """
-        grids = [next(iter(self.layers.values())).grid(*size) for size in (image, reference)]
-        rope = dict(options.get("rope_options") or {})
-        for axis, whole, part in zip("yx", *grids, strict=True):
-            if part != whole:
-                scale = rope.get(f"scale_{axis}", 1.0)
-                rope[f"scale_{axis}"] = scale * (whole - 1) / max(part - 1, 1)
-        return {"rope_options": rope} if rope else {}
-
-    def shifts(
-        self, options: dict[str, Any], places: Sequence[tuple[int, int]], device: torch.device
-    ) -> torch.Tensor:
-        """The rotations that move tokens from the corner of the latent to these places.
-
-        options: the call's `transformer_options`.
-        places: top and left of a row's part of the latent.
-
-        Returns [rows, 1, 1, channels / 2, 2, 2].
-        """
-        rope = options.get("rope_options") or {} if self.any_reference_size else {}
-        ids = torch.zeros(len(places), 1, len(self.module.params.axes_dim))
-        ids[:, 0, 1:3] = torch.tensor(places) / self.module.patch_size
-        ids[:, 0, 1] *= rope.get("scale_y", 1.0)
-        ids[:, 0, 2] *= rope.get("scale_x", 1.0)
-        return self.module.pe_embedder(ids.to(device))
-
-
-class _Hooks:
-    """Hooks in the slots of one call. The host visits a layer's slots in this order."""
-
-    def __init__(
-        self,
-        before: Before,
-        after: After | None,
-        size: tuple[int, int],
-        layers: dict[str, Iterable[AttentionLayer]],
-    ) -> None:
-        self._before, self._after, self._size = before, after, size
-        self._layers: dict[str, list[tuple[str, AttentionLayer]]] = {}
-        for kind, some in layers.items():
-            for layer in some:
-                self._layers.setdefault(layer.key, []).append((kind, layer))
-        self._found: tuple[AttentionLayer, slice, torch.Tensor] | None = None
-
-    @torch.compiler.disable
-    def enter(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        extra_options: dict[str, Any],
-        pe: torch.Tensor | None = None,
-        attn_mask: torch.Tensor | None = None,
-        **rest: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Last in `attn1_patch`; q, k and v are [rows, heads, tokens, channels]."""
-        key = f"{extra_options['block_type']}_block.{extra_options['block_index']}.0"
-        for kind, layer in self._layers.get(key, ()):
-            text, grid = extra_options["img_slice"][0], layer.grid(*self._size)
-            image = slice(text, text + math.prod(grid))
-            own = (tensor[:, :, image].transpose(1, 2) for tensor in (q, k, v))
-            rotation = None if pe is None else pe[:, :, image]
-            joint = Joint(q, k, pe, text, attn_mask is not None)
-            found = self._before(Attention(layer, kind, *own, extra_options, grid, None, rotation, joint))
-            self._found = None if found is None else (layer, image, found)
         return {}
 
-    @torch.compiler.disable
-    def output(self, out: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        """First in `attn1_output_patch`; [rows, tokens, width]."""
-        found, self._found = self._found, None
-        if found is None or self._after is None:
-            return out
-        layer, image, attended = found
-        out = out.clone() if out.requires_grad else out  # the attention's own gradient may read it
-        own = out[:, image]
-        joined = self._after(layer, attended, own)
-        if joined is not own:
-            out[:, image] = joined
-        return out
+
+def join(
+    after: After, layer: AttentionLayer, image: slice, attended: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """A joint attention's result with what `after` makes of the image's tokens in it.
+
+    out: [rows, tokens, width]; changed in place where it has no gradient.
+    """
+    out = out.clone() if out.requires_grad else out  # the attention's own gradient may read it
+    own = out[:, image]
+    joined = after(layer, attended, own)
+    if joined is not own:
+        out[:, image] = joined
+    return out

@@ -21,7 +21,7 @@ from ..host.sigmas import progress
 from ..inversion import Inversion
 from ..unify.tokens import EditTokens
 from .checks import check_order
-from .networks import network_of
+from .networks import readable_of
 from .projections import Projections
 from .recorder import AttentionRecorder, active_entry, record
 
@@ -74,7 +74,7 @@ def capture_attention(
 
     Raises ValueError for inputs that do not belong together.
     """
-    network = network_of(model.model.diffusion_model)
+    network = readable_of(model.model.diffusion_model)
     if (source.samples is None) == (source.inversion is None):
         raise ValueError("connect either latent or inversion, and not both")
     if source.inversion is None:

@@ -1,16 +1,20 @@
-"""Selects the adapter for a kind of network. A new kind is a new file beside unet.py and dit.py."""
+"""Selects the adapter for a kind of network. A new kind is a new file beside them."""
 
 from __future__ import annotations
 
 import torch
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from .dit import DiT
+from .flux import FluxDiT
+from .mmdit import SD3
 from .unet import UNet
 
-Network = UNet | DiT
+# Those whose attention the recorder can read too.
+Readable = UNet | FluxDiT
+Network = Readable | SD3
 
 
 def network_of(module: torch.nn.Module) -> Network:
@@ -21,11 +25,27 @@ def network_of(module: torch.nn.Module) -> Network:
     if isinstance(module, UNetModel):
         return UNet(module)
     if isinstance(module, Flux | Chroma):
-        return DiT(module)
+        return FluxDiT(module)
+    if isinstance(module, MMDiT):
+        return SD3(module)
     raise ValueError(
-        "needs a UNet with cross-attention (SD1.5, SD2.x, SDXL) or a DiT of Flux's kind (Flux.1, Flux.2, "
-        f"Chroma), but got {type(module).__name__}"
+        "needs a UNet with cross-attention (SD1.5, SD2.x, SDXL), a DiT of Flux's kind (Flux.1, Flux.2, "
+        f"Chroma), or SD3 or SD3.5, but got {type(module).__name__}"
     )
+
+
+def readable_of(module: torch.nn.Module) -> Readable:
+    """The same, for a method that reads attention.
+
+    Raises ValueError for an unsupported network.
+    """
+    network = network_of(module)
+    if not isinstance(network, Readable):
+        raise ValueError(
+            f"{network.name} does not run here yet, only with an attention bridge, dual guidance and in "
+            "training: use SD1.x, SD2.x, SDXL, Flux.1, Flux.2 or Chroma"
+        )
+    return network
 
 
 def unet_of(module: torch.nn.Module, method: str) -> UNet:

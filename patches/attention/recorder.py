@@ -35,7 +35,7 @@ from .checks import (
 )
 from .hooks import Attention, ForwardEnded
 from .layers import AttentionLayer
-from .networks import Network
+from .networks import Readable
 from .projections import Projections, project
 
 WRAPPER_KEY = "descriptive_edit.attention_maps"
@@ -122,7 +122,7 @@ class AttentionRecorder:
 
     def __init__(
         self,
-        network: Network,
+        network: Readable,
         self_layers: Iterable[AttentionLayer],
         cross_layers: Iterable[AttentionLayer],
         *,

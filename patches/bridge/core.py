@@ -201,7 +201,7 @@ class DenoisePatches:
         name, grid = layer_name("attn1", at.layer.key), at.layer.grid(*self._size)
         tokens = (at.q if at.inputs is None else at.inputs.hidden).shape[1]
         check_rows(name, len(at.q), self._total)
-        if at.rotation is not None:
+        if at.inputs is None:
             check_grid(name, tokens, grid, at.grid, "a bridge in a DiT")
         if self._from_reference:
             check_grid(name, tokens, grid, at.grid, "a bridge with the direction reference_queries")

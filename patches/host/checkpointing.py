@@ -51,7 +51,7 @@ def _checkpoint(compute: Callable, *tensors: Any) -> Any:
 def checkpointed(options: dict[str, Any], module: Any) -> dict[str, Any]:
     """A copy of a call's `transformer_options` that checkpoints every layer or block of the network.
 
-    module: the host's `diffusion_model`, a UNet or a DiT of Flux's kind.
+    module: the host's `diffusion_model`, a UNet or a DiT.
 
     Other packs' functions in the slots run inside ours. Without gradients nothing changes.
     """

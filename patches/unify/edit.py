@@ -13,7 +13,7 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..attention.networks import network_of
+from ..attention.networks import readable_of
 from ..host.sigmas import schedule
 from ..inversion import invert, invert_virtually
 from .balance import Balance
@@ -61,7 +61,7 @@ def edit_latent(
         "mask": mask,
         "options": options,
     }
-    network_of(model.model.diffusion_model)
+    readable_of(model.model.diffusion_model)
     sigmas = schedule(model, scheduler, steps, denoise)
     report("inverting")
     if options.inversion == "virtual":

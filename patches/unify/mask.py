@@ -12,7 +12,7 @@ from einops import einsum, rearrange
 from kornia.geometry.transform import resize
 
 from ..attention.layers import AttentionLayer
-from ..attention.networks import network_of
+from ..attention.networks import readable_of
 from ..attention.projections import Projections
 from ..attention.recorder import AttentionRecorder, active_entry, record, whole_image
 from ..host.inputs import read_samples
@@ -92,7 +92,7 @@ def find_mask_of_image(
     sampling: Any = model.get_model_object("model_sampling")
     sigmas = torch.tensor([*(sampling.percent_to_sigma(percent) for percent in PROGRESS), 0.0])
     inversion = invert_virtually(model, samples, source, sigmas, seed=0)
-    network = network_of(model.model.diffusion_model)
+    network = readable_of(model.model.diffusion_model)
     height, width = samples.shape[-2:]
     kind = type(model.model.model_config).__name__
     layers = network.word_layers(height, width, cross_attn_res, kind=kind)

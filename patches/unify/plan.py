@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention.layers import AttentionLayer
-from ..attention.networks import Network
+from ..attention.networks import Readable
 from ..host.sigmas import progress
 from .settings import UnifySettings
 
@@ -59,13 +59,13 @@ def plan_steps(settings: UnifySettings, model_sampling: Any, sigmas: torch.Tenso
 class Layers:
     """Layers that the losses read: self-attention for structure, cross-attention for words."""
 
-    network: Network
+    network: Readable
     structure: tuple[AttentionLayer, ...]
     words: tuple[AttentionLayer, ...]
 
 
 def choose_layers(
-    settings: UnifySettings, plan: Sequence[Step], network: Network, kind: str, x: torch.Tensor
+    settings: UnifySettings, plan: Sequence[Step], network: Readable, kind: str, x: torch.Tensor
 ) -> Layers:
     """The layers read by the losses that have a weight, for a latent `x`.
 

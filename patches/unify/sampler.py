@@ -17,7 +17,7 @@ import torch
 from comfy.utils import model_trange
 
 from ..attention.masks import check_mask
-from ..attention.networks import network_of
+from ..attention.networks import readable_of
 from ..attention.recorder import whole_image
 from ..host.inputs import check_noise_mask
 from ..host.network_runs import NetworkRuns, refuse_cached_steps
@@ -115,7 +115,7 @@ def sample_unify(
     rows = x.new_ones([len(x)])
 
     plan = plan_steps(settings, guider.inner_model.model_sampling, sigmas)
-    network = network_of(guider.inner_model.diffusion_model)
+    network = readable_of(guider.inner_model.diffusion_model)
     kind = type(guider.inner_model.model_config).__name__
     layers = choose_layers(settings, plan, network, kind, x)
     tokens = settings.tokens(len(x))

@@ -15,7 +15,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ..attention.layers import AttentionLayer
-from ..attention.networks import Network
+from ..attention.networks import Readable
 from ..attention.projections import Projections
 from ..attention.recorder import AttentionRecorder, active_entry, record
 from ..inversion import Inversion
@@ -34,7 +34,7 @@ class Source:
     """
 
     model: BaseModel
-    network: Network
+    network: Readable
     virtual: bool
     path: torch.Tensor
     sigmas: Sequence[float]
@@ -106,7 +106,7 @@ class Reading:
 @contextmanager
 def open_source(
     guider: comfy.samplers.CFGGuider,
-    network: Network,
+    network: Readable,
     inversion: Inversion,
     x: torch.Tensor,
     options: dict[str, Any],
