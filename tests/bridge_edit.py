@@ -9,7 +9,7 @@ from typing import Any
 
 import small_models
 import torch
-from host import Host
+from host import Host, device
 
 STEPS = 3
 LAYERS = 10
@@ -61,6 +61,7 @@ def sample(
     **inputs: Any,
 ) -> torch.Tensor:
     """The stock KSampler's latent, [images, 4, height, width]."""
+    _settle(model)
     (output,) = host.execute(
         "KSampler",
         model=model,
@@ -83,6 +84,7 @@ def guided(
 ) -> torch.Tensor:
     """SamplerCustomAdvanced's latent for a GUIDER, with the noise, steps and sampler that `sample` uses."""
     model = guider.model_patcher
+    _settle(model)
     (noise,) = host.execute("RandomNoise", noise_seed=seed)
     (sampler,) = host.execute("KSamplerSelect", sampler_name="euler")
     (sigmas,) = host.execute("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
@@ -95,6 +97,14 @@ def guided(
         latent_image={"samples": small_models.latent(3) * 0 if latent is None else latent},
     )
     return output["samples"]
+
+
+def _settle(model: Any) -> None:
+    """Load a MODEL on a card before its sigmas are made: the host makes them where the model's tables lie,
+    and until the first load that is the CPU, whose last bit differs.
+    """
+    if device().type != "cpu":
+        small_models.loaded(model)
 
 
 @dataclass

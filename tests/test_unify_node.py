@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_sampling
+import comfy.samplers
 import latent_preview
 import pytest
 import small_models
@@ -139,6 +141,36 @@ def test_without_a_negative(host: Host, model: Any, tokens: Any) -> None:
     (zeros,) = host.execute("ConditioningZeroOut", conditioning=small_models.conditioning(2))
     without, *_ = unify(host, model, tokens, negative=None)
     assert torch.equal(without["samples"], unify(host, model, tokens, negative=zeros)[0]["samples"])
+
+
+class OnACard(comfy.model_sampling.ModelSamplingDiscrete):
+    """Tables that give another last bit where they lie, as a card's exp does, until they are moved."""
+
+    away = True
+
+    def cpu(self) -> OnACard:
+        self.away = False
+        return super().cpu()
+
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        found = super().sigma(timestep)
+        return torch.nextafter(found, torch.zeros_like(found)) if self.away else found
+
+
+def test_sigmas_of_a_loaded_model(host: Host, model: Any) -> None:
+    """Protects: the sigmas, and with them the timesteps that lie half way between two, do not depend on
+    whether the model's tables have gone to a card yet.
+    """
+    schedule = host.pack_module("patches.host.sigmas").schedule
+    loaded, tables = model.clone(), OnACard(model.model.model_config)
+    loaded.add_object_patch("model_sampling", tables)
+    expected = schedule(model, "normal", STEPS, 1.0)
+    assert torch.equal(schedule(loaded, "normal", STEPS, 1.0), expected)
+    plain = model.get_model_object("model_sampling")
+    there = comfy.samplers.calculate_sigmas(tables, "normal", STEPS)
+    assert [int(plain.timestep(sigma)) for sigma in expected[:-1]] == [999, 500, 0]
+    assert [int(plain.timestep(sigma)) for sigma in there[:-1]] == [999, 499, 0]
+    assert tables.away
 
 
 def test_progress(host: Host, model: Any, tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:

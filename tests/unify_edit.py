@@ -31,9 +31,7 @@ class Edit:
         **inversion: Any,
     ) -> None:
         self.host, self.model = host, model
-        self.sigmas = comfy.samplers.calculate_sigmas(
-            model.get_model_object("model_sampling"), "normal", steps
-        )
+        self.sigmas = host.pack_module("patches.host.sigmas").schedule(model, "normal", steps, 1.0)
         self.latent = {"samples": small_models.latent(seed, batch, size, model)}
         self.inversion, self.noise, self.path_noise = host.execute(
             "DescEditInvert",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import comfy.samplers
@@ -33,13 +34,17 @@ def schedule(model: ModelPatcher, scheduler: str, steps: int, denoise: float) ->
     """The sigmas of the last `steps` steps of a schedule, [steps + 1], as in the host's BasicScheduler and
     KSampler.
 
+    They come from a copy of the model's tables on the CPU. The tables move to the card with the model's first
+    load, and there the last bit can differ: enough to move a sigma that lies half way between two timesteps
+    to the other one, so that a first run would differ from the next.
+
     denoise: 0 to 1. Raises ValueError for 0, and if the schedule cannot be cut into so many steps.
     """
     if denoise <= 0:
         raise ValueError("denoise is 0: nothing to sample; use a number above 0, up to 1")
     total = steps if denoise >= 1 else int(steps / denoise)
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total).cpu()[-(steps + 1) :]
+    sampling = copy.deepcopy(model.get_model_object("model_sampling")).cpu()
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total)[-(steps + 1) :]
     if not bool((sigmas[:-1] > sigmas[1:]).all()):
         raise ValueError(
             f"the scheduler {scheduler} cannot make steps {steps} at denoise {denoise:g}: its sigmas do not "
