@@ -1,5 +1,5 @@
 """A bridge beside what else people put on a model: ControlNet, LoRA hooks, other packs' patches, compilation,
-UnifyEdit; and the full-width SD1.5 tree.
+UnifyEdit; and the tree of SD1.5.
 """
 
 from __future__ import annotations
@@ -298,11 +298,12 @@ def test_tiny_studio(host: Host) -> None:
 
 
 @memory_modes.only("resident")
-def test_full_width_sd15(host: Host) -> None:
+def test_tree_of_sd15(host: Host) -> None:
     """Protects: on SD1.5's own module tree, with random weights, all 16 layers fire, the reference is read
     once, a fresh bridge leaves every bit as it is, and the contracts hold.
     """
-    model = host.pack_module("lab.bench.random_sd15").random_sd15()
+    sd15 = host.pack_module("lab.bench.random_sd15")
+    model = sd15.random_sd15(width=sd15.NARROW)
     positive, negative, source = (widened(small_models.conditioning(seed), 24) for seed in (2, 4, 1))
     inputs: dict[str, Any] = {"positive": positive, "negative": negative, "steps": 2}
     inputs["latent"] = torch.zeros(1, 4, 8, 8)
