@@ -1,5 +1,5 @@
-"""Fixtures every test shares: `host`, ComfyUI in this process; `live_server`, ComfyUI as a server; and
-`memory_mode`, how the host keeps weights.
+"""Fixtures every test shares: `host`, ComfyUI in this process; `live_server`, ComfyUI as a server, and its
+`object_info`; and `memory_mode`, how the host keeps weights.
 """
 
 from __future__ import annotations
@@ -57,3 +57,9 @@ def live_server() -> Iterator[Any]:
     """A real server with the pack in it, shared by the tests that need one."""
     with _host.live_server() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(live_server: Any) -> dict[str, Any]:
+    """Every node as that server describes it to the page."""
+    return live_server.object_info()

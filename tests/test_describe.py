@@ -62,12 +62,6 @@ def test_there_are_blueprints() -> None:
     assert len(BLUEPRINTS) == 2
 
 
-@pytest.fixture(scope="module")
-def object_info(live_server: Any) -> dict[str, Any]:
-    """Every node as the server describes it to the page."""
-    return live_server.object_info()
-
-
 @pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
 def test_blueprint_is_served(file: Path, live_server: Any) -> None:
     """Protects: the page lists the blueprint among its nodes, and gets it whole."""

@@ -50,11 +50,12 @@ def pictures(server: Any, prompt: Prompt) -> dict[str, np.ndarray]:
     return found
 
 
-def test_server_has_our_nodes(live_server: Any, host: Host) -> None:
+def test_server_has_our_nodes(object_info: dict[str, Any], host: Host) -> None:
     """Protects: a freshly started server offers every node of the pack to the page."""
-    info = live_server.object_info()
     ours = {
-        key for key, value in info.items() if value["python_module"] == "custom_nodes.ComfyUI-DescriptiveEdit"
+        key
+        for key, value in object_info.items()
+        if value["python_module"] == "custom_nodes.ComfyUI-DescriptiveEdit"
     }
     assert ours == set(host.node_ids())
 
@@ -227,10 +228,12 @@ def choices(info: dict[str, Any], prompt: Prompt) -> dict[str, tuple[str, list[A
 
 
 @pytest.mark.parametrize("dial", DIALS)
-def test_every_dial_of_start_here(live_server: Any, prompt: Prompt, dial: str) -> None:
+def test_every_dial_of_start_here(
+    live_server: Any, object_info: dict[str, Any], prompt: Prompt, dial: str
+) -> None:
     """Protects: whatever a user chooses in the first template gives a picture, and no dial is dead."""
     node(prompt, "DescEditUnify")["steps"] = 2
-    found = choices(live_server.object_info(), prompt)
+    found = choices(object_info, prompt)
     assert set(found) == set(DIALS)
     key, values = found[dial]
     if dial == "steps":

@@ -8,9 +8,9 @@ from typing import Any
 from host import ROOT, Host
 
 
-def test_files_are_up_to_date(host: Host, live_server: Any) -> None:
+def test_files_are_up_to_date(host: Host, object_info: dict[str, Any]) -> None:
     """Protects: every template and blueprint is what `lab.templates.command` writes; no other is there."""
-    made = dict(host.pack_module("lab.templates.command").files(live_server.object_info()))
+    made = dict(host.pack_module("lab.templates.command").files(object_info))
     there = {
         path.relative_to(ROOT)
         for name in ("workflows", "subgraphs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +9,13 @@ from typing import Any
 
 import accelerate
 import comfy.model_management
-import numpy as np
 import pytest
 import safetensors.torch
 import small_models
 import torch
 from host import Host
-from PIL import Image
 from test_training_run import make_run, state
-from training_settings import settings, write
+from training_settings import settings, write, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +27,8 @@ def training(host: Host) -> Any:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with six edit pairs, and room for their encoded ones."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    (folder / "pairs").mkdir()
-    for number in range(6):
-        for role in ("source", "edit"):
-            colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            picture = Image.fromarray(colours).resize((64, 64))
-            picture.save(folder / "pairs" / f"{number}_{role}.png")
-        texts = {"source": f"a red circle {number}", "edit": f"a green square {number}"}
-        (folder / "pairs" / f"{number}.json").write_text(json.dumps(texts))
-    return folder
+    """A folder with edit pairs, and room for their encoded ones."""
+    return write_pairs(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
@@ -23,7 +22,7 @@ import torch
 from closeness import same_bits
 from host import ROOT, Host, comfyui_path, device
 from PIL import Image
-from training_settings import settings, write
+from training_settings import settings, write, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +34,8 @@ def training(host: Host) -> Any:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with six edit pairs, and room for their encoded ones."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    (folder / "pairs").mkdir()
-    for number in range(6):
-        for role in ("source", "edit"):
-            colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            picture = Image.fromarray(colours).resize((64, 64))
-            picture.save(folder / "pairs" / f"{number}_{role}.png")
-        texts = {"source": f"a red circle {number}", "edit": f"a green square {number}"}
-        (folder / "pairs" / f"{number}.json").write_text(json.dumps(texts))
-    return folder
+    """A folder with edit pairs, and room for their encoded ones."""
+    return write_pairs(tmp_path_factory.mktemp("data"))
 
 
 def make_run(training: Any, tmp_path: Path, data: Path, name: str = "run", **changes: Any) -> Any:

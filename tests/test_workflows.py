@@ -100,12 +100,6 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
     return prompt
 
 
-@pytest.fixture(scope="module")
-def object_info(live_server: Any) -> dict[str, Any]:
-    """Every node as the server describes it to the page."""
-    return live_server.object_info()
-
-
 def test_there_are_workflows() -> None:
     """Protects: the tests below from passing because they found nothing."""
     assert WORKFLOWS

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from host import Host
+from PIL import Image
 
 STEPS = 6
 
@@ -54,3 +57,17 @@ def settings(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
 def write(path: Path, tree: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def write_pairs(folder: Path) -> Path:
+    """Six edit pairs in the folder's `pairs`; returns the folder."""
+    rng = np.random.default_rng(0)
+    (folder / "pairs").mkdir()
+    for number in range(6):
+        for role in ("source", "edit"):
+            colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            picture = Image.fromarray(colours).resize((64, 64))
+            picture.save(folder / "pairs" / f"{number}_{role}.png")
+        texts = {"source": f"a red circle {number}", "edit": f"a green square {number}"}
+        (folder / "pairs" / f"{number}.json").write_text(json.dumps(texts))
+    return folder
