@@ -111,7 +111,7 @@ def test_changed_layers(host: Host, model: Any, name: str, checkpointing: bool) 
 
 @pytest.mark.parametrize("name", ["HyperTile", "ToMe", "shuffle", "regions", "left out", "tiles"])
 def test_changed_layers_in_maps(host: Host, model: Any, name: str) -> None:
-    """Protects: the same in Attention Maps."""
+    """Protects: Attention Maps too names a layer that another node changed, and the kind of node."""
     change, message = change_of(host, name)
     with pytest.raises(ValueError, match=rf"Attention Maps: .*{message}.*Take that node out"):
         looked(host, change(model))
