@@ -8,7 +8,7 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, compress
+from itertools import accumulate, compress, groupby
 from typing import Any
 
 import torch
@@ -129,9 +129,18 @@ def _read_pieces(name: str, clip: Any, encoders: list[str], text: str) -> list[W
                 "write it in another way"
             )
         tokens = tuple(own[number][0] for number, _ in parts)
-        sizes = tuple(len(plain(text[slice(*part)]).encode()) for _, part in parts)
+        sizes = tuple(
+            size
+            for part, tokens_of in groupby(part for _, part in parts)
+            for size in _divided(len(plain(text[slice(*part)]).encode()), len([*tokens_of]))
+        )
         read += [Word(plain(written), written, tokens, is_word, span, sizes=sizes)] if parts else []
     return read
+
+
+def _divided(size: int, tokens: int) -> list[int]:
+    """The bytes of each of the tokens that one character is cut into, which lie in the same place."""
+    return [size * (n + 1) // tokens - size * n // tokens for n in range(tokens)]
 
 
 def _syntax(text: str) -> list[tuple[int, int]]:
