@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST
 from comfy.utils import model_trange
 
+from .attention.checks import check_entries
 from .attention.networks import readable_of
 from .host.identity import ModelIdentity
 from .host.inputs import read_samples
@@ -107,7 +108,8 @@ def invert(
     refine: model calls beyond one a step, on average; 0 or more.
 
     Raises ValueError for an empty latent, a latent of another model family, sigmas that do not fall to 0, a
-    node that keeps the network from running at a step, and a path that is not finite.
+    description that the host itself cannot run, a node that keeps the network from running at a step, and a
+    path that is not finite.
     """
     refuse_cached_steps(model)
     samples, sigmas = _checked(model, samples, sigmas)
@@ -264,6 +266,7 @@ def _sample_upwards(
 ) -> torch.Tensor:
     extra_args = extra_args or {}
     guider = model.inner_model
+    check_entries(readable_of(guider.inner_model.diffusion_model), guider.conds["positive"])
     runs = NetworkRuns()
     options = runs.attach(extra_args.get("model_options", {}))
     rising = sigmas.flip(0)

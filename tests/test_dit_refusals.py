@@ -109,6 +109,45 @@ def test_reference_latents_at_timestep_zero(host: Host, models: dict[str, Any], 
             bridge_edit.sample(host, patched, positive, positive, cfg=cfg)
 
 
+@pytest.mark.parametrize("family", ["Flux.1 dev", "Flux.1 schnell"])
+@pytest.mark.parametrize("where", ["source", "edit", "negative", "inversion", "mask", "maps"])
+def test_reference_latents_at_timestep_zero_without_a_bridge(
+    host: Host, models: dict[str, Any], family: str, where: str
+) -> None:
+    """Protects: every node that runs the network says so too, whichever description has them, also where no
+    attention is read.
+    """
+    model, plain = models[family], small_models.conditioning(1)
+    ((text, values),) = small_models.conditioning(2)
+    more = {
+        "reference_latents": [small_models.latent(8, model=model)],
+        "reference_latents_method": "index_timestep_zero",
+    }
+    failing, latent = [[text, {**values, **more}]], {"samples": small_models.latent(3, model=model)}
+    tokens, _ = host.execute(
+        "DescEditFindTokens",
+        clip=unify_edit.tokenizer_only_clip(),
+        source_description="a red circle",
+        edit_description="a green circle",
+    )
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    path = {"latent": latent, "source": plain, "sigmas": sigmas}
+    given: dict[str, Any] = {"source": plain, "edit": plain, "edit_tokens": tokens}
+    if where == "inversion":
+        node, given = "DescEditInvert", {**path, "source": failing}
+    elif where == "mask":
+        node, given = "DescEditFindMask", {**given, "latent": latent, "edit": failing}
+    elif where == "maps":
+        inversion, *_ = host.execute("DescEditInvert", model=model, **path)
+        node, given = "DescEditAttentionMaps", {"edit_tokens": tokens, "inversion": inversion}
+        given["conditioning"] = failing
+    else:
+        node, given = "DescEditUnify", {**given, "latent": latent, "negative": plain, where: failing}
+        given |= {"steps": 1, "cfg": 2.0, "structure": 0.0, "words": 0.0}
+    with pytest.raises(ValueError, match=r": the conditioning has .* ComfyUI itself fails on Flux\.1"):
+        host.execute(node, model=model, **given)
+
+
 def test_tiles(host: Host, models: dict[str, Any]) -> None:
     """Protects: tiles of the latent, whose place the bridge cannot know, are refused: positions would be
     wrong.

@@ -35,6 +35,12 @@ def layer_name(kind: str, key: str) -> str:
     return f"the {'joint attention' if joint else _KINDS[kind]} of layer {key}"
 
 
+def check_entries(network: Any, entries: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError for an entry of a processed conditioning that the host cannot run on a network."""
+    for entry in entries:
+        network.check_conditions({name: found.cond for name, found in entry["model_conds"].items()})
+
+
 def check_rows(layer: str, found: int, expected: int) -> None:
     """Raise ValueError, naming the layer, unless the layer has the rows of its model call."""
     if found != expected:

@@ -24,6 +24,7 @@ from ..host.options import read_options, replace_options
 from .checks import (
     TAKE_OUT,
     check_call,
+    check_entries,
     check_gradient,
     check_grid,
     check_keys,
@@ -303,8 +304,7 @@ def run_entries(
     """`record` of several entries with texts of one length; returns what the host makes of all."""
     text, (height, width) = entries[0]["model_conds"]["c_crossattn"].cond.shape[1], x.shape[-2:]
     expected = Expected(len(x), (height, width), text, own_grid)
-    for entry in entries:
-        recorder.network.check_conditions({name: found.cond for name, found in entry["model_conds"].items()})
+    check_entries(recorder.network, entries)
     with _uncompiled():
         denoised = comfy.samplers.calc_cond_batch(
             model, [entries], x, sigma, recorder.attach(options, expected)

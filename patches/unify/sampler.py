@@ -16,6 +16,7 @@ import comfy.samplers
 import torch
 from comfy.utils import model_trange
 
+from ..attention.checks import check_entries
 from ..attention.masks import check_mask
 from ..attention.networks import readable_of
 from ..attention.recorder import whole_image
@@ -119,6 +120,8 @@ def sample_unify(
     kind = type(guider.inner_model.model_config).__name__
     layers = choose_layers(settings, plan, network, kind, x)
     tokens = settings.tokens(len(x))
+    for entries in guider.conds.values():
+        check_entries(network, entries)
     _check_run(guider, settings, denoise_mask, x)
     memory = plan_memory(guider, x, layers, options.checkpointing, inversion.virtual)
     records: list[Record] = []
