@@ -10,15 +10,21 @@ import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..models.bridge_file import load_bridge
-from ..models.tiny_studio import drawing, scenes, studio
+from ..models.tiny_studio import drawing, flux, scenes, studio
 from .bridge import BridgeType
 from .pairs import EditPairsType
 from .previews import show_images, show_text
 
 CATEGORY = "descriptive edit/tiny studio"
 ALIASES = ["Tiny Studio", "tiny model", "demo model"]
+UNET, FLUX = "UNet", "Flux"
+NO_BRIDGE = (
+    "Load Tiny Studio: there is no attention bridge for the network Flux. Choose UNet, or train a bridge for "
+    "Flux with Train Attention Bridge"
+)
 
 
 class DescEditTinyStudio(io.ComfyNode):
@@ -32,27 +38,40 @@ class DescEditTinyStudio(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads the small model that ships with the pack: Stable Diffusion 1.5's layout at reduced "
-                "width, 128x128 pixels. It draws coloured shapes and cartoon faces only. It works with the "
-                "stock nodes, so every method can be tried in seconds without a download. Its attention "
-                "bridge is included."
+                "width, or a network of Flux.1's kind, 128x128 pixels. It draws coloured shapes and cartoon "
+                "faces only. It works with the stock nodes, so every method can be tried in seconds without "
+                "a download. The UNet's attention bridge is included."
             ),
-            search_aliases=ALIASES,
-            inputs=[],
+            search_aliases=[*ALIASES, "tiny flux"],
+            inputs=[
+                io.Combo.Input(
+                    "network",
+                    options=[UNET, FLUX],
+                    default=UNET,
+                    optional=True,
+                    tooltip="UNet: Stable Diffusion 1.5's layout. Flux: a network of Flux.1's kind, a flow "
+                    "model; it reads at most 31 tokens of a text. Both have the same clip and vae.",
+                ),
+            ],
             outputs=[
                 io.Model.Output("model"),
                 io.Clip.Output("clip"),
                 io.Vae.Output("vae"),
                 BridgeType.Output(
-                    "bridge", tooltip="Its attention bridge, trained on edits of its drawn scenes."
+                    "bridge",
+                    tooltip="The UNet's attention bridge, trained on edits of its drawn scenes. Flux has "
+                    "none.",
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(
-            studio.load_model(), studio.load_clip(), studio.load_vae(), load_bridge(studio.BRIDGE)
-        )
+    def execute(cls, network: str = UNET) -> io.NodeOutput:
+        if network == FLUX:
+            model, bridge = flux.load_model(), ExecutionBlocker(NO_BRIDGE)
+        else:
+            model, bridge = studio.load_model(), load_bridge(studio.BRIDGE)
+        return io.NodeOutput(model, studio.load_clip(), studio.load_vae(), bridge)
 
 
 class DescEditTinyScene(io.ComfyNode):

@@ -33,8 +33,8 @@ def test_layers_are_whole(host: Host, memory_mode: str, dtype: torch.dtype) -> N
     assert not fresh["middle.0.0.q.up.weight"].any()
     assert not fresh["middle.0.0.fuse.weight"].any()
     assert comfy.ops.manual_cast.Linear(4, 32).weight is None
-    networks = host.pack_module("models.tiny_studio.networks")
-    for make in (networks.new_unet, networks.new_text_model):
+    networks, flux = (host.pack_module(f"models.tiny_studio.{name}") for name in ("networks", "flux"))
+    for make in (networks.new_unet, networks.new_text_model, flux.new_network):
         assert all(weight.isfinite().all() for weight in make().parameters())
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import comfy.sample
 import comfy.samplers
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from host import Host
+from host import Host, NodeError
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def _train(host: Host, work: Path, steps: int) -> None:
 
 def test_its_size(host: Host, trained: Path) -> None:
     """Protects: 6.2M parameters, and a file of at most 13 MB."""
-    network = host.pack_module("lab.tiny_studio.tiny_flux").new_network()
+    network = host.pack_module("models.tiny_studio.flux").new_network()
     count = sum(weight.numel() for weight in network.parameters())
     assert 6.1e6 < count < 6.3e6
     assert trained.stat().st_size < 13e6
@@ -51,11 +52,11 @@ def test_the_host_samples_what_was_trained(host: Host, trained: Path) -> None:
     """Protects: the stock sampler with the packed weights and the Tiny Studio's CLIP follows the velocity
     that the training saw for the same latent, time and words; it is not zero any more.
     """
-    train_flow, tiny_flux = (
-        host.pack_module(f"lab.tiny_studio.{name}") for name in ("train_flow", "tiny_flux")
+    train_flow = host.pack_module("lab.tiny_studio.train_flow")
+    flux, words, studio = (
+        host.pack_module(f"models.tiny_studio.{name}") for name in ("flux", "words", "studio")
     )
-    words, studio = (host.pack_module(f"models.tiny_studio.{name}") for name in ("words", "studio"))
-    model, clip = tiny_flux.load_model(trained), studio.load_clip()
+    model, clip = flux.load_model(trained), studio.load_clip()
     (text,) = host.execute("CLIPTextEncode", clip=clip, text="a red circle")
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     sigmas = torch.tensor([1.0, 0.0])
@@ -64,8 +65,8 @@ def test_the_host_samples_what_was_trained(host: Host, trained: Path) -> None:
     )
     reader = train_flow.train_diffusion.TextAndUNet(words.vocabulary())
     reader.load_state_dict(train_flow.train_diffusion.packed(studio.FILE))
-    own = reader.context(words.padded(["a red circle"], reader.rows))[:, : tiny_flux.TOKENS]
-    network = tiny_flux.new_network()
+    own = reader.context(words.padded(["a red circle"], reader.rows))[:, : flux.TOKENS]
+    network = flux.new_network()
     network.load_state_dict({name: w.float() for name, w in safetensors.torch.load_file(trained).items()})
     with torch.no_grad():
         velocity = train_flow.predict(network, noise, torch.ones(1), own)
@@ -101,7 +102,7 @@ def test_a_bridge_of_it(host: Host, trained: Path, tmp_path: Path, monkeypatch: 
     assert len(torch.load(tmp_path / f"{name}.pt", weights_only=True)["losses"]) == 3
     bridge = host.pack_module("models.bridge_file").load_bridge(tmp_path / f"{name}.safetensors")
     assert (bridge.model.settings.base, bridge.model.settings.fuse_rank) == ("TinyFlux", 16)
-    model = host.pack_module("lab.tiny_studio.tiny_flux").load_model(trained)
+    model = host.pack_module("models.tiny_studio.flux").load_model(trained)
     clip = host.pack_module("models.tiny_studio.studio").load_clip()
     (text,) = host.execute("CLIPTextEncode", clip=clip, text="a red circle")
     reference = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))}
@@ -123,11 +124,8 @@ def test_unify_edit_on_it(host: Host, trained: Path) -> None:
     similarities.
     """
     flow, studies = (host.pack_module(f"lab.studies.{name}") for name in ("flow_study", "studio"))
-    tiny_flux, studio = (
-        host.pack_module("lab.tiny_studio.tiny_flux"),
-        host.pack_module("models.tiny_studio.studio"),
-    )
-    tiny = studies.Studio(tiny_flux.load_model(trained), studio.load_clip(), studio.load_vae())
+    flux, studio = (host.pack_module(f"models.tiny_studio.{name}") for name in ("flux", "studio"))
+    tiny = studies.Studio(flux.load_model(trained), studio.load_clip(), studio.load_vae())
     cases = host.pack_module("lab.benchmark.layouts").read_cases("tiny-studio", None, "tuning")[:1]
     edit = replace(flow.EDIT, steps=1)
     rows = {
@@ -147,9 +145,9 @@ def test_the_repositorys_weights(host: Host) -> None:
     """Protects: the trained Tiny Flux follows prompts of combinations that it never saw (aim 85% of 300; here
     of 20), and an image that was inverted comes back.
     """
-    report, tiny_flux = (host.pack_module(f"lab.tiny_studio.{name}") for name in ("report", "tiny_flux"))
-    studio = host.pack_module("models.tiny_studio.studio")
-    tiny = tiny_flux.load_model(tiny_flux.FILE), studio.load_clip(), studio.load_vae()
+    report = host.pack_module("lab.tiny_studio.report")
+    flux, studio = (host.pack_module(f"models.tiny_studio.{name}") for name in ("flux", "studio"))
+    tiny = flux.load_model(flux.FILE), studio.load_clip(), studio.load_vae()
     assert report.prompts(tiny, count=20).accuracy >= 0.8
     assert report.inversion_psnr(*tiny, report.held_scenes(2, 11)) > 35
 
@@ -161,13 +159,10 @@ def test_papers_for_flows(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     another edit.
     """
     methods, studies = (host.pack_module(f"lab.studies.{name}") for name in ("flow_methods", "studio"))
-    tiny_flux, studio = (
-        host.pack_module("lab.tiny_studio.tiny_flux"),
-        host.pack_module("models.tiny_studio.studio"),
-    )
+    flux, studio = (host.pack_module(f"models.tiny_studio.{name}") for name in ("flux", "studio"))
     schedule = studies.schedule
     monkeypatch.setattr(methods, "schedule", lambda tiny: schedule(tiny, 1.0, 8))
-    tiny = studies.Studio(tiny_flux.load_model(tiny_flux.FILE), studio.load_clip(), studio.load_vae())
+    tiny = studies.Studio(flux.load_model(flux.FILE), studio.load_clip(), studio.load_vae())
     cases = host.pack_module("lab.benchmark.layouts").read_cases("tiny-studio", None, "tuning")[:1]
     batch = studies.Batch.of(tiny, cases)
     same = replace(batch, edit_text=batch.source_text)
@@ -179,6 +174,100 @@ def test_papers_for_flows(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.allclose(methods.flow_edit(1.5, 3.0, 2).edit(tiny, batch), batch.latent, atol=0.1)
     found = [methods.rf_edit(2.0, 4, share).edit(tiny, batch) for share in (0.0, 0.5)]
     assert not torch.allclose(*found, atol=1e-2)
+
+
+def sampled(host: Host, model: Any, clip: Any, text: str = "a red circle") -> torch.Tensor:
+    """A latent from two steps of the stock sampler."""
+    (positive,), (negative,) = (host.execute("CLIPTextEncode", clip=clip, text=each) for each in (text, ""))
+    settings = {"seed": 5, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    given = {"positive": positive, "negative": negative, "latent_image": latent}
+    return host.execute("KSampler", model=model, **given, **settings)[0]["samples"]
+
+
+def test_the_node_gives_the_network_that_is_chosen(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: graphs saved without a choice have the UNet, for which no file of Flux is needed; with Flux
+    the stock sampler runs it with the same CLIP and VAE, and a missing file is an error that names it.
+    """
+    flux = host.pack_module("models.tiny_studio.flux")
+    models = {name: host.execute("DescEditTinyStudio", network=name)[:3] for name in ("UNet", "Flux")}
+    families = {name: type(model.model.model_config).__name__ for name, (model, *_) in models.items()}
+    assert families == {"UNet": "TinySD15", "Flux": "TinyFlux"}
+    for one, other in zip(*(found[1:] for found in models.values()), strict=True):
+        weights = [part.patcher.model.state_dict() for part in (one, other)]
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
+    model, clip, _ = models["Flux"]
+    assert torch.equal(sampled(host, model, clip), sampled(host, flux.load_model(), clip))
+    monkeypatch.setattr(flux.load_model, "__defaults__", (Path("gone.safetensors"), False, None))
+    prompt = {"1": {"class_type": "DescEditTinyStudio", "inputs": {}}}
+    prompt["2"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
+    prompt["3"] = {"class_type": "VAEDecode", "inputs": {"samples": ["2", 0], "vae": ["1", 2]}}
+    prompt["4"] = {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}}
+    family = host.run_graph(prompt)["1"][0].model.model_config
+    assert type(family).__name__ == "TinySD15"
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is missing.*reinstall"):
+        host.execute("DescEditTinyStudio", network="Flux")
+
+
+def test_its_bridge_is_refused(host: Host, live_server: Any) -> None:
+    """Protects: with Flux the bridge output stops what is connected to it, with a text that says what to do,
+    and the UNet's bridge is not taken for it.
+    """
+    prompt = {"1": {"class_type": "DescEditTinyStudio", "inputs": {"network": "Flux"}}}
+    saved = {"bridge": ["1", 3], "name": "none"}
+    prompt["2"] = {"class_type": "DescEditSaveBridge", "inputs": saved}
+    with pytest.raises(NodeError, match=r"no attention bridge for the network Flux.*Choose UNet"):
+        live_server.run(prompt)
+    model = host.execute("DescEditTinyStudio", network="Flux")[0]
+    bridge = host.execute("DescEditTinyStudio")[3]
+    reference = {"samples": torch.ones(1, 4, 16, 16)}
+    with pytest.raises(ValueError, match=r"the bridge is for TinySD15.*MODEL is TinyFlux"):
+        host.execute("DescEditApplyBridge", model=model, bridge=bridge, reference=reference)
+
+
+def test_a_long_description_is_refused(host: Host) -> None:
+    """Protects: words behind the last token that the network reads are an error, not words without effect;
+    a text that just fits is read.
+    """
+    model, clip, *_ = host.execute("DescEditTinyStudio", network="Flux")
+    assert sampled(host, model, clip, "red " * 31).isfinite().all()
+    with pytest.raises(ValueError, match=r"more than 31 tokens.*shorten it"):
+        sampled(host, model, clip, "red " * 32)
+
+
+def test_it_is_loaded_again(host: Host) -> None:
+    """Protects: where the host wants a MODEL with weights of its own it gets the same network anew."""
+    model = host.execute("DescEditTinyStudio", network="Flux")[0]
+    load, arguments = model.cached_patcher_init
+    again = load(*arguments, disable_dynamic=True)
+    own, others = again.model.state_dict(), model.model.state_dict()
+    assert own.keys() == others.keys()
+    for name, weight in own.items():
+        assert torch.equal(weight, others[name])
+        assert weight.data_ptr() != others[name].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision(host: Host, dtype: torch.dtype) -> None:
+    """Protects: a card, on which the host takes half precision, draws the same image."""
+    flux, studio = (host.pack_module(f"models.tiny_studio.{name}") for name in ("flux", "studio"))
+    clip = studio.load_clip()
+    half, whole = (sampled(host, flux.load_model(dtype=kind), clip) for kind in (dtype, torch.float32))
+    assert (half - whole).norm() < 0.05 * whole.norm()
+
+
+def test_a_bridge_learns_on_it_by_the_nodes(host: Host) -> None:
+    """Protects: the tiny pairs and the training node serve this network too, and what is learned is applied
+    to it.
+    """
+    model, clip, vae, _ = host.execute("DescEditTinyStudio", network="Flux")
+    (pairs,) = host.execute("DescEditTinyPairs", vae=vae, clip=clip, edit_type="colour", pairs=2)
+    (bridge,) = host.execute("DescEditNewBridge", model=model, rank=4)
+    trained, *_ = host.execute("DescEditTrainBridge", model=model, bridge=bridge, pairs=pairs, steps=2)
+    assert trained.model.settings.base == "TinyFlux"
+    reference = {"samples": torch.ones(1, 4, 16, 16)}
+    (patched,) = host.execute("DescEditApplyBridge", model=model, bridge=trained, reference=reference)
+    assert not torch.equal(sampled(host, patched, clip), sampled(host, model, clip))
 
 
 def test_by_the_studios_command(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,11 @@ import comfy.utils
 import torch
 
 from ...metrics.image import measure_edit
-from ...models.tiny_studio import scenes, studio
+from ...models.tiny_studio import flux, scenes, studio
 from ...patches.unify.balance import Balance
 from ..benchmark.cases import Case, first_of_each_type
 from ..benchmark.layouts import read_cases
 from ..output import markdown
-from ..tiny_studio import tiny_flux
 from ..tiny_studio.attribute_classifier import shows
 from .flow_methods import flow_edit, rf_edit
 from .methods import Edit, text_only, unify
@@ -77,14 +76,14 @@ def table(tiny: Studio, cases: Sequence[Case], rows: Mapping[str, StudioMethod])
 def main() -> None:
     parser = argparse.ArgumentParser(prog="flow_study", description=__doc__)
     parser.add_argument(
-        "--network", type=Path, default=tiny_flux.FILE, help="other packed weights of the Tiny Flux"
+        "--network", type=Path, default=flux.FILE, help="other packed weights of the Tiny Flux"
     )
     parser.add_argument("--tuning", action="store_true", help="the tuning cases instead of held-out ones")
     parser.add_argument("--search", action="store_true", help="the search for the other methods' settings")
     parser.add_argument("--per-type", type=int, default=8, help="cases of each edit type")
     args = parser.parse_args()
     comfy.utils.set_progress_bar_enabled(False)
-    tiny = Studio(tiny_flux.load_model(args.network), studio.load_clip(), studio.load_vae())
+    tiny = Studio(flux.load_model(args.network), studio.load_clip(), studio.load_vae())
     split = "tuning" if args.tuning or args.search else "test"
     cases = first_of_each_type(read_cases("tiny-studio", None, split), args.per_type)
     print(f"{len(cases)} {split} cases\n\n{table(tiny, cases, search() if args.search else methods())}")

@@ -11,7 +11,6 @@ from .shared import (
     FLUX,
     FLUX_BRIDGE,
     FOURTH,
-    LEFT,
     PICTURE,
     SECOND,
     THEN,
@@ -26,6 +25,7 @@ from .shared import (
     describe_scene,
     load_checkpoint,
     load_photo,
+    load_studio,
 )
 
 AUTHORS: dict[str, Any] = {"steps": 50, "cfg": 7.5, "scheduler": "normal"}
@@ -33,7 +33,7 @@ AUTHORS: dict[str, Any] = {"steps": 50, "cfg": 7.5, "scheduler": "normal"}
 
 def guidance(graph: Graph) -> None:
     """One edit at every pair of the bridge's two scales."""
-    studio = graph.add("DescEditTinyStudio", (LEFT, 0), 270, 110)
+    studio = load_studio(graph)
     scene = graph.add("DescEditTinyScene", studio.below(), 270, 500, edit_type="background", seed=3)
     describe = describe_scene(graph, (SECOND, 0), studio, scene)
     empty = add_empty(graph, (SECOND, 500), 310, studio["clip"])

@@ -23,6 +23,7 @@ TEMPLATES: dict[str, Callable[[Graph], None]] = {
     "13 Edit a photo with SDXL": unify.photo_sdxl,
     "14 Flux with a bridge": bridge.bridge_flux,
     "15 Flux with UnifyEdit": unify.photo_flux,
+    "16 Start here with Flux": unify.start_flux,
 }
 
 BLUEPRINTS: dict[str, tuple[Callable[[Blueprint], None], str]] = {

@@ -73,7 +73,7 @@ def draw(server: Server, name: str, graphs: dict[str, Prompt], file: Path) -> No
     elif number in ("02", "07", "12"):
         kind = "DescEditGuidanceGrid" if number == "02" else "DescEditCompare"
         picture = _of(server, prompt, kind)
-    elif number == "01":
+    elif number in ("01", "16"):
         picture = _split(server, prompt)
     else:
         picture = _labelled(_split(server, _standin(server, prompt, EDITS.get(number, "colour"))))

@@ -59,6 +59,8 @@ LITERATURE: dict[str, Any] = {"steps": 50, "cfg": 7.5, "denoise": 1.0}
 DISTILLED: dict[str, Any] = {"steps": 28, "cfg": 1.0, "scheduler": "simple", "denoise": 1.0}
 # What the Tiny Studio's study chose.
 MEASURED: dict[str, Any] = {"steps": 25, "cfg": 2.0, "denoise": 0.6}
+# The same on its network of Flux.1's kind (lab/studies/flow_study.py).
+MEASURED_ON_FLUX: dict[str, Any] = {"steps": 15, "cfg": 2.0, "denoise": 0.8, "structure": 0.3}
 LEFT, SECOND, THIRD, FOURTH, FIFTH = 0, 310, 660, 1000, 1400
 PAIRED: dict[str, Any] = {"steps": 300, "batch": 4, "learning_rate": 1e-3}
 
@@ -84,6 +86,11 @@ def load_checkpoint(graph: Graph, files: tuple[dict[str, str], ...] = SD15) -> N
     """The checkpoint, at the top left. files: it, and where it comes from."""
     name = files[0]["name"]
     return graph.add("CheckpointLoaderSimple", (LEFT, 0), 270, 110, ckpt_name=name, models=files)
+
+
+def load_studio(graph: Graph, network: str = "UNet") -> Node:
+    """The Tiny Studio, at the top left."""
+    return graph.add("DescEditTinyStudio", (LEFT, 0), 270, 140, network=network)
 
 
 def load_photo(graph: Graph, model: Node, **crop: Any) -> tuple[Node, Node, Node]:

@@ -15,6 +15,7 @@ from .shared import (
     add_notes,
     describe_scene,
     load_checkpoint,
+    load_studio,
 )
 
 
@@ -154,7 +155,7 @@ def make_pairs(graph: Graph) -> None:
 
 def train_tiny(graph: Graph) -> None:
     """A bridge trained on drawn pairs, and at work."""
-    studio = graph.add("DescEditTinyStudio", (LEFT, 0), 270, 110)
+    studio = load_studio(graph)
     pairs = graph.add("DescEditTinyPairs", studio.below(), 270, 140, vae=studio["vae"], clip=studio["clip"])
     new = graph.add("DescEditNewBridge", pairs.below(), 270, 190, model=studio["model"], rank=32, alpha=32.0)
     trained = graph.add(

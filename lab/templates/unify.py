@@ -13,6 +13,7 @@ from .shared import (
     LEFT,
     LITERATURE,
     MEASURED,
+    MEASURED_ON_FLUX,
     NOW,
     SDXL,
     SECOND,
@@ -29,12 +30,22 @@ from .shared import (
     describe_scene,
     load_checkpoint,
     load_photo,
+    load_studio,
 )
 
 
 def start(graph: Graph) -> None:
     """A drawn scene, edited by the small model."""
-    studio = graph.add("DescEditTinyStudio", (LEFT, 0), 270, 110)
+    _drawn(graph, "UNet", MEASURED)
+
+
+def start_flux(graph: Graph) -> None:
+    """The same with the small network of Flux.1's kind."""
+    _drawn(graph, "Flux", MEASURED_ON_FLUX)
+
+
+def _drawn(graph: Graph, network: str, settings: dict[str, Any]) -> None:
+    studio = load_studio(graph, network)
     scene = graph.add("DescEditTinyScene", studio.below(), 270, 500, seed=8, wording="complex")
     describe = describe_scene(graph, (SECOND, 0), studio, scene)
     latent = graph.add("VAEEncode", (SECOND, 500), 310, 60, pixels=scene["source"], vae=studio["vae"])
@@ -49,7 +60,7 @@ def start(graph: Graph) -> None:
         edit_tokens=describe["edit_tokens"],
         latent=latent[0],
         mask=scene["mask"],
-        **MEASURED,
+        **settings,
     )
     edited = graph.add("VAEDecode", (THIRD, 720), 300, 60, samples=unify["latent"], vae=studio["vae"])
     add_result(graph, (FOURTH, 0), scene["source"], edited[0], 400)
@@ -233,7 +244,7 @@ def instruction(graph: Graph) -> None:
 
 def parts(graph: Graph) -> None:
     """UnifyEdit from its parts, with what shows and measures it."""
-    studio = graph.add("DescEditTinyStudio", (LEFT, 0), 270, 110)
+    studio = load_studio(graph)
     scene = graph.add("DescEditTinyScene", studio.below(), 270, 500, edit_type="object", seed=1)
     sigmas = graph.add(
         "BasicScheduler",

@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...models.bridge import DIRECTIONS, FUSIONS, AttentionBridge, BridgeSettings
 from ...models.bridge_file import load_bridge, save_bridge
-from ...models.tiny_studio import scenes, studio
+from ...models.tiny_studio import flux, scenes, studio
 from ...patches.attention.networks import network_of
 from ...patches.host.autograd import gradients
 from ...training.base_model import to_device
@@ -27,7 +27,7 @@ from ...training.cache import EncodedPairs, encode_pairs
 from ...training.pairs import EditPair
 from ...training.settings import Objective, TrainSettings
 from ...training.trainer import Trainer
-from . import tiny_flux, train_diffusion
+from . import train_diffusion
 from .stage import say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "bridges"
@@ -132,7 +132,7 @@ def encoded_pairs(work: Path, instruction: bool = False) -> EncodedPairs:
 
 
 def new_bridge(variant: Variant, widths: dict, seed: int) -> AttentionBridge:
-    family = tiny_flux.TinyFlux if variant.flux else studio.TinySD15
+    family = flux.TinyFlux if variant.flux else studio.TinySD15
     settings = BridgeSettings(
         family.__name__,
         widths,
@@ -154,14 +154,14 @@ def new_bridge(variant: Variant, widths: dict, seed: int) -> AttentionBridge:
 def base_model(variant: Variant, network: Path) -> ModelPatcher:
     """The base, frozen, in float32. network: the Tiny Flux's packed weights."""
     if variant.flux:
-        model = tiny_flux.load_model(network, disable_dynamic=True)
+        model = flux.load_model(network, disable_dynamic=True, dtype=torch.float32)
     else:
         model = studio.load_model(disable_dynamic=True, dtype=torch.float32)
     model.model.requires_grad_(False)
     return model
 
 
-def train(name: str, work: Path, network: Path = tiny_flux.FILE, steps: int | None = None) -> None:
+def train(name: str, work: Path, network: Path = flux.FILE, steps: int | None = None) -> None:
     """Train one variant, from its checkpoint if there is one, and pack its averaged weights.
 
     network: the packed weights of the Tiny Flux, for a bridge of it.
@@ -215,7 +215,7 @@ def main() -> None:
         choices=VARIANTS,
         default=[name for name, variant in VARIANTS.items() if not (variant.again or variant.flux)],
     )
-    parser.add_argument("--network", type=Path, default=tiny_flux.FILE, help="packed weights of a Tiny Flux")
+    parser.add_argument("--network", type=Path, default=flux.FILE, help="packed weights of a Tiny Flux")
     parser.add_argument("--steps", type=int, help="in place of the variants' own")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
 
 from ...models.files import replacing
-from ...models.tiny_studio import scenes, studio, words
+from ...models.tiny_studio import flux, scenes, studio, words
 from ...patches.host.autograd import gradients
 from ...training.state import read_state
-from . import report, tiny_flux, train_diffusion, train_two
+from . import report, train_diffusion, train_two
 from .stage import Stage, muon_and_adamw, say
 
 WORK = Path(__file__).resolve().parents[2] / ".studio" / "flux"
@@ -59,7 +59,7 @@ def train(work: Path, pool: list[scenes.Scene], steps: int, start: Path) -> None
     reader = train_diffusion.TextAndUNet(words.vocabulary())
     reader.load_state_dict(train_diffusion.packed(start))
     reader.to(device)
-    network = tiny_flux.new_network().to(device)
+    network = flux.new_network().to(device)
     stage = Stage(work / "flux.pt", network, muon_and_adamw(network, MUON_RATE, ADAM_RATE), 0.9985)
     rng = np.random.default_rng(4000 + stage.step)
     torch.manual_seed(4000 + stage.step)
@@ -72,7 +72,7 @@ def train(work: Path, pool: list[scenes.Scene], steps: int, start: Path) -> None
         ]
         with torch.no_grad():
             rows = words.padded(texts, reader.rows).to(device)
-            text = reader.context(rows)[:, : tiny_flux.TOKENS]
+            text = reader.context(rows)[:, : flux.TOKENS]
         clean = latents[picked].float()
         noise, t = torch.randn_like(clean), torch.randn(BATCH, device=device).sigmoid()
         along = t[:, None, None, None]
@@ -102,14 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--report",
         type=Path,
         nargs="?",
-        const=tiny_flux.FILE,
+        const=flux.FILE,
         metavar="FILE",
         help="only measure packed weights on held-out scenes; those of the repository without FILE",
     )
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if args.report:
-        tiny = tiny_flux.load_model(args.report), studio.load_clip(args.start), studio.load_vae(args.start)
+        tiny = flux.load_model(args.report), studio.load_clip(args.start), studio.load_vae(args.start)
         with torch.inference_mode():
             print(
                 f"prompts with all attributes right: {report.prompts(tiny).accuracy:.1%} of {report.PROMPTS}"

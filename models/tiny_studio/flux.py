@@ -1,28 +1,28 @@
 """Tiny Flux: a network of Flux.1's kind for the Tiny Studio's VAE and text encoder, of the host's classes.
 
-6.2M parameters on 8x8 tokens. It has no embedding of guidance and no pooled text, and reads 32 tokens of
-text. The weights beside this file had 4,029 steps of 64 scenes (`train_flow`).
+6.2M parameters on 8x8 tokens. It has no embedding of guidance and no pooled text. The weights beside this
+file had 4,029 steps of 64 scenes (`lab/tiny_studio/train_flow.py`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
-import comfy.model_management
 import comfy.model_patcher
-import safetensors.torch
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.supported_models import FluxSchnell
 
-from ...models.operations import disable_weight_init
-from ...models.tiny_studio import networks
+from ..operations import disable_weight_init
+from . import networks
+from .studio import make_model, read_weights
 
 FILE = Path(__file__).with_name("tiny_flux.safetensors")
-TOKENS = 32
+TOKENS = 32  # of a text, with its start mark; the longest caption of its training has 23
 FLUX: dict[str, Any] = {
     "image_model": "flux",
     "guidance_embed": False,
@@ -46,20 +46,27 @@ _GATES = ("mod.lin", "modulation.lin", "final_layer.linear", "final_layer.adaLN_
 
 
 class TinyFluxModel(comfy.model_base.Flux):
-    """The host's Flux.1, which reads the first tokens of a text: no caption has more."""
+    """The host's Flux.1, which reads the first TOKENS tokens of a text."""
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """The host's conditions."""
+        """The host's conditions. Raises ValueError for a text with more tokens."""
         text = kwargs.get("cross_attn")
-        return super().extra_conds(**{**kwargs, "cross_attn": None if text is None else text[:, :TOKENS]})
+        if text is not None:
+            if text[:, TOKENS:].any():  # what follows a text's end is zero
+                raise ValueError(
+                    f"the description has more than {TOKENS - 1} tokens (about as many words), and the "
+                    "Tiny Flux reads no more: shorten it"
+                )
+            kwargs["cross_attn"] = text[:, :TOKENS]
+        return super().extra_conds(**kwargs)
 
 
 class TinyFlux(FluxSchnell):
     """Flux.1 schnell's family with the Tiny Studio's latents."""
 
-    unet_config: dict = {}  # noqa: RUF012 (the host's own form)
+    unet_config: ClassVar[dict] = {}
     latent_format = comfy.latent_formats.SD15
-    sampling_settings: dict = {"shift": 1.0, "multiplier": 1.0}  # noqa: RUF012
+    sampling_settings: ClassVar[dict] = {"shift": 1.0, "multiplier": 1.0}
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> TinyFluxModel:
         return TinyFluxModel(self, model_type=comfy.model_base.ModelType.FLOW, device=device)
@@ -77,17 +84,11 @@ def new_network() -> Flux:
     return network
 
 
-def load_model(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """MODEL from packed weights, in float32."""
-    config = TinyFlux({})
-    config.unet_config = {**FLUX, "dtype": torch.float32}
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
-    management = comfy.model_management
-    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = kind(
-        model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-    )
-    state = {name: weight.float() for name, weight in safetensors.torch.load_file(path).items()}
-    model.diffusion_model.load_state_dict(state, assign=patcher.is_dynamic())
+def load_model(
+    path: Path = FILE, disable_dynamic: bool = False, dtype: torch.dtype | None = None
+) -> comfy.model_patcher.ModelPatcher:
+    """The network, ready for any sampler of the host. dtype: of its weights, None for the host's choice."""
+    config = TinyFlux(dict(FLUX))
+    patcher, dtype = make_model(config, read_weights(path), disable_dynamic, dtype)
+    patcher.cached_patcher_init = (partial(load_model, dtype=dtype), (path,))
     return patcher

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models import SD15
-from comfy.supported_models_base import ClipTarget
+from comfy.supported_models_base import BASE, ClipTarget
 
 from . import networks, words
 
@@ -86,8 +86,17 @@ def load_model(
     path: Path = FILE, disable_dynamic: bool = False, dtype: torch.dtype | None = None
 ) -> comfy.model_patcher.ModelPatcher:
     """The UNet, ready for any sampler of the host. dtype: of its weights, None for the host's choice."""
-    state = _part(path, "unet.")
+    state = read_weights(path, "unet.")
     config = TinySD15(comfy.model_detection.detect_unet_config(state, ""))
+    patcher, dtype = make_model(config, state, disable_dynamic, dtype)
+    patcher.cached_patcher_init = (partial(load_model, dtype=dtype), (path,))
+    return patcher
+
+
+def make_model(
+    config: BASE, state: dict[str, torch.Tensor], disable_dynamic: bool, dtype: torch.dtype | None
+) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
+    """MODEL of a family from its weights, and their dtype. dtype: as above."""
     management = comfy.model_management
     device = management.get_torch_device()
     dtype = dtype or management.unet_dtype(
@@ -99,18 +108,17 @@ def load_model(
         dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     )
     model = config.get_model(state, "")
-    patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher(model, load_device=device, offload_device=management.unet_offload_device())
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=management.unet_offload_device())
     # With dynamic VRAM a layer takes the dtype of its loaded weights, not the requested one.
     state = {name: weight.to(dtype) for name, weight in state.items()}
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (partial(load_model, dtype=dtype), (path,))
-    return patcher
+    return patcher, dtype
 
 
 def load_clip(path: Path = FILE, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """The text encoder. Words outside the training have a zero embedding, so they have no effect."""
-    state = _part(path, "text.")
+    state = read_weights(path, "text.")
     rows, table = state.pop("tokens"), state.pop("table")
     full = torch.zeros(networks.TEXT["vocab_size"], table.shape[1], dtype=table.dtype)
     full[rows] = table
@@ -142,10 +150,14 @@ def unknown_words(clip: Any, *texts: str) -> list[str]:
 
 def load_vae(path: Path = FILE, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
     """The VAE: 8 pixels a latent cell, 4 channels. dtype: of its weights, None for the host's choice."""
-    return comfy.sd.VAE(sd=_part(path, "vae."), config={"params": networks.VAE}, dtype=dtype)
+    return comfy.sd.VAE(sd=read_weights(path, "vae."), config={"params": networks.VAE}, dtype=dtype)
 
 
-def _part(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The weights in a file whose names begin with `prefix`, without it.
+
+    Raises FileNotFoundError if the file is missing.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"Tiny Studio: {path.name} is missing from {path.parent}; reinstall the pack")
     state = safetensors.torch.load_file(path)
