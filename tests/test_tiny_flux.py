@@ -257,8 +257,8 @@ def test_in_half_precision(host: Host, dtype: torch.dtype) -> None:
 
 
 def test_a_bridge_learns_on_it_by_the_nodes(host: Host) -> None:
-    """Protects: the tiny pairs and the training node serve this network too, and what is learned is applied
-    to it.
+    """Protects: the tiny pairs and the training node serve this network too, what is learned is applied to it,
+    and dual guidance takes it for what it is: not distilled.
     """
     model, clip, vae, _ = host.execute("DescEditTinyStudio", network="Flux")
     (pairs,) = host.execute("DescEditTinyPairs", vae=vae, clip=clip, edit_type="colour", pairs=2)
@@ -268,6 +268,12 @@ def test_a_bridge_learns_on_it_by_the_nodes(host: Host) -> None:
     reference = {"samples": torch.ones(1, 4, 16, 16)}
     (patched,) = host.execute("DescEditApplyBridge", model=model, bridge=trained, reference=reference)
     assert not torch.equal(sampled(host, patched, clip), sampled(host, model, clip))
+    guided = {}
+    for formula in ("automatic", "paper", "image"):
+        (each,) = host.execute("DescEditDualGuidance", model=patched, formula=formula)
+        guided[formula] = sampled(host, each, clip)
+    assert torch.equal(guided["automatic"], guided["paper"])
+    assert not torch.equal(guided["automatic"], guided["image"])
 
 
 def test_by_the_studios_command(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
+import comfy.supported_models
 import torch
 from comfy.ldm.flux.model import Flux
-from comfy.supported_models import FluxSchnell
 
 from ..operations import disable_weight_init
 from . import networks
@@ -61,8 +61,8 @@ class TinyFluxModel(comfy.model_base.Flux):
         return super().extra_conds(**kwargs)
 
 
-class TinyFlux(FluxSchnell):
-    """Flux.1 schnell's family with the Tiny Studio's latents."""
+class TinyFlux(comfy.supported_models.Flux):
+    """Flux.1's family with the Tiny Studio's latents, not distilled."""
 
     unet_config: ClassVar[dict] = {}
     latent_format = comfy.latent_formats.SD15
