@@ -127,17 +127,20 @@ def test_unify_edit_on_it(host: Host, trained: Path) -> None:
     flux, studio = (host.pack_module(f"models.tiny_studio.{name}") for name in ("flux", "studio"))
     tiny = studies.Studio(flux.load_model(trained), studio.load_clip(), studio.load_vae())
     cases = host.pack_module("lab.benchmark.layouts").read_cases("tiny-studio", None, "tuning")[:1]
-    edit = replace(flow.EDIT, steps=1)
     rows = {
         "text": flow.text_only(),
-        "path": flow.unify({cases[0].edit_type: replace(flow._PATH, steps=1)}),
-        "edit": flow.unify({cases[0].edit_type: edit}),
+        "path": flow.edited(0.0, 0.0, steps=1),
+        "edit": flow.edited(steps=1, structure_layers="single_block.2", word_layers="single_block.3"),
+        "bridge": flow.bridged(flow.BRIDGES / "flux_edit_queries.safetensors", flow.GUIDANCE),
     }
-    lines = flow.table(tiny, cases, rows).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| text", "| path", "| edit"]
+    lines = [*flow.table(tiny, cases, rows)][2:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {label}" for label in rows]
+    number = r"[+-]?(?:\d+\.\d\d|nan)"
+    change = rf"(?: \({number}, {number} to {number}\))?"
+    cells = rf"\| \w+ \| (?:0|100)\.0%{change} \| \d+\.\d\d{change} \| \d+\.\d\d{change} \| \d+\.\d \|"
     for line in lines:
-        assert re.fullmatch(r"\| \w+ \| (0|100)\.0% \| \d+\.\d\d \| \d+\.\d\d \| \d+\.\d \|", line)
-    assert len({line.split(" | ")[2] for line in lines}) > 1
+        assert re.fullmatch(cells, line), line
+    assert len({line.split(" | ")[2] for line in lines}) == len(rows)
 
 
 @torch.inference_mode()
@@ -257,8 +260,8 @@ def test_in_half_precision(host: Host, dtype: torch.dtype) -> None:
 
 
 def test_a_bridge_learns_on_it_by_the_nodes(host: Host) -> None:
-    """Protects: the tiny pairs and the training node serve this network too, what is learned is applied to it,
-    and dual guidance takes it for what it is: not distilled.
+    """Protects: the tiny pairs and the training node serve this network too, what is learned is applied
+    to it, and dual guidance takes it for what it is: not distilled.
     """
     model, clip, vae, _ = host.execute("DescEditTinyStudio", network="Flux")
     (pairs,) = host.execute("DescEditTinyPairs", vae=vae, clip=clip, edit_type="colour", pairs=2)

@@ -85,7 +85,7 @@ class Variant:
 SHIPPED, AGAIN = "shipped", "shipped_again"  # the second after the model itself has learned on
 EDIT_TYPES = (*scenes.EDIT_TYPES, scenes.TWO)
 WHOLE = Variant(steps=4400, rate=5e-3, decay=2200)
-ON_FLUX = replace(WHOLE, flux=True, batch=64, steps=2200)  # as a card takes in the same time
+ON_FLUX = Variant(flux=True)  # as those that are compared on the UNet
 VARIANTS = {
     SHIPPED: WHOLE,
     AGAIN: Variant(steps=1000, rate=4e-3, decay=1000, again=True),
