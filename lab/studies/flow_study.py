@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -96,7 +96,7 @@ def bridges(guidance: DualGuidance = GUIDANCE) -> Rows:
     return found
 
 
-def searches() -> dict[str, Rows]:
+def searches() -> Mapping[str, Rows]:
     """What is tried on the tuning cases for other papers' methods, UnifyEdit's layers, the bridges'
     scales.
     """
