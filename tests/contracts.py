@@ -6,7 +6,7 @@ A method joins by a class in METHODS, a kind of network by a line in `small_mode
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import bridge_edit
@@ -185,15 +185,24 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[tuple[str, str], Any]:
-    """The random networks that were made so far, by kind and mode."""
+def models() -> dict[Any, Any]:
+    """The random networks that were made so far, by kind and mode, or by dtype."""
     return {}
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}")
-def method(
-    request: pytest.FixtureRequest, host: Host, models: dict[tuple[str, str], Any]
-) -> Iterator[Bridge]:
+def named(case: tuple[type[Bridge], str, str]) -> str:
+    """What a case is called."""
+    return "-".join((case[0].__name__, *case[1:]))
+
+
+# For what does not depend on how weights are kept.
+resident = pytest.mark.parametrize(
+    "method", [case for case in CASES if case[2] == "resident"], ids=named, indirect=True
+)
+
+
+@pytest.fixture(params=CASES, ids=named)
+def method(request: pytest.FixtureRequest, host: Host, models: dict[Any, Any]) -> Iterator[Bridge]:
     """A method for a network of a kind, with the weights kept as the host does in a mode."""
     method, kind, mode = request.param
     with memory_modes.MODES[mode]():
@@ -253,6 +262,7 @@ def test_split_for_memory(host: Host, method: Bridge, monkeypatch: pytest.Monkey
         assert same(alone, together, method.rounding), name
 
 
+@resident
 def test_any_size(method: Bridge) -> None:
     """Protects: latents whose grids are rounded up."""
     graph = Graph(size=(33, 23))
@@ -322,6 +332,7 @@ class _Others:
         return replace
 
 
+@resident
 def test_other_packs_see_a_stock_run(method: Bridge) -> None:
     """Protects: patches of other packs, in whatever slot, are chained: in each call of the network they are
     called at the same layers, with the same shapes and row numbers as in a stock run, and the result is the
@@ -340,12 +351,13 @@ def test_other_packs_see_a_stock_run(method: Bridge) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
-def test_half_precision(host: Host, kind: type[Bridge], dtype: torch.dtype) -> None:
+def test_half_precision(host: Host, models: dict[Any, Any], kind: type[Bridge], dtype: torch.dtype) -> None:
     """Protects: models in half precision run, neutral inputs change no bit of them, and others do."""
-    method, graph = kind(host, small_models.small_unet(dtype=dtype)), Graph()
+    if dtype not in models:
+        models[dtype] = small_models.small_unet(dtype=dtype)
+    method, graph = kind(host, models[dtype]), Graph(steps=3)
     found, stock = method.run(graph), method.stock(graph)
     assert found.isfinite().all()
     assert same(found, stock) == (kind is Recorder)
     for inputs in method.neutral:
-        graph = replace(graph, steps=3)
-        assert torch.equal(method.run(graph, **inputs), method.stock(graph)), inputs
+        assert torch.equal(method.run(graph, **inputs), stock), inputs
