@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -13,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host import ROOT, Host, NodeError, Prompt
+from host import ROOT, Host, NodeError, Prompt, comfyui_path
 from PIL import Image
 
 START = ROOT / "workflows" / "api" / "01 Start here.json"
 PARTS = ROOT / "lab" / "benchmark" / "tiny" / "unify.api.json"
-STEPS = 4
+STEPS = 2
 
 
 @pytest.fixture
@@ -282,23 +283,28 @@ def test_dev_edit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
-def test_dev_edit_own_picture(tmp_path: Path, masked: bool) -> None:
+def test_dev_edit_own_picture(
+    live_server: Any,
+    host: Host,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    masked: bool,
+) -> None:
     """Protects: `dev.py edit --image` takes a picture of any size, two descriptions, and a mask or none; it
     shows progress by the node's title, and says nothing of a mask where none leaves something to keep.
     """
     Image.new("RGB", (200, 150), "red").save(tmp_path / "my picture.png")
     Image.new("L", (200, 150), 255).save(tmp_path / "mask.png")
-    command = [sys.executable, str(ROOT / "dev.py"), "edit", "--image", "my picture.png"]
-    command += [
-        "--source",
-        "a red circle",
-        "--edit",
-        "a blue circle",
-        *(["--mask", "mask.png"] if masked else []),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "UnifyEdit 25/25" in done.stdout
-    assert "mask" not in done.stdout  # a mask of the whole image has no outside
+    edit = host.pack_module("lab.edit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui_path()))
+    monkeypatch.setattr(edit, "Server", lambda *_: contextlib.nullcontext(live_server))
+    texts = ["--source", "a red circle", "--edit", "a blue circle"]
+    mask = ["--mask", "mask.png"] if masked else []
+    assert edit.main(["--image", "my picture.png", *texts, *mask]) == 0
+    said = capsys.readouterr().out
+    assert "UnifyEdit 25/25" in said
+    assert "mask" not in said  # a mask of the whole image has no outside
     with Image.open(tmp_path / "output" / "edit" / "picture-edited.png") as picture:
         assert picture.size == (128, 128)
