@@ -66,11 +66,14 @@ PAIRED: dict[str, Any] = {"steps": 300, "batch": 4, "learning_rate": 1e-3}
 
 
 def add_notes(graph: Graph, at: Place, size: Place, folded: Place | None = None) -> None:
-    """The note in English, and the Chinese one folded up, below it if there is no other place for it."""
+    """The note in English, and the Chinese one folded up, below it if there is no other place for it.
+
+    size: in Nodes 2.0 a note grows to its text, so the height is at least that.
+    """
     number = graph.name[:2]
     english, chinese = ((NOTES / f"{number}.{language}.md").read_text("utf-8") for language in ("en", "zh"))
     graph.note(english, at, size, "Read me first")
-    place = folded or (at[0], at[1] + size[1] + 90)
+    place = folded or (at[0], at[1] + size[1] + 40)
     graph.note(chinese, place, (min(270, size[0]), 60), "先读我（中文）", collapsed=True)
 
 

@@ -156,11 +156,11 @@ def make_pairs(graph: Graph) -> None:
 def train_tiny(graph: Graph) -> None:
     """A bridge trained on drawn pairs, and at work."""
     studio = load_studio(graph)
-    pairs = graph.add("DescEditTinyPairs", studio.below(), 270, 140, vae=studio["vae"], clip=studio["clip"])
+    pairs = graph.add("DescEditTinyPairs", studio.below(50), 270, 140, vae=studio["vae"], clip=studio["clip"])
     new = graph.add("DescEditNewBridge", pairs.below(), 270, 190, model=studio["model"], rank=32, alpha=32.0)
     trained = graph.add(
         "DescEditTrainBridge",
-        new.below(),
+        new.below(40),
         270,
         500,
         model=studio["model"],
@@ -225,7 +225,7 @@ def train_tiny(graph: Graph) -> None:
     graph.add(
         "DescEditSaveBridge", (FOURTH + 340, 520), 420, 80, bridge=trained["bridge"], name="tiny_bridge"
     )
-    add_notes(graph, (FOURTH + 340, 660), (420, 270))
+    add_notes(graph, (FOURTH + 340, 660), (420, 300))
 
 
 def train(graph: Graph) -> None:

@@ -83,7 +83,7 @@ def _photo(graph: Graph, model: Node, side: int = 512, **options: Any) -> None:
     describe = describe_photo(graph, (SECOND, 0), model["CLIP"])
     chosen = graph.add("DescEditUnifyOptions", (THIRD, 0), 300, 500, auto_mask=True, **options)
     _edit_photo(graph, model, describe, empty, crop, latent, picture, chosen, chosen.below())
-    add_notes(graph, (SECOND, 640), (310, 290))
+    add_notes(graph, (SECOND, 640), (340, 400))
 
 
 def photo_flux(graph: Graph) -> None:
@@ -239,7 +239,7 @@ def instruction(graph: Graph) -> None:
     empty = add_empty(graph, (FIFTH, 0), 340, model["CLIP"])
     options = graph.add("DescEditUnifyOptions", empty.below(), 340, 500, auto_mask=True)
     _edit_photo(graph, model, describe, empty, crop, latent, picture, options, describe.below())
-    add_notes(graph, (FIFTH, 720), (340, 220))
+    add_notes(graph, (FIFTH, 720), (340, 295))
 
 
 def parts(graph: Graph) -> None:
@@ -345,4 +345,4 @@ def parts(graph: Graph) -> None:
         target=scene["edited"],
         mask=scene["mask"],
     )
-    add_notes(graph, (FOURTH + 340, 880), (400, 130), (LEFT, 900))
+    add_notes(graph, (FOURTH + 340, 880), (400, 130), (LEFT, 960))

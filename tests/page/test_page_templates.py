@@ -20,7 +20,7 @@ QUICK = {
 }
 BOXES = """app.graph.nodes.map(n => {
     const [x, y, width, height] = n.boundingRect
-    return {type: n.type, left: x, top: y, right: x + width, bottom: y + height, folded: !!n.flags.collapsed}
+    return {type: n.type, left: x, top: y, right: x + width, bottom: y + height}
 })"""
 
 
@@ -55,7 +55,7 @@ def files_of(file: Path) -> list[str]:
 
 
 def open_template(shown: Any, name: str) -> None:
-    """Open a template as a user does, and wait until the page has fitted it."""
+    """Open a template as a user does, and wait until the page has fitted it and sizes stay."""
     page = shown.page
     page.keyboard.press("Escape")
     dialog = page.get_by_role("dialog")
@@ -67,23 +67,28 @@ def open_template(shown: Any, name: str) -> None:
     page.wait_for_function(
         """kinds => {
             if (app.graph.nodes.map(n => n.type).sort().join() !== kinds.join()) return false
-            const [now, before] = [app.canvas.ds.scale, window.lastScale]
-            window.lastScale = now
-            return now === before
+            const [left, top, width, height] = app.canvas.ds.visible_area
+            const boxes = app.graph.nodes.map(n => [...n.boundingRect])
+            const [now, before] = [JSON.stringify([left, top, width, height, boxes]), window.lastBoxes]
+            window.lastBoxes = now
+            const within = (start, length, from, room) => start >= from && start + length <= from + room
+            return now === before && boxes.every(
+                ([x, y, w, h]) => within(x, w, left, width) && within(y, h, top, height))
         }""",
         arg=kinds,
-        polling=1000,
+        polling=500,
     )
 
 
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
 def test_opens_readable(shown: Any, file: Path) -> None:
-    """Protects: at 1500 x 950 a template opens at a zoom that draws its texts, no node covers another, only
-    another pack's nodes are unknown, files to download are named, and the page queues what the tests run.
+    """Protects: at 1500 x 950 a template opens at a zoom that draws its texts, no node or note covers
+    another, only another pack's nodes are unknown, files to download are named, and the page queues what the
+    tests run.
     """
     open_template(shown, file.stem)
     assert shown.page.evaluate("app.canvas.ds.scale") >= SMALLEST - 0.005
-    boxes = [box for box in shown.page.evaluate(BOXES) if not box["folded"]]
+    boxes = shown.page.evaluate(BOXES)
     for index, one in enumerate(boxes):
         for other in boxes[index + 1 :]:
             apart = other["left"] >= one["right"] or other["right"] <= one["left"]
