@@ -212,6 +212,21 @@ def test_the_node_gives_the_network_that_is_chosen(host: Host, monkeypatch: pyte
         host.execute("DescEditTinyStudio", network="Flux")
 
 
+def test_its_structure_is_kept_where_it_was_measured(host: Host) -> None:
+    """Protects: UnifyEdit's default layers for this network are those of the study's search; another Flux
+    has those of the literature, and names come first.
+    """
+    model = host.pack_module("models.tiny_studio.flux").load_model()
+    network = host.network(model)
+
+    def chosen(kind: str, names: str = "") -> list[str]:
+        return [layer.key for layer in network.structure_layers(16, 16, 32, names, kind)]
+
+    family = type(model.model.model_config).__name__
+    assert chosen(family) == [f"single_block.{number}.0" for number in (2, 3, 4, 5)]
+    assert chosen("Flux") == ["double_block.1.0"] == chosen(family, "double_block.1")
+
+
 def test_its_bridge_is_refused(host: Host, live_server: Any) -> None:
     """Protects: with Flux the bridge output stops what is connected to it, with a text that says what to do,
     and the UNet's bridge is not taken for it.

@@ -61,7 +61,7 @@ LAYERS = {
     "the single blocks 4 and 5": "single_block.4, single_block.5",
     "the single blocks 2 to 5": "single_block.2, single_block.3, single_block.4, single_block.5",
 }
-GUIDANCE = DualGuidance(image=1.5, text=3.0)
+GUIDANCE = DualGuidance(image=4.0, text=2.0)
 BRIDGES = Path(__file__).with_name("bridges")
 
 
@@ -112,7 +112,7 @@ def searches() -> Mapping[str, Rows]:
         found["layers"][f"structure at {name}"] = edited(beta2=0.0, structure_layers=keys)
     for name, keys in LAYERS.items():
         found["layers"][f"words at {name}"] = edited(word_layers=keys)
-    for image, text in product((1.0, 1.5, 2.0), (2.0, 3.0)):
+    for image, text in product((1.0, 1.5, 2.0, 3.0, 4.0), (2.0, 3.0)):
         for direction in DIRECTIONS:
             label = f"{direction}, λ_I = {image:g}, λ_T = {text:g}"
             file = BRIDGES / f"flux_{direction}.safetensors"
