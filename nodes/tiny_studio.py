@@ -10,7 +10,6 @@ import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..models.bridge_file import load_bridge
 from ..models.tiny_studio import drawing, flux, scenes, studio
@@ -21,10 +20,6 @@ from .previews import show_images, show_text
 CATEGORY = "descriptive edit/tiny studio"
 ALIASES = ["Tiny Studio", "tiny model", "demo model"]
 UNET, FLUX = "UNet", "Flux"
-NO_BRIDGE = (
-    "Load Tiny Studio: there is no attention bridge for the network Flux. Choose UNet, or train a bridge for "
-    "Flux with Train Attention Bridge"
-)
 
 
 class DescEditTinyStudio(io.ComfyNode):
@@ -40,7 +35,7 @@ class DescEditTinyStudio(io.ComfyNode):
                 "Loads the small model that ships with the pack: Stable Diffusion 1.5's layout at reduced "
                 "width, or a network of Flux.1's kind, 128x128 pixels. It draws coloured shapes and cartoon "
                 "faces only. It works with the stock nodes, so every method can be tried in seconds without "
-                "a download. The UNet's attention bridge is included."
+                "a download. The attention bridge of each is included."
             ),
             search_aliases=[*ALIASES, "tiny flux"],
             inputs=[
@@ -59,8 +54,7 @@ class DescEditTinyStudio(io.ComfyNode):
                 io.Vae.Output("vae"),
                 BridgeType.Output(
                     "bridge",
-                    tooltip="The UNet's attention bridge, trained on edits of its drawn scenes. Flux has "
-                    "none.",
+                    tooltip="The network's attention bridge, trained on edits of its drawn scenes.",
                 ),
             ],
         )
@@ -68,10 +62,10 @@ class DescEditTinyStudio(io.ComfyNode):
     @classmethod
     def execute(cls, network: str = UNET) -> io.NodeOutput:
         if network == FLUX:
-            model, bridge = flux.load_model(), ExecutionBlocker(NO_BRIDGE)
+            model, bridge = flux.load_model(), flux.BRIDGE
         else:
-            model, bridge = studio.load_model(), load_bridge(studio.BRIDGE)
-        return io.NodeOutput(model, studio.load_clip(), studio.load_vae(), bridge)
+            model, bridge = studio.load_model(), studio.BRIDGE
+        return io.NodeOutput(model, studio.load_clip(), studio.load_vae(), load_bridge(bridge))
 
 
 class DescEditTinyScene(io.ComfyNode):

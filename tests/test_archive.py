@@ -45,7 +45,10 @@ def base(tmp_path: Path) -> Path:
 def test_what_is_in_it() -> None:
     """Protects: users get what a user needs, and nothing that works only in the repository."""
     assert {name.partition("/")[0] for name in archived()} == PARTS
-    wanted = [f"models/tiny_studio/{name}.safetensors" for name in ("bridge", "tiny_flux", "tiny_studio")]
+    wanted = [
+        f"models/tiny_studio/{name}.safetensors"
+        for name in ("bridge", "flux_bridge", "tiny_flux", "tiny_studio")
+    ]
     assert [name for name in archived() if name.endswith(".safetensors")] == wanted
     assert sum((ROOT / name).stat().st_size for name in archived()) < 37_000_000
 

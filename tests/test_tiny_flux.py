@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from host import Host, NodeError
+from host import Host
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +179,10 @@ def test_papers_for_flows(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.allclose(*found, atol=1e-2)
 
 
-def sampled(host: Host, model: Any, clip: Any, text: str = "a red circle") -> torch.Tensor:
-    """A latent from two steps of the stock sampler."""
+def sampled(host: Host, model: Any, clip: Any, text: str = "a red circle", steps: int = 2) -> torch.Tensor:
+    """A latent from a few steps of the stock sampler."""
     (positive,), (negative,) = (host.execute("CLIPTextEncode", clip=clip, text=each) for each in (text, ""))
-    settings = {"seed": 5, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+    settings = {"seed": 5, "steps": steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     given = {"positive": positive, "negative": negative, "latent_image": latent}
     return host.execute("KSampler", model=model, **given, **settings)[0]["samples"]
@@ -227,20 +227,24 @@ def test_its_structure_is_kept_where_it_was_measured(host: Host) -> None:
     assert chosen("Flux") == ["double_block.1.0"] == chosen(family, "double_block.1")
 
 
-def test_its_bridge_is_refused(host: Host, live_server: Any) -> None:
-    """Protects: with Flux the bridge output stops what is connected to it, with a text that says what to do,
-    and the UNet's bridge is not taken for it.
+def test_its_own_bridge(host: Host) -> None:
+    """Protects: each network comes with its own bridge, which is refused on the other; with Flux's and dual
+    guidance an edit comes nearer to the true one than the source is.
     """
-    prompt = {"1": {"class_type": "DescEditTinyStudio", "inputs": {"network": "Flux"}}}
-    saved = {"bridge": ["1", 3], "name": "none"}
-    prompt["2"] = {"class_type": "DescEditSaveBridge", "inputs": saved}
-    with pytest.raises(NodeError, match=r"no attention bridge for the network Flux.*Choose UNet"):
-        live_server.run(prompt)
-    model = host.execute("DescEditTinyStudio", network="Flux")[0]
-    bridge = host.execute("DescEditTinyStudio")[3]
-    reference = {"samples": torch.ones(1, 4, 16, 16)}
+    networks = {name: host.execute("DescEditTinyStudio", network=name) for name in ("UNet", "Flux")}
+    source, true, _, was, then = host.execute("DescEditTinyScene", edit_type="background", seed=3)
+    model, clip, vae, bridge = networks["Flux"]
+    (reference,) = host.execute("VAEEncode", pixels=source, vae=vae)
+    given = {"reference": reference, "source": host.execute("CLIPTextEncode", clip=clip, text=was)[0]}
     with pytest.raises(ValueError, match=r"the bridge is for TinySD15.*MODEL is TinyFlux"):
-        host.execute("DescEditApplyBridge", model=model, bridge=bridge, reference=reference)
+        host.execute("DescEditApplyBridge", model=model, bridge=networks["UNet"][3], **given)
+    with pytest.raises(ValueError, match=r"the bridge is for TinyFlux.*MODEL is TinySD15"):
+        host.execute("DescEditApplyBridge", model=networks["UNet"][0], bridge=bridge, **given)
+    (bridged,) = host.execute("DescEditApplyBridge", model=model, bridge=bridge, **given)
+    scales = {"image_guidance": 4.0, "text_guidance": 2.0}
+    (guided,) = host.execute("DescEditDualGuidance", model=bridged, **scales)
+    (image,) = host.execute("VAEDecode", samples={"samples": sampled(host, guided, clip, then, 8)}, vae=vae)
+    assert (image - true).square().mean() < 0.5 * (source - true).square().mean()
 
 
 def test_a_long_description_is_refused(host: Host) -> None:

@@ -22,6 +22,7 @@ from . import networks
 from .studio import make_model, read_weights
 
 FILE = Path(__file__).with_name("tiny_flux.safetensors")
+BRIDGE = Path(__file__).with_name("flux_bridge.safetensors")  # train_bridge.py's flux_edit_queries
 TOKENS = 32  # of a text, with its start mark; the longest caption of its training has 23
 FLUX: dict[str, Any] = {
     "image_model": "flux",
