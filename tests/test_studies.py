@@ -305,6 +305,24 @@ def test_interrupted_measuring_goes_on(lab: Any, tiny: Any, cases: list[Any], tm
     assert measure(anew=True, shard=(1, 2)) == [("part", 1), ("part", 12)]
 
 
+def test_settings_for_some_types(lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:
+    """Protects: a method with settings for some edit types is measured on these alone and is complete then."""
+    types = {cases[0].edit_type, cases[4].edit_type}
+    made: list[set[str]] = []
+
+    def edit(tiny: Any, batch: Any) -> torch.Tensor:
+        made.append({pair.edit_type for pair in batch.pairs})
+        return batch.latent
+
+    method = lab.studio.StudioMethod("some", edit, "some", types=tuple(types))
+    study = lab.study.Study(tiny, cases, "test", folder=tmp_path)
+    study.run([method], per_type=1)
+    assert study.store.state(method) == "2 of 4 cases"
+    study.run([method])
+    assert study.store.state(method) == ""
+    assert {result["type"] for result in study.of(method)} == types == set.union(*made)
+
+
 def test_code_that_makes_other_images(lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:
     """Protects: writing pages finds rows whose method now makes other images with the same settings, and
     `--measure` makes these anew and draws the sheet.

@@ -213,9 +213,12 @@ def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
     """Drawn edits of the Tiny Studio's scenes, half of them with short descriptions.
 
     The split `test` has 50 cases of each edit type, with combinations of attributes that no training saw. The
-    split `tuning` has 10 of each, with combinations from training, but other scenes.
+    split `tuning` has 20 of each, with combinations from training, but other scenes: the first 10 of each type
+    before the others.
     """
-    return _drawn_cases(scenes.EDIT_TYPES, split, 50, 10, 20)
+    yield from _drawn_cases(scenes.EDIT_TYPES, split, 50, 10, 20)
+    if split == "tuning":
+        yield from _drawn_cases(scenes.EDIT_TYPES, split, 50, 10, 40, skipped=10)
 
 
 def draw_two_objects(folder: Path | None, split: str) -> Iterator[Case]:
@@ -223,12 +226,14 @@ def draw_two_objects(folder: Path | None, split: str) -> Iterator[Case]:
     return _drawn_cases((scenes.TWO,), split, 100, 20, 30)
 
 
-def _drawn_cases(types: Sequence[str], split: str, test: int, tuning: int, seed: int) -> Iterator[Case]:
-    """`test` or `tuning` cases of each type. seed: of their noise, and the next one."""
+def _drawn_cases(
+    types: Sequence[str], split: str, test: int, tuning: int, seed: int, skipped: int = 0
+) -> Iterator[Case]:
+    """`test` or `tuning` cases of each type after `skipped`. seed: of their noise, and the next one."""
     if split not in ("test", "tuning"):
         raise ValueError(f"tiny-studio has the splits test and tuning, not {split!r}")
     held, per_type, first = (True, test, 0) if split == "test" else (False, tuning, TUNING_SEED)
-    numbers = [(edit_type, number) for edit_type in types for number in range(per_type)]
+    numbers = [(edit_type, number) for edit_type in types for number in range(skipped, skipped + per_type)]
     noise = torch.randn(len(numbers), 4, 16, 16, generator=torch.Generator().manual_seed(seed + held))
     for (edit_type, number), start in zip(numbers, noise, strict=True):
         pair = scenes.sample_edit(edit_type, first + number, scenes.WORDINGS[number % 2], held)

@@ -206,7 +206,7 @@ def search() -> dict[str, Rows]:
     for tenths in range(1, 9):
         rows[f"image to image, denoise {tenths / 10:g}"] = image_to_image(tenths / 10)
     rows |= {f"DDIM inversion, CFG {cfg:g}": inverted(cfg) for cfg in (1.0, 2.0, 3.0, 5.0)}
-    for image, text in product((1.0, 1.5, 2.0), (2.0, 3.0, 5.0)):
+    for image, text in product((1.0, 1.5, 2.0), (1.5, 2.0, 3.0)):
         rows[f"InstructPix2Pix, s_I = {image:g}, s_T = {text:g}"] = instructed(image, text)
     for g in scales:
         rows[f"bridge, {g.formula}, λ_I = {g.image:g}, λ_T = {g.text:g}"] = bridged(studio.BRIDGE, g)

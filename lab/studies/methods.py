@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -99,20 +99,41 @@ class Edit:
 
 
 def unify(edits: Mapping[str, Edit]) -> StudioMethod:
-    """UnifyEdit with settings for each edit type."""
-    return StudioMethod("UnifyEdit", partial(unify_by_type, edits=edits), f"unify {sorted(edits.items())}")
+    """UnifyEdit with settings by edit type."""
+    edit, settings = partial(unify_by_type, edits=edits), f"unify {sorted(edits.items())}"
+    return StudioMethod("UnifyEdit", edit, settings, types=tuple(edits))
 
 
 def unify_by_type(tiny: Studio, batch: Batch, edits: Mapping[str, Edit]) -> torch.Tensor:
     """Latents in the order of the cases."""
+
+    def make(edit_type: str, some: Batch) -> torch.Tensor:
+        edit = edits[edit_type]
+        if bool((some.mask >= 1).all()):  # a style has no outside
+            edit = replace(edit, masked=False, structure_region="everywhere")
+        return unify_latents(tiny, some, edit)
+
+    return _each_type(batch, make)
+
+
+def by_type(methods: Mapping[str, StudioMethod]) -> StudioMethod:
+    """A method with settings by edit type."""
+
+    def edit(tiny: Studio, batch: Batch) -> torch.Tensor:
+        return _each_type(batch, lambda edit_type, some: methods[edit_type].edit(tiny, some))
+
+    (name, *_) = {method.name for method in methods.values()}
+    settings = {edit_type: method.settings for edit_type, method in sorted(methods.items())}
+    return StudioMethod(name, edit, f"by type {settings}", types=tuple(methods))
+
+
+def _each_type(batch: Batch, make: Callable[[str, Batch], torch.Tensor]) -> torch.Tensor:
+    """Latents in the order of the cases. make: of an edit type and its cases."""
     made = torch.empty_like(batch.latent)
     types = [pair.edit_type for pair in batch.pairs]
     for edit_type in dict.fromkeys(types):
         numbers = [number for number, kind in enumerate(types) if kind == edit_type]
-        edit = edits[edit_type]
-        if bool((batch.mask[numbers] >= 1).all()):  # a style has no outside
-            edit = replace(edit, masked=False, structure_region="everywhere")
-        made[numbers] = unify_latents(tiny, batch.chosen(numbers), edit)
+        made[numbers] = make(edit_type, batch.chosen(numbers))
     return made
 
 

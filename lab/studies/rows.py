@@ -87,8 +87,9 @@ class Store:
         }
         earlier = " and ".join(name for name, is_so in changed.items() if is_so)
         parts = [f"earlier {earlier}"] if earlier else []
-        if len(found.results) < len(self._types):
-            parts.append(f"{len(found.results)} of {len(self._types)} cases")
+        cases = sum(map(method.handles, self._types.values()))
+        if len(found.results) < cases:
+            parts.append(f"{len(found.results)} of {cases} cases")
         return ", ".join(parts) or CURRENT
 
     def is_current(self, method: StudioMethod) -> bool:

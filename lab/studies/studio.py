@@ -112,12 +112,14 @@ class StudioMethod:
     edit: returns the edited latents of a batch.
     settings: everything that determines its images, as text.
     files: of weights.
+    types: the edit types that it has settings for; empty for all.
     """
 
     name: str
     edit: Callable[[Studio, Batch], torch.Tensor]
     settings: str
     files: tuple[Path, ...] = ()
+    types: tuple[str, ...] = ()
     swept: tuple[str, float] | None = None
 
     @cached_property
@@ -132,6 +134,10 @@ class StudioMethod:
         return {
             file.name: file_digest(file) for file in (studio.FILE, attribute_classifier.FILE, *self.files)
         }
+
+    def handles(self, edit_type: str) -> bool:
+        """Whether it has settings for an edit type."""
+        return not self.types or edit_type in self.types
 
     @property
     def label(self) -> str:

@@ -75,15 +75,17 @@ class Study:
             probe = self.check(method)
             found = self.store.find(method)
             done = {r["case"] for r in found.results} if found and self.store.is_current(method) else set()
-            todo = [case for case in cases if case.id not in done]
+            edited = [case for case in cases if method.handles(case.edit_type)]
+            todo = [case for case in edited if case.id not in done]
             for start in range(0, len(todo), BATCH):
                 some = todo[start : start + BATCH]
                 self.store.add(method, self._edit(method, some, lpips), probe, self._device())
-                say(f"{method.name}: {len(done) + start + len(some)}/{len(cases)} edits")
+                say(f"{method.name}: {len(done) + start + len(some)}/{len(edited)} edits")
 
     def check(self, method: StudioMethod) -> list[float]:
         """The method's probe, compared with the stored one."""
-        probe = method.probe(self.tiny, Batch.of(self.tiny, self.cases[:1]))
+        first = next(case for case in self.cases if method.handles(case.edit_type))
+        probe = method.probe(self.tiny, Batch.of(self.tiny, [first]))
         self.store.check(method, probe)
         return probe
 

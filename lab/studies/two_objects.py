@@ -118,7 +118,7 @@ def search() -> dict[str, Rows]:
 
 
 PLAN = Plan(
-    "two_objects", COLUMNS, tables, metrics, texts, search, claims, aims, 4, per_type=20, layout=LAYOUT
+    "two_objects", COLUMNS, tables, metrics, texts, search, claims, aims, 4, layout=LAYOUT
 )
 
 if __name__ == "__main__":

@@ -6,34 +6,39 @@ Settings were chosen on the tuning cases, of one object and of two (`--tune` mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ...models.tiny_studio import scenes
 from ...patches.unify.balance import Balance
+from ..benchmark.cases import Case
 from ..benchmark.statistics import mean
 from ..output import markdown
-from . import bridge_study, paper_settings, two_objects, word_search
+from . import bridge_study, paper_settings, settings_search, two_objects, word_search
 from .balances import CHOSEN, DECAYS, drawn
 from .claims import Aim, Claim, Comparison
 from .methods import Edit, unify
 from .publish import Plan, command
+from .settings_search import EDIT, MASKED, STYLE, STYLE_EDIT
 from .studio import StudioMethod
 from .study import Rows, Study, Tables, best, cell
 
 COLUMNS = ("success", "target_psnr", "psnr_outside", "ssim_outside", "structure", "seconds")
-TUNING_PER_TYPE = 4  # even, so that the wordings alternate throughout
 Edits = Mapping[str, Edit]  # by edit type
-# Chosen on the tuning cases.
-EDIT = Edit(denoise=0.6, cfg=2.0, masked=True, structure_region="outside")
-PRESET_EDITS: Edits = {edit_type: replace(EDIT, balance=CHOSEN[edit_type]) for edit_type in scenes.EDIT_TYPES}
-ALL_LEVELS: Edits = {edit_type: replace(edit, denoise=1.0) for edit_type, edit in PRESET_EDITS.items()}
-# Fewer noise levels, more text guidance, and a higher weight of the words.
-LOWER_LEVELS: Edits = {
+PRESET_EDITS: Edits = {
+    edit_type: STYLE_EDIT if edit_type == STYLE else EDIT for edit_type in scenes.EDIT_TYPES
+}
+# What the parts of the method are compared at: all noise levels, and the lower ones.
+ALL_LEVELS: Edits = {
+    edit_type: replace(MASKED, balance=CHOSEN[edit_type], cfg=2.0) for edit_type in scenes.EDIT_TYPES
+}
+LOWER_LEVELS: Edits = {edit_type: replace(edit, denoise=0.6) for edit_type, edit in ALL_LEVELS.items()}
+# Still fewer noise levels, more text guidance, and a higher weight of the words.
+LOWEST_LEVELS: Edits = {
     edit_type: replace(
-        EDIT,
+        MASKED,
         denoise=0.4,
         cfg=3.0,
         balance=Balance(beta1=0.1 if edit_type == "style" else 1.0, k1=2.0, beta2=1.0, k2=2.0),
@@ -70,30 +75,30 @@ def combinations(edits: Edits) -> Rows:
 
 def tables() -> dict[str, Rows]:
     """The rows of the tables, by the name that the page gives them."""
-    whole, wide, lower = unify(PRESET_EDITS), unify(ALL_LEVELS), unify(LOWER_LEVELS)
-    factors, curves = {"as chosen": whole}, {"exponential": whole}
+    wide, lower, lowest = unify(ALL_LEVELS), unify(LOWER_LEVELS), unify(LOWEST_LEVELS)
+    factors, curves = {"as chosen": lower}, {"exponential": lower}
     for symbol, name in (("β1", "beta1"), ("β2", "beta2"), ("k1", "k1"), ("k2", "k2")):
         for word, factor in (("half", 0.5), ("double", 2.0)):
-            factors[f"{symbol} {word}"] = balanced(PRESET_EDITS, partial(_scaled, name, factor))
+            factors[f"{symbol} {word}"] = balanced(LOWER_LEVELS, partial(_scaled, name, factor))
     for decay in DECAYS:
-        curves[decay] = balanced(PRESET_EDITS, partial(_drawn, decay))
+        curves[decay] = balanced(LOWER_LEVELS, partial(_drawn, decay))
     text, image, inversion = bridge_study.baselines().items()
     return {
         "methods": {
-            "UnifyEdit": whole,
+            "UnifyEdit": unify(PRESET_EDITS),
             "UnifyEdit without a mask": edited(PRESET_EDITS, masked=False, structure_region="everywhere"),
-            "UnifyEdit, denoise 0.4": lower,
+            "UnifyEdit, denoise 0.6, CFG 2": lower,
             **dict([image, inversion]),
             **paper_settings.papers(),
             **dict([text]),
         },
         "wide_losses": losses(ALL_LEVELS),
-        "losses": losses(PRESET_EDITS),
+        "losses": losses(LOWER_LEVELS),
         "wide_combinations": combinations(ALL_LEVELS),
         "wide_ways": {"latent": wide, "noise": edited(ALL_LEVELS, update_target="noise")},
         "wide_inversions": {"ddim": wide, "virtual": edited(ALL_LEVELS, mode="virtual")},
-        "lower_combinations": combinations(LOWER_LEVELS),
-        "lower_ways": {"latent": lower, "noise": edited(LOWER_LEVELS, update_target="noise")},
+        "lower_combinations": combinations(LOWEST_LEVELS),
+        "lower_ways": {"latent": lowest, "noise": edited(LOWEST_LEVELS, update_target="noise")},
         "factors": factors,
         "curves": curves,
     }
@@ -191,9 +196,12 @@ def texts(study: Study, tables: Tables, metrics: Mapping[str, float]) -> dict[st
     """The page's values beside the tables."""
     return {
         "presets": preset_table(),
+        "kept": settings_search.KEPT,
         "edit": EDIT,
-        "lower": LOWER_LEVELS["colour"],
+        "style": STYLE_EDIT,
+        "lowest": LOWEST_LEVELS["colour"],
         "wordings": wording_table(study, {"UnifyEdit": tables["methods"]["UnifyEdit"]}),
+        "styles": style_table(study, {"UnifyEdit": tables["methods"]["UnifyEdit"]}),
     }
 
 
@@ -205,59 +213,42 @@ def preset_table() -> str:
 
 
 def search() -> dict[str, Rows]:
-    """The search, with one setting for all types: ways to run UnifyEdit, and balances."""
-
-    def every(edit: Edit) -> StudioMethod:
-        return unify(dict.fromkeys(scenes.EDIT_TYPES, edit))
-
-    wide = replace(EDIT, denoise=1.0)
-    neither = Balance(beta1=0.0, beta2=0.0)
-    ways = {
-        f"{label}{change}": every(replace(edit, **values))
-        for label, edit in (("denoise 0.6", EDIT), ("denoise 1", wide))
-        for change, values in {
-            ", CFG 2": {},
-            ", CFG 1": {"cfg": 1.0},
-            ", CFG 3": {"cfg": 3.0},
-            ", CFG 2, virtual": {"mode": "virtual"},
-            ", CFG 1, virtual": {"cfg": 1.0, "mode": "virtual"},
-            ", CFG 2, 20 steps": {"steps": 20},
-            ", CFG 2, no mask": {"masked": False, "structure_region": "everywhere"},
-            ", CFG 2, neither loss": {"balance": neither},
-        }.items()
-    }
-    ways["denoise 0.4, CFG 3, heavier words"] = every(LOWER_LEVELS["colour"])
-    balances = {
-        f"{label}, β1 {beta1:g}, k1 {k1:g}, β2 {beta2:g}": every(
-            replace(edit, balance=Balance(beta1=beta1, k1=k1, beta2=beta2))
-        )
-        for label, edit in (("denoise 0.6", EDIT), ("denoise 1", wide))
-        for beta1, k1, beta2 in (
-            (1.0, 1.0, 0.3),
-            (1.0, 1.0, 0.1),
-            (1.0, 1.0, 0.0),
-            (0.3, 1.0, 0.3),
-            (0.5, 0.0, 0.3),
-        )
-    }
+    """The search on the tuning cases."""
     return {
-        "search_words": word_search.search(),
+        "search": settings_search.search(),
         "search_papers": paper_settings.search(),
-        "search_ways": ways,
-        "search_balances": balances,
+        "search_words": word_search.search(),
     }
 
 
 def wording_table(study: Study, rows: Rows) -> str:
-    """A Markdown table of success by edit type and wording, which alternates."""
-    kinds = {
-        case.id: f"{case.edit_type}, {scenes.WORDINGS[number % 2]}" for number, case in enumerate(study.cases)
-    }
+    """A Markdown table of success by edit type and wording."""
+    kinds = {case.id: f"{case.edit_type}, {wording}" for case, wording in worded(study)}
     heads = [f"{edit_type}, {wording}" for edit_type in scenes.EDIT_TYPES for wording in scenes.WORDINGS]
+    return success_table(study, rows, kinds, heads)
+
+
+def style_table(study: Study, rows: Rows) -> str:
+    """A Markdown table of the success of style edits by new style and wording."""
+    kinds = {
+        case.id: f"{case.drawn.pair.target.values['style']}, {wording}"
+        for case, wording in worded(study)
+        if case.drawn and case.edit_type == STYLE
+    }
+    return success_table(study, rows, kinds, sorted(set(kinds.values())))
+
+
+def worded(study: Study) -> list[tuple[Case, str]]:
+    """The cases with their wording, which alternates."""
+    return [(case, scenes.WORDINGS[number % 2]) for number, case in enumerate(study.cases)]
+
+
+def success_table(study: Study, rows: Rows, kinds: Mapping[str, str], heads: Sequence[str]) -> str:
+    """A Markdown table of success by the kinds of the cases. kinds: by the case's id; some may have none."""
     lines = []
     for label, method in rows.items():
         results = study.of(method)
-        parts = [mean([r for r in results if kinds[r["case"]] == kind], "success") for kind in heads]
+        parts = [mean([r for r in results if kinds.get(r["case"]) == kind], "success") for kind in heads]
         lines.append([study.label(label, method), *(cell(value, "{:.0%}") for value in parts)])
     return markdown(["", *heads], lines)
 
@@ -272,7 +263,6 @@ PLAN = Plan(
     claims,
     aims,
     shown=6,
-    per_type=TUNING_PER_TYPE,
 )
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""The search for UnifyEdit's settings, on tuning cases.
+
+The best keeps at least KEPT outside the mask and has the highest success, and of several with the same success
+it is nearest to the true edit. Edits with a mask and styles, which have none, are searched apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from ...models.tiny_studio import scenes
+from ...patches.unify.balance import Balance
+from .methods import Edit, unify
+from .study import Rows
+
+KEPT = 29.2  # dB
+STYLE = "style"
+WITH_MASK = tuple(edit_type for edit_type in scenes.EDIT_TYPES if edit_type != STYLE)
+MASKED = Edit(masked=True, structure_region="outside")
+# Chosen by this search.
+EDIT = replace(MASKED, denoise=0.8, cfg=1.5)
+STYLE_EDIT = Edit(Balance(beta1=0.3), cfg=2.0, denoise=0.8, mode="virtual")
+
+
+def name(edit: Edit) -> str:
+    """What distinguishes the settings of the search."""
+    balance, default = edit.balance, Balance()
+    parts = [f"denoise {edit.denoise:g}", f"CFG {edit.cfg:g}"]
+    if edit.steps != Edit.steps:
+        parts.append(f"{edit.steps} steps")
+    if balance.beta1 != default.beta1:
+        parts.append(f"β1 {balance.beta1:g}")
+    if balance.k1 != default.k1:
+        parts.append(f"k1 {balance.k1:g}")
+    if edit.mode != Edit.mode:
+        parts.append(edit.mode)
+    return ", ".join(parts)
+
+
+def with_mask() -> Iterator[Edit]:
+    """For edits with a mask. Above CFG 2 less is kept."""
+    for denoise, cfg in (*product((0.6, 0.8, 1.0), (1.5, 2.0)), (0.6, 3.0)):
+        yield replace(MASKED, denoise=denoise, cfg=cfg)
+
+
+def styles() -> Iterator[Edit]:
+    """For styles: one setting after the other."""
+    weak = Balance(beta1=0.3)
+    for denoise, cfg in product((0.6, 0.8, 1.0), (1.5, 2.0, 3.0)):
+        yield Edit(weak, cfg, denoise)
+    middle = Edit(weak, 2.0, 0.8)
+    for beta1 in (1.0, 0.1, 0.0):
+        yield replace(middle, balance=replace(weak, beta1=beta1))
+    yield replace(middle, balance=replace(weak, k1=0.0))
+    for denoise, cfg in ((0.8, 2.0), (0.8, 3.0), (1.0, 2.0)):
+        yield replace(middle, denoise=denoise, cfg=cfg, mode="virtual")
+
+
+def search() -> Rows:
+    """All settings that were tried."""
+    rows = {f"with a mask, {name(edit)}": unify(dict.fromkeys(WITH_MASK, edit)) for edit in with_mask()}
+    return rows | {f"style, {name(edit)}": unify({STYLE: edit}) for edit in styles()}
