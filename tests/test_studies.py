@@ -229,7 +229,7 @@ def test_pages_from_known_results(lab: Any, known: Any, cases: list[Any], tmp_pa
         "image to image, denoise 0.2",
         "DDIM inversion, CFG 1",
     }
-    unify = {"UnifyEdit", "UnifyEdit without a mask", "UnifyEdit, denoise 0.4"}
+    unify = {"UnifyEdit", "UnifyEdit without a mask", "UnifyEdit, denoise 0.6, CFG 2"}
     assert {"bridge", "attention injection"} | baselines | unify <= set(table)
     assert metrics["bridge_study.success"] == 0
     assert metrics["bridge_study.psnr_db_best_baseline"] == 24  # InstructPix2Pix, the last
@@ -239,9 +239,7 @@ def test_pages_from_known_results(lab: Any, known: Any, cases: list[Any], tmp_pa
     study = (tmp_path / "unify_study.md").read_text()
     (line, *_) = (line for line in study.splitlines() if line.startswith("| UnifyEdit without a mask |"))
     assert "| 1.50 |" in line  # seconds
-    assert (
-        "| denoise 0.6, CFG 2, neither loss (not measured) |" in study
-    )  # of the search, on the tuning cases
+    assert "| with a mask, denoise 0.6, CFG 2 (not measured) |" in study  # of the search, on the tuning cases
     assert all("{" not in file.read_text() for file in tmp_path.glob("*.md"))
     assert "All rows are of the weights, settings and code of this version. Measured on: a card." in page
 
@@ -306,7 +304,7 @@ def test_interrupted_measuring_goes_on(lab: Any, tiny: Any, cases: list[Any], tm
 
 
 def test_settings_for_some_types(lab: Any, tiny: Any, cases: list[Any], tmp_path: Path) -> None:
-    """Protects: a method with settings for some edit types is measured on these alone and is complete then."""
+    """Protects: a method with settings for some edit types is measured on these alone, and complete then."""
     types = {cases[0].edit_type, cases[4].edit_type}
     made: list[set[str]] = []
 

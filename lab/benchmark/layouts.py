@@ -213,8 +213,8 @@ def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
     """Drawn edits of the Tiny Studio's scenes, half of them with short descriptions.
 
     The split `test` has 50 cases of each edit type, with combinations of attributes that no training saw. The
-    split `tuning` has 20 of each, with combinations from training, but other scenes: the first 10 of each type
-    before the others.
+    split `tuning` has 20 of each, with combinations from training, but other scenes: the first 10 of each
+    type before the others.
     """
     yield from _drawn_cases(scenes.EDIT_TYPES, split, 50, 10, 20)
     if split == "tuning":

@@ -1,7 +1,7 @@
 """The search for UnifyEdit's settings, on tuning cases.
 
-The best keeps at least KEPT outside the mask and has the highest success, and of several with the same success
-it is nearest to the true edit. Edits with a mask and styles, which have none, are searched apart.
+The best keeps at least KEPT outside the mask and has the highest success, and of several with the same
+success it is nearest to the true edit. Edits with a mask and styles, which have none, are searched apart.
 """
 
 from __future__ import annotations

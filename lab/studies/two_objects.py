@@ -117,9 +117,7 @@ def search() -> dict[str, Rows]:
     return {"search_words": word_search.search()}
 
 
-PLAN = Plan(
-    "two_objects", COLUMNS, tables, metrics, texts, search, claims, aims, 4, layout=LAYOUT
-)
+PLAN = Plan("two_objects", COLUMNS, tables, metrics, texts, search, claims, aims, 4, layout=LAYOUT)
 
 if __name__ == "__main__":
     command("dev.py run lab.studies.two_objects", __doc__, PLAN)
