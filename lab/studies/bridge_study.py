@@ -28,7 +28,7 @@ COMPARED = Path(__file__).with_name("bridges")
 GUIDANCE = DualGuidance(image=3.0, text=3.0)
 DENOISE, INVERSION_CFG = 0.2, 1.0
 COMPARED_GUIDANCE = DualGuidance(image=1.5, text=3.0)
-INSTRUCT = (2.0, 3.0)  # s_I and s_T
+INSTRUCT = (1.5, 1.5)  # s_I and s_T
 SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
