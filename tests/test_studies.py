@@ -229,7 +229,7 @@ def test_pages_from_known_results(lab: Any, known: Any, cases: list[Any], tmp_pa
         "image to image, denoise 0.2",
         "DDIM inversion, CFG 1",
     }
-    unify = {"UnifyEdit", "UnifyEdit without a mask", "UnifyEdit, denoise 0.6, CFG 2"}
+    unify = {"UnifyEdit", "UnifyEdit without a mask, denoise 0.6, CFG 2", "UnifyEdit, denoise 0.6, CFG 2"}
     assert {"bridge", "attention injection"} | baselines | unify <= set(table)
     assert metrics["bridge_study.success"] == 0
     assert metrics["bridge_study.psnr_db_best_baseline"] == 24  # InstructPix2Pix, the last
@@ -237,7 +237,7 @@ def test_pages_from_known_results(lab: Any, known: Any, cases: list[Any], tmp_pa
     assert len(metrics) == 11 + 18
     assert table["`success_best_baseline`"][""].endswith("%")
     study = (tmp_path / "unify_study.md").read_text()
-    (line, *_) = (line for line in study.splitlines() if line.startswith("| UnifyEdit without a mask |"))
+    (line, *_) = (line for line in study.splitlines() if line.startswith("| UnifyEdit without a mask,"))
     assert "| 1.50 |" in line  # seconds
     assert "| with a mask, denoise 0.6, CFG 2 (not measured) |" in study  # of the search, on the tuning cases
     assert all("{" not in file.read_text() for file in tmp_path.glob("*.md"))

@@ -86,7 +86,9 @@ def tables() -> dict[str, Rows]:
     return {
         "methods": {
             "UnifyEdit": unify(PRESET_EDITS),
-            "UnifyEdit without a mask": edited(PRESET_EDITS, masked=False, structure_region="everywhere"),
+            "UnifyEdit without a mask, denoise 0.6, CFG 2": edited(
+                LOWER_LEVELS, masked=False, structure_region="everywhere"
+            ),
             "UnifyEdit, denoise 0.6, CFG 2": lower,
             **dict([image, inversion]),
             **paper_settings.papers(),
