@@ -102,8 +102,8 @@ class DescEditNewBridge(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The base model: SD1.x, SD2.x, SDXL, Flux.1, Flux.2, Chroma, or a distilled "
-                    "version of them.",
+                    tooltip="The base model: SD1.x, SD2.x, SDXL, Flux.1, Flux.2, Chroma, SD3.5, "
+                    "Qwen-Image, or a distilled version of them.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -231,8 +231,8 @@ class DescEditApplyBridge(io.ComfyNode):
                 io.Latent.Input(
                     "reference",
                     tooltip="The source image from VAEEncode: one, one for each sampled image, or several "
-                    "to combine. Any size, except with the direction reference_queries and on Chroma. A "
-                    "noise mask in it is ignored.",
+                    "to combine. Any size, except with the direction reference_queries and on Chroma and "
+                    "SD3.5. A noise mask in it is ignored.",
                 ),
                 io.Conditioning.Input(
                     "source",

@@ -65,8 +65,8 @@ def _inputs() -> list[Any]:
             "text_guidance",
             DualGuidance.text,
             "How strongly to follow the edit description, -30 to 30, like cfg elsewhere: 7.5 for SD, about 4 "
-            "for Chroma. 1 is neutral. With the formula paper, 0 ignores the text. Not used by the formula "
-            "image.",
+            "for Chroma, SD3.5 and Qwen-Image. 1 is neutral. With the formula paper, 0 ignores the text. Not "
+            "used by the formula image.",
         ),
         io.Combo.Input(
             "formula",

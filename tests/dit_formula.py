@@ -43,6 +43,8 @@ class Blocks:
             self._of_sd3(f"double_block.{index}.0", block.x_block.attn, text)
             if block.x_block.x_block_self_attn:
                 self._of_sd3(f"double_block.{index}.1", block.x_block.attn2, {})
+        for index, block in enumerate(getattr(network, "transformer_blocks", ())):
+            self._of_qwen_image(f"double_block.{index}.0", block.attn)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -125,6 +127,35 @@ class Blocks:
         self._parts(attention, begin)
         self._handles.append(attention.proj.register_forward_pre_hook(result))
 
+    def _of_qwen_image(self, key: str, attention: Any) -> None:
+        calls, parts = self.calls.setdefault(key, []), {}
+
+        def note(name: str) -> Any:
+            def noted(_: Any, args: tuple, found: torch.Tensor) -> None:
+                (wide,) = _wide([found])
+                parts[name] = (
+                    wide if wide.ndim == 4 else wide.unflatten(2, (attention.heads, -1)).transpose(1, 2)
+                )
+                if name == "added_k":  # the last
+                    q, k, v = (torch.cat([parts[f"added_{each}"], parts[each]], dim=2) for each in "qkv")
+                    calls.append(Call(q, k, v, parts["added_q"].shape[2]))
+
+            return noted
+
+        def result(_: Any, args: tuple) -> None:
+            (calls[-1].result,) = _wide(args)
+
+        modules = {
+            "q": attention.norm_q,
+            "k": attention.norm_k,
+            "v": attention.to_v,
+            "added_q": attention.norm_added_q,
+            "added_k": attention.norm_added_k,
+            "added_v": attention.add_v_proj,
+        }
+        self._handles += [module.register_forward_hook(note(name)) for name, module in modules.items()]
+        self._handles.append(attention.to_out[0].register_forward_pre_hook(result))
+
 
 def _wide(tensors: Any) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.detach().double().cpu() for tensor in tensors)
@@ -134,9 +165,10 @@ class Positions:
     """The positions of a network's tokens, and the rotations by them, in float64."""
 
     def __init__(self, model: Any) -> None:
-        params = getattr(model.model.diffusion_model, "params", None)
-        self.axes = params.axes_dim if params else ()  # SD3's tokens are not rotated
-        self.theta = params.theta if params else 0
+        network = model.model.diffusion_model
+        embedder = getattr(network, "pe_embedder", None)  # SD3's tokens are not rotated
+        self.axes, self.theta = (embedder.axes_dim, embedder.theta) if embedder else ((), 0)
+        self.middle = hasattr(network, "transformer_blocks")  # Qwen-Image counts from the middle
 
     def grid(
         self,
@@ -149,13 +181,18 @@ class Positions:
         found = torch.zeros(height, width, len(self.axes), dtype=torch.float64)
         if not self.axes:
             return found.flatten(0, 1)
-        found[..., 1] = (torch.arange(height) * scale[0] + corner[0])[:, None]
-        found[..., 2] = (torch.arange(width) * scale[1] + corner[1])[None]
+        middle = (height // 2, width // 2) if self.middle else (0, 0)
+        found[..., 1] = (torch.arange(height) * scale[0] + corner[0] - middle[0])[:, None]
+        found[..., 2] = (torch.arange(width) * scale[1] + corner[1] - middle[1])[None]
         return found.flatten(0, 1)
 
-    def words(self, count: int) -> torch.Tensor:
-        """Positions of the text's tokens, [tokens, axes]: all 0, and counted in Flux.2's fourth axis."""
+    def words(self, count: int, grid: torch.Tensor) -> torch.Tensor:
+        """Positions of the text's tokens beside a grid, [tokens, axes]: all 0, and counted in Flux.2's fourth
+        axis; in Qwen-Image counted in all, from the longer side's half.
+        """
         found = torch.zeros(count, len(self.axes), dtype=torch.float64)
+        if self.middle:
+            return found + torch.arange(count)[:, None] - grid[:, 1:].min()
         found[:, 3:] = torch.arange(count)[:, None]
         return found
 
@@ -176,9 +213,7 @@ class Formula(Positions):
     """One layer of a bridge on a network: its learned matrices in float64, and the formulas."""
 
     def __init__(self, model: Any, bridge: Any, key: str) -> None:
-        network = model.model.diffusion_model
         super().__init__(model)
-        self.heads = network.num_heads
         settings = bridge.model.settings
         self.fusion, scale = settings.fusion, settings.alpha / settings.rank
         parts = {
@@ -186,7 +221,7 @@ class Formula(Positions):
             for name, weight in bridge.model.state_dict().items()
             if name.startswith(f"{key}.")
         }
-        unit = torch.eye(network.hidden_size, dtype=torch.float64)
+        unit = torch.eye(parts["q.down"].shape[1], dtype=torch.float64)
         self.changed = {
             name: unit + scale * parts[f"{name}.up"] @ parts[f"{name}.down"]
             if f"{name}.up" in parts
@@ -197,14 +232,14 @@ class Formula(Positions):
 
     def own(self, call: Call, grid: torch.Tensor) -> torch.Tensor:
         """Z, [rows, tokens of the image, width]: the network's own joint attention of text and image."""
-        places = torch.cat([self.words(call.text), grid])
+        places = torch.cat([self.words(call.text, grid), grid])
         q, k = (self.rotated(x, places) for x in (call.q, call.k))
         return _attention(q, k, call.v)[:, call.text :]
 
     def _update(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """[rows, heads, tokens, channels] with the layer's update."""
         flat = x.transpose(1, 2).flatten(2) @ self.changed[name].T
-        return flat.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return flat.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
     def bridged(
         self, asking: Call, where: torch.Tensor, answering: Call, there: torch.Tensor

@@ -80,6 +80,16 @@ _SD3 = {
     },
     "x_block_self_attn_layers": [0, 1],
 }
+_QWEN_IMAGE = {
+    "image_model": "qwen_image",
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 5,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": CONTEXT_WIDTH,
+    "axes_dims_rope": (4, 6, 6),
+}
 # Of Flux's kind.
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "Flux.1 dev": (families.Flux, _FLUX),
@@ -90,6 +100,7 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
 # Those whose attention only a bridge reaches.
 OTHERS: dict[str, tuple[type, dict[str, Any]]] = {
     "SD3.5": (families.SD3, _SD3),
+    "Qwen-Image": (families.QwenImage, _QWEN_IMAGE),
 }
 
 

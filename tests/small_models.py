@@ -153,8 +153,9 @@ def latent(
     generator = torch.Generator().manual_seed(seed)
     if model is None:
         return torch.randn(batch, 4, *size, generator=generator) / 0.18215
-    channels = model.model.latent_format.latent_channels
-    return model.model.process_latent_out(torch.randn(batch, channels, *size, generator=generator))
+    latents = model.model.latent_format
+    shape = batch, latents.latent_channels, *[1] * (latents.latent_dimensions - 2), *size
+    return model.model.process_latent_out(torch.randn(*shape, generator=generator))
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:

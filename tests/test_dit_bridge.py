@@ -209,6 +209,7 @@ def _kontext(host: Host, model: Any, method: str) -> Any:
     [
         *(("Flux.1 dev", method) for method in ("offset", "index", "uxo/uso")),
         *(("Flux.2", method) for method in ("index", "index_timestep_zero")),
+        ("Qwen-Image", "index_timestep_zero"),
     ],
 )
 def test_reference_latents_stay_as_they_are(

@@ -45,6 +45,7 @@ CASES = [
     ("Flux.1 dev", {}, "2", [*LORA, "fuse"]),
     ("Flux.2", {"fuse_rank": 6}, "2", [*LORA, "fuse.down", "fuse.up"]),
     ("Chroma", {"fusion": "add"}, "2", [*LORA, *OUT]),
+    ("SD3.5", {"fuse_rank": 6}, "2", [*LORA, "fuse.down", "fuse.up"]),
 ]
 
 

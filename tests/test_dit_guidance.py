@@ -20,7 +20,7 @@ EDIT, NOTHING = 2, 4
 def models(host: Host) -> dict[str, tuple[Any, Any]]:
     """By family the random network, and the same with a bridge."""
     found = {}
-    for name in small_dits.FAMILIES:
+    for name in (*small_dits.FAMILIES, *small_dits.OTHERS):
         model = small_dits.small_dit(name)
         bridge = bridge_edit.random_bridge(host, model)
         found[name] = (
@@ -64,11 +64,12 @@ def test_the_image_alone(host: Host, models: dict[str, Any], family: str) -> Non
             assert torch.equal(found, both[1])
 
 
-def test_three_rows_on_other_models(host: Host, models: dict[str, Any]) -> None:
+@pytest.mark.parametrize("family", ["Chroma", *small_dits.OTHERS])
+def test_three_rows_on_other_models(host: Host, models: dict[str, Any], family: str) -> None:
     """Protects: a model without learned guidance gets the paper's formula of three rows, and says so if there
     is no unconditional description.
     """
-    model, bridged = models["Chroma"]
+    model, bridged = models[family]
     negative = small_models.conditioning(NOTHING)
     edit, nothing = (sample(host, bridged, cond, cfg=1.0, steps=1) for cond in (None, negative))
     blind = sample(host, model, negative, cfg=1.0, steps=1)

@@ -1,4 +1,4 @@
-"""The attention bridge on DiTs where it has only the slot of the attention itself: SD3.5."""
+"""The attention bridge on DiTs where it has the slot of the attention itself: SD3.5, Qwen-Image."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import small_dits
 import small_models
 import torch
+from closeness import same
 from dit_formula import Blocks, Formula
 from host import Host
 from unify_edit import FakeControl
@@ -29,6 +30,12 @@ def _bridged(host: Host, model: Any, reference: torch.Tensor | None = None, **in
     bridge = bridge_edit.random_bridge(host, model)
     reference = small_models.latent(9, model=model) if reference is None else reference
     return bridge_edit.apply_bridge(host, model, bridge, reference, **inputs)
+
+
+def _close(found: torch.Tensor | None, expected: torch.Tensor) -> None:
+    """Equal to what float32 can hold."""
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 class _Override:
@@ -83,13 +90,13 @@ def test_a_node_around_a_block(host: Host, models: dict[str, Any], family: str) 
     patched.set_model_patch_replace(around, "dit", "double_block", 1)
     with Blocks(model) as blocks:
         bridge_edit.sample(host, patched, steps=1)
-    assert seen == [((2, 64, model.model.diffusion_model.hidden_size), False)]
+    assert seen == [((2, 64, next(iter(bridge.model.settings.widths.values()))), False)]
     for key, (read, call) in blocks.calls.items():
         formula = Formula(model, bridge, key)
         grid = formula.grid(8, 8)
         own = formula.own(call, grid)
         expected = own + formula.change(own, formula.bridged(call, grid, read, grid))
-        torch.testing.assert_close(call.result, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        _close(call.result, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,8 +110,7 @@ def test_however_weights_are_kept(host: Host, models: dict[str, Any], family: st
                 assert torch.equal(bridge_edit.sample(host, _bridged(host, model), steps=2), expected), mode
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("family", "dtype"), [("SD3.5", torch.float16), ("Qwen-Image", torch.bfloat16)])
 def test_half_precision(host: Host, family: str, dtype: torch.dtype) -> None:
     """Protects: a base in half precision runs, and at strength 0 gives its own bits."""
     model = small_dits.small_dit(family, dtype=dtype)
@@ -118,12 +124,12 @@ def test_half_precision(host: Host, family: str, dtype: torch.dtype) -> None:
 
 
 class _Control(FakeControl):
-    """A ControlNet with a residual on the image's tokens after each block."""
+    """A ControlNet with a residual on the image's tokens after some blocks."""
 
     def get_control(self, x: torch.Tensor, *_: Any) -> dict[str, list[Any]]:
-        """Residuals where the host's SD3 takes them."""
-        residual = x.mean((1, 2, 3))[:, None, None].expand(-1, 64, 128)
-        return {"output": [residual] * 3}
+        """Residuals where the host's SD3 and Qwen-Image take them."""
+        residual = x.flatten(1).mean(1)[:, None, None]
+        return {"output": [residual.expand(-1, 64, 128)] * 3, "input": [residual.expand(-1, 64, 64)] * 3}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -186,7 +192,76 @@ def test_positions_of_sd3(host: Host, models: dict[str, Any]) -> None:
         bridge_edit.sample(host, _bridged(host, model), area)
 
 
-def test_what_reads_attention(host: Host, models: dict[str, Any]) -> None:
+def test_positions_of_qwen_image(host: Host, models: dict[str, Any]) -> None:
+    """Protects: positions are counted from the middle: a reference of another size lies corner on corner with
+    the image, its text beside them as beside the image; an area's queries look at its place.
+    """
+    model = models["Qwen-Image"]
+    bridge = bridge_edit.random_bridge(host, model)
+    reference = small_models.latent(9, size=(8, 20), model=model)
+    with Blocks(model) as seen:
+        bridge_edit.sample(host, bridge_edit.apply_bridge(host, model, bridge, reference), steps=1)
+    for key, (read, call) in seen.calls.items():
+        formula = Formula(model, bridge, key)
+        grid, there = formula.grid(8, 8), formula.grid(4, 10, (7 / 3, 7 / 9), (2 - 4, 5 - 4))
+        own = formula.own(call, grid)
+        _close(call.result, own + formula.change(own, formula.bridged(call, grid, read, there)))
+        if read.result is not None:
+            _close(read.result, formula.own(read, there))
+    (area,) = host.execute(
+        "ConditioningSetArea",
+        conditioning=small_models.conditioning(2),
+        width=64,
+        height=96,
+        x=0,
+        y=32,
+        strength=1.0,
+    )
+    patched = bridge_edit.apply_bridge(host, model, bridge, small_models.latent(9, model=model))
+    with Blocks(model) as seen:
+        bridge_edit.sample(host, patched, area, steps=1, cfg=1.0)
+    for key, calls in seen.calls.items():
+        formula = Formula(model, bridge, key)
+        grid, moved = formula.grid(6, 4), formula.grid(6, 4, corner=(2 + 3 - 4, 0 + 2 - 4))
+        own = formula.own(calls[-1], grid)
+        answer = formula.bridged(calls[-1], moved, calls[0], formula.grid(8, 8))
+        _close(calls[-1].result, own + formula.change(own, answer))
+
+
+def test_frames(host: Host, models: dict[str, Any]) -> None:
+    """Protects: Qwen-Image's latents have frames: one is an image, with or without its dimension, and several
+    are refused by name, in the reference and in what is sampled.
+    """
+    model = models["Qwen-Image"]
+    reference = small_models.latent(9, model=model)
+    assert reference.shape == (1, 16, 1, 16, 16)
+    found = bridge_edit.sample(host, _bridged(host, model, reference), steps=1)
+    assert found.shape == (1, 16, 1, 16, 16)
+    flat = _bridged(host, model, reference[:, :, 0])
+    assert torch.equal(bridge_edit.sample(host, flat, steps=1), found)
+    with pytest.raises(
+        ValueError, match=r"Bridge: reference has shape \[1, 16, 3, 16, 16\], a video of 3 frames"
+    ):
+        _bridged(host, model, reference.repeat(1, 1, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"Apply Attention Bridge: the latent has 3 frames, but a bridge"):
+        bridge_edit.sample(host, flat, latent=torch.zeros(1, 16, 3, 16, 16), steps=1)
+
+
+def test_a_mask_in_the_text(host: Host, models: dict[str, Any]) -> None:
+    """Protects: a description whose last tokens are hidden by a mask is read as the same one without them."""
+    model = models["Qwen-Image"]
+    ((text, values),) = small_models.conditioning(1, tokens=12)
+    hidden = [[text, {**values, "attention_mask": torch.tensor([[1] * 9 + [0] * 3])}]]
+    found = [
+        bridge_edit.sample(host, _bridged(host, model, source=source), steps=1)
+        for source in (hidden, [[text[:, :9], values]], [[text, values]])
+    ]
+    assert same(found[0], found[1])
+    assert not same(found[0], found[2])
+
+
+@pytest.mark.parametrize(("family", "name"), [("SD3.5", "Stable Diffusion 3"), ("Qwen-Image", "Qwen-Image")])
+def test_what_reads_attention(host: Host, models: dict[str, Any], family: str, name: str) -> None:
     """Protects: UnifyEdit, inversion and attention maps refuse these families by name, with what does run."""
     import unify_edit
 
@@ -196,9 +271,9 @@ def test_what_reads_attention(host: Host, models: dict[str, Any]) -> None:
         source_description="a red circle",
         edit_description="a green circle",
     )
-    model = models["SD3.5"]
+    model = models[family]
     text, latent = small_models.conditioning(1), {"samples": small_models.latent(3, model=model)}
-    message = "Stable Diffusion 3 does not run here yet, only with an attention bridge, dual guidance"
+    message = f"{name} does not run here yet, only with an attention bridge, dual guidance"
     with pytest.raises(ValueError, match=f"UnifyEdit: {message}"):
         host.execute("DescEditUnify", model=model, source=text, edit=text, edit_tokens=tokens, latent=latent)
     (sigmas,) = host.execute("BasicScheduler", model=model, scheduler="normal", steps=2, denoise=1.0)

@@ -120,7 +120,8 @@ def test_maps(
     ]
     for key in network.layers:
         (call,) = blocks.calls[key]
-        where = torch.cat([positions.words(call.text), positions.grid(rows, columns)])
+        grid = positions.grid(rows, columns)
+        where = torch.cat([positions.words(call.text, grid), grid])
         q, k = (positions.rotated(tensor, where) for tensor in (call.q, call.k))
         probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, call.text :][:, :, middles]
         text, image = probabilities[..., : call.text], probabilities[..., call.text :]

@@ -43,7 +43,7 @@ def models() -> dict[str, Any]:
 def random_batch(host: Host, model: Any, tokens: int = TOKENS) -> Any:
     """Pairs of random latents and texts."""
     generator = torch.Generator().manual_seed(1)
-    latents = PAIRS, model.model.latent_format.latent_channels, *SIZE
+    latents = PAIRS, *small_models.latent(size=SIZE, model=model).shape[1:]
     texts = PAIRS, tokens, small_models.CONTEXT_WIDTH
     shapes = latents, latents, texts, texts, (1, *texts[1:]), (1, *latents[1:])
     return batch_of(host, *(torch.randn(*shape, generator=generator).to(device()) for shape in shapes))
@@ -135,7 +135,7 @@ def test_gradient(host: Host, training: Any, models: dict[str, Any], kind: str, 
     assert float(length) == pytest.approx((found[0] - found[1]) / 0.008, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["Flux.1 dev", "Chroma"])
+@pytest.mark.parametrize("kind", ["Flux.1 dev", "Chroma", "Qwen-Image"])
 def test_texts_of_any_length(host: Host, training: Any, models: dict[str, Any], kind: str) -> None:
     """Protects: a pair's loss does not depend on the length of the other pairs' texts."""
     model = models[kind]
@@ -160,6 +160,27 @@ def test_texts_of_any_length(host: Host, training: Any, models: dict[str, Any], 
             )
             found = losses(host, training, model, bridge, alone, drawn).detach()
             torch.testing.assert_close(found[0], whole[row], rtol=1e-4, atol=0)
+
+
+def test_texts_of_one_length(host: Host, training: Any, models: dict[str, Any]) -> None:
+    """Protects: SD3.5, which has no such mask, refuses a batch of texts of several lengths."""
+    model = models["SD3.5"]
+    batch = random_batch(host, model)
+    short = [batch.edit_text[0]._replace(embedding=batch.edit_text[0].embedding[:, :3]), batch.edit_text[1]]
+    with (
+        training.gradients(),
+        pytest.raises(
+            ValueError, match=r"several lengths \(3, 10 tokens\), and Stable Diffusion 3 cannot hide"
+        ),
+    ):
+        losses(
+            host,
+            training,
+            model,
+            bridge_edit.random_bridge(host, model),
+            replace(batch, edit_text=short),
+            random_noise(training, model, batch),
+        )
 
 
 def test_time_of_a_flow(training: Any) -> None:
@@ -189,7 +210,7 @@ def test_what_a_flow_has_not(host: Host, training: Any, models: dict[str, Any], 
 def encoded(host: Host, model: Any, folder: Path, pairs: int = 3) -> Any:
     """EDIT_PAIRS of random latents and texts on disk, with pooled texts."""
     generator = torch.Generator().manual_seed(4)
-    latent = 1, model.model.latent_format.latent_channels, *SIZE
+    latent = small_models.latent(size=SIZE, model=model).shape
     number = itertools.count()
 
     def stored(*shape: int, pooled: int = 0) -> str:

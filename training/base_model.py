@@ -23,6 +23,8 @@ from .config import EncoderFiles
 from .objective import check_trainable
 
 TINY_STUDIO = "tiny_studio"
+# By which names of weights a file is one of a DiT: Flux, SD3, Qwen-Image.
+_DIT_BLOCKS = ("double_blocks.", "joint_blocks.", ".attn.add_q_proj.")
 _PARTS = {"model": "network", "clip": "text encoder", "vae": "VAE"}
 
 
@@ -83,7 +85,7 @@ class BaseModelLoader:
         try:
             with safetensors.safe_open(str(self.file), framework="pt") as file:
                 names = list(file.keys())
-            return any(part in name for name in names for part in ("double_blocks.", "joint_blocks."))
+            return any(part in name for name in names for part in _DIT_BLOCKS)
         except safetensors.SafetensorError:  # a file of another kind, which the host reads or refuses
             return False
 

@@ -31,7 +31,7 @@ class EncoderFiles:
     text_encoders: tuple[str, ...] = Field(
         (), description="The files of the text encoder, such as those of CLIP-L and T5 for Flux.1."
     )
-    type: Literal["stable_diffusion", "flux", "flux2", "chroma", "sd3"] = Field(
+    type: Literal["stable_diffusion", "flux", "flux2", "chroma", "sd3", "qwen_image"] = Field(
         "flux", description="What the text encoder is for, as in ComfyUI's node Load CLIP."
     )
     vae: str = Field("", description="The file of the VAE.")

@@ -37,7 +37,8 @@ _MORE_CHANNELS = {
 class Batch:
     """Encoded pairs of one size.
 
-    source, edit: latents in the model's own space, [pairs, channels, height, width].
+    source, edit: latents in the model's own space, [pairs, channels, height, width], or with a frame as the
+        host has them.
     source_text, edit_text: of each pair.
     white: a white image's latent, [1, channels, height, width].
     """
@@ -90,7 +91,7 @@ def check_trainable(model: ModelPatcher) -> None:
     if pooled and not isinstance(model.model, SDXL):
         raise ValueError(
             f"{family} takes more than a text (an image, or a score), which cannot be trained: use SD1.x, "
-            "SD2.x, SDXL, Flux or Chroma"
+            "SD2.x, SDXL, Flux, Chroma, SD3.5 or Qwen-Image"
         )
     known = comfy.model_sampling
     sampling: Any = model.get_model_object("model_sampling")
@@ -141,7 +142,9 @@ def sample_noise(
         noise = torch.randn(*shape, generator=generator)
         first, second = torch.rand(2, generator=generator).tolist()
         if objective.offset_noise:
-            noise += objective.offset_noise * torch.randn(shape[0], 1, 1, generator=generator)
+            noise += objective.offset_noise * torch.randn(
+                shape[0], *[1] * (len(shape) - 1), generator=generator
+            )
         noises.append(noise)
         rate = objective.drop_rate
         match objective.dropout:
@@ -204,7 +207,7 @@ def losses(
     output = network.module(
         noised.latents.to(dtype), noised.timesteps, control=None, transformer_options=options, **called
     )
-    return noised.weights * (output.float() - noised.learned).square().mean((1, 2, 3))
+    return noised.weights * (output.float() - noised.learned).square().mean(tuple(range(1, output.ndim)))
 
 
 class _Noised(NamedTuple):
@@ -246,7 +249,8 @@ def _noised(model: BaseModel, target: torch.Tensor, sample: NoiseSample, objecti
 
 def _chosen(which: Sequence[bool], first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """For each pair of `first` where `which` is true, else of `second`."""
-    return torch.where(_wide(torch.tensor(which, device=second.device)), first, second)
+    chosen = torch.tensor(which, device=second.device).view(-1, *[1] * (second.ndim - 1))
+    return torch.where(chosen, first, second)
 
 
 def _without(dropped: Sequence[bool], texts: Sequence[Text], empty: Text) -> list[Text]:

@@ -53,22 +53,14 @@ def text_conditions(
     filled = [F.pad(embedding, (0, 0, 0, longest - embedding.shape[1])) for embedding in embeddings]
     joined["context"] = torch.cat(filled)
     if any(embedding.shape[1] < longest for embedding in embeddings):
-        if "attention_mask" not in network.conditions:
-            lengths = ", ".join(str(found) for found in sorted({each.shape[1] for each in embeddings}))
+        grid = next(iter(network.layers.values())).grid(latents.shape[-2], latents.shape[-1])
+        lengths = [embedding.shape[1] for embedding in embeddings]
+        mask = network.text_mask(lengths, grid[0] * grid[1])
+        if mask is None:
+            shown = ", ".join(map(str, sorted(set(lengths))))
             raise ValueError(
-                f"the descriptions of a batch have several lengths ({lengths} tokens), and {network.name} "
+                f"the descriptions of a batch have several lengths ({shown} tokens), and {network.name} "
                 "cannot hide what the shorter ones lack: train with batch 1, or shorten the descriptions"
             )
-        joined["attention_mask"] = _mask(network, embeddings, longest, latents)
+        joined["attention_mask"] = mask.to(latents.device)
     return joined
-
-
-def _mask(
-    network: Network, embeddings: Sequence[torch.Tensor], longest: int, latents: torch.Tensor
-) -> torch.Tensor:
-    """Which tokens of text and image a row has, [rows, 1, 1, tokens] of bool."""
-    grid = next(iter(network.layers.values())).grid(latents.shape[-2], latents.shape[-1])
-    mask = torch.ones(len(embeddings), 1, 1, longest + grid[0] * grid[1], dtype=torch.bool)
-    for row, embedding in enumerate(embeddings):
-        mask[row, ..., embedding.shape[1] : longest] = False
-    return mask.to(latents.device)

@@ -60,7 +60,7 @@ class Validation:
             with torch.inference_mode():
                 latents = [self._sample(number, model, managed) for number in range(len(self.edits))]
                 vae = base.vae()
-                sampled = [vae.decode(latent)[0].clamp(0, 1) for latent in latents]
+                sampled = [vae.decode(latent).flatten(0, -4)[0].clamp(0, 1) for latent in latents]
                 del vae
         finally:
             to_device(model)

@@ -8,20 +8,25 @@ from __future__ import annotations
 from ...models.bridge import AUTOMATIC, BridgeSettings
 
 _MB, _GIB = 1e6, 2**30
-# Family, width, double and single blocks, as the released configurations have them.
+# Family, width, double and single blocks, and blocks with a second attention, as the released configurations
+# have them.
 BASES = {
-    "Flux.1, Chroma": ("Flux", 3072, 19, 38),
-    "Flux.2 dev": ("Flux2", 6144, 8, 48),
-    "Flux.2 klein 4B": ("Flux2", 3072, 5, 20),
+    "Flux.1, Chroma": ("Flux", 3072, 19, 38, 0),
+    "Flux.2 dev": ("Flux2", 6144, 8, 48, 0),
+    "Flux.2 klein 4B": ("Flux2", 3072, 5, 20, 0),
+    "SD3.5 medium": ("SD3", 1536, 24, 0, 13),
+    "SD3.5 large": ("SD3", 2432, 38, 0, 0),
+    "Qwen-Image": ("QwenImage", 3072, 60, 0, 0),
 }
 _TOKENS = (1024 // 16) ** 2
 
 
 def settings(base: str, fuse_rank: int = AUTOMATIC) -> BridgeSettings:
     """A bridge for one of BASES."""
-    family, width, double, single = BASES[base]
+    family, width, double, single, second = BASES[base]
     layers = [f"double_block.{index}.0" for index in range(double)]
     layers += [f"single_block.{index}.0" for index in range(single)]
+    layers += [f"double_block.{index}.1" for index in range(second)]
     return BridgeSettings(family, dict.fromkeys(layers, width), fuse_rank=fuse_rank)
 
 
@@ -39,7 +44,7 @@ def table() -> str:
         kept = 2 * _TOKENS * width * layers / _GIB
         lines.append(
             f"| {base} | {layers}, {width} | {_size(full)} "
-            f"| {_size(default)}, F of rank {default.fuse_rank} | {2 * kept:.2f} / {kept:.2f} GiB |"
+            f"| {_size(default)}, {f'F of rank {default.fuse_rank}' if default.fuse_rank else 'a full F'} | {2 * kept:.2f} / {kept:.2f} GiB |"
         )
     return "\n".join(lines)
 

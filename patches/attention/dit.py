@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..host.blocks import blocks_of
-from .hooks import After
+from .hooks import After, Attention, Before, Joint
 from .layers import AttentionLayer, Block
 
 
@@ -71,6 +71,14 @@ class DiT:
     def check_conditions(self, conditions: dict[str, Any]) -> None:
         """Raise ValueError for a model call that the host itself cannot run; `conditions` are by name."""
 
+    def text_mask(self, lengths: Sequence[int], image: int) -> torch.Tensor | None:
+        """The `attention_mask` that hides what shorter texts of a call lack, if the network takes one.
+
+        lengths: tokens of each row's text.
+        image: tokens of the image.
+        """
+        return None
+
     def positions(
         self, options: dict[str, Any], image: tuple[int, int], reference: tuple[int, int]
     ) -> dict[str, Any]:
@@ -80,6 +88,14 @@ class DiT:
         image, reference: height and width of the latents.
         """
         return {}
+
+    def rotations(self, moved: torch.Tensor, axes: int, device: torch.device) -> torch.Tensor:
+        """The rotations of positions that differ by `moved`, [rows, 2], down and to the right; of `axes` axes
+        these are the second and the third. Returns [rows, 1, 1, channels / 2, 2, 2].
+        """
+        ids = torch.zeros(len(moved), 1, axes)
+        ids[:, 0, 1:3] = moved
+        return self.module.pe_embedder(ids.to(device))
 
 
 def join(
@@ -95,3 +111,56 @@ def join(
     if joined is not own:
         out[:, image] = joined
     return out
+
+
+class JointHooks:
+    """Hooks in the slots of one call, for networks whose `attn1_patch` shows q, k and v before any rotation.
+    The host visits a layer's slots in this order.
+    """
+
+    def __init__(
+        self,
+        before: Before,
+        after: After | None,
+        size: tuple[int, int],
+        layers: dict[str, Iterable[AttentionLayer]],
+    ) -> None:
+        self._before, self._after, self._size = before, after, size
+        self._layers: dict[str, list[tuple[str, AttentionLayer]]] = {}
+        for kind, some in layers.items():
+            for layer in some:
+                self._layers.setdefault(layer.key, []).append((kind, layer))
+        self._found: tuple[AttentionLayer, slice, torch.Tensor] | None = None
+
+    @torch.compiler.disable
+    def enter(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        extra_options: dict[str, Any],
+        pe: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        **rest: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Last in `attn1_patch`; q, k and v are [rows, heads, tokens, channels]."""
+        self._found = None
+        key = f"{extra_options['block_type']}_block.{extra_options['block_index']}.0"
+        for kind, layer in self._layers.get(key, ()):
+            text, grid = extra_options["img_slice"][0], layer.grid(*self._size)
+            image = slice(text, text + math.prod(grid))
+            own = (tensor[:, :, image].transpose(1, 2) for tensor in (q, k, v))
+            rotation = None if pe is None else pe[:, :, image]
+            joint = Joint(q, k, pe, text, attn_mask is not None)
+            found = self._before(Attention(layer, kind, *own, extra_options, grid, None, rotation, joint))
+            self._found = None if found is None else (layer, image, found)
+        return {}
+
+    @torch.compiler.disable
+    def output(self, out: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """First in `attn1_output_patch`; [rows, tokens, width]."""
+        found, self._found = self._found, None
+        if found is None or self._after is None:
+            return out
+        return join(self._after, *found, out)

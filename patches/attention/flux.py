@@ -7,7 +7,6 @@ projection: a block's weights are never read, so they may be quantised.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +17,8 @@ from comfy.ldm.chroma_radiance.model import ChromaRadiance
 from comfy.ldm.flux.model import Flux
 
 from ..host.blocks import RunBlock, around_blocks
-from .dit import DiT, join
-from .hooks import After, Attention, Before, ForwardEnded, Joint
+from .dit import DiT, JointHooks
+from .hooks import After, Before, ForwardEnded
 from .layers import MEASURED, MEASURED_STRUCTURE, USUAL, AttentionLayer, named_layers
 
 
@@ -55,7 +54,7 @@ class FluxDiT(DiT):
         latents may follow them, and stay as they are.
         """
         layers = {"attn1": self_layers, "attn2": cross_layers}
-        hooks = _Hooks(before, after, size, layers)
+        hooks = JointHooks(before, after, size, layers)
         patches = dict(options.get("patches", {}))
         patches["attn1_patch"] = [*patches.get("attn1_patch", ()), hooks.enter]
         if after is not None:
@@ -132,6 +131,11 @@ class FluxDiT(DiT):
                 "take FluxKVCache out of the MODEL's chain"
             )
 
+    def text_mask(self, lengths: Sequence[int], image: int) -> torch.Tensor:
+        """The same, [rows, 1, 1, tokens of text and image] of bool."""
+        text = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return torch.cat([text, torch.ones(len(lengths), image, dtype=torch.bool)], dim=1)[:, None, None]
+
     def positions(
         self, options: dict[str, Any], image: tuple[int, int], reference: tuple[int, int]
     ) -> dict[str, Any]:
@@ -145,68 +149,21 @@ class FluxDiT(DiT):
         return {"rope_options": rope} if rope else {}
 
     def shifts(
-        self, options: dict[str, Any], places: Sequence[tuple[int, int]], device: torch.device
+        self,
+        options: dict[str, Any],
+        parts: Sequence[tuple[int, ...]],
+        whole: tuple[int, int],
+        device: torch.device,
     ) -> torch.Tensor:
-        """The rotations that move tokens from the corner of the latent to these places.
+        """The rotations that move the tokens of parts of the latent to their places in it.
 
         options: the call's `transformer_options`.
-        places: top and left of a row's part of the latent.
+        parts: of each row height, width, top and left.
+        whole: height and width of the latent.
 
         Returns [rows, 1, 1, channels / 2, 2, 2].
         """
         rope = options.get("rope_options") or {} if self.any_reference_size else {}
-        ids = torch.zeros(len(places), 1, len(self.module.params.axes_dim))
-        ids[:, 0, 1:3] = torch.tensor(places) / self.module.patch_size
-        ids[:, 0, 1] *= rope.get("scale_y", 1.0)
-        ids[:, 0, 2] *= rope.get("scale_x", 1.0)
-        return self.module.pe_embedder(ids.to(device))
-
-
-class _Hooks:
-    """Hooks in the slots of one call. The host visits a layer's slots in this order."""
-
-    def __init__(
-        self,
-        before: Before,
-        after: After | None,
-        size: tuple[int, int],
-        layers: dict[str, Iterable[AttentionLayer]],
-    ) -> None:
-        self._before, self._after, self._size = before, after, size
-        self._layers: dict[str, list[tuple[str, AttentionLayer]]] = {}
-        for kind, some in layers.items():
-            for layer in some:
-                self._layers.setdefault(layer.key, []).append((kind, layer))
-        self._found: tuple[AttentionLayer, slice, torch.Tensor] | None = None
-
-    @torch.compiler.disable
-    def enter(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        extra_options: dict[str, Any],
-        pe: torch.Tensor | None = None,
-        attn_mask: torch.Tensor | None = None,
-        **rest: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Last in `attn1_patch`; q, k and v are [rows, heads, tokens, channels]."""
-        key = f"{extra_options['block_type']}_block.{extra_options['block_index']}.0"
-        for kind, layer in self._layers.get(key, ()):
-            text, grid = extra_options["img_slice"][0], layer.grid(*self._size)
-            image = slice(text, text + math.prod(grid))
-            own = (tensor[:, :, image].transpose(1, 2) for tensor in (q, k, v))
-            rotation = None if pe is None else pe[:, :, image]
-            joint = Joint(q, k, pe, text, attn_mask is not None)
-            found = self._before(Attention(layer, kind, *own, extra_options, grid, None, rotation, joint))
-            self._found = None if found is None else (layer, image, found)
-        return {}
-
-    @torch.compiler.disable
-    def output(self, out: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        """First in `attn1_output_patch`; [rows, tokens, width]."""
-        found, self._found = self._found, None
-        if found is None or self._after is None:
-            return out
-        return join(self._after, *found, out)
+        scales = rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)
+        moved = torch.tensor([part[2:] for part in parts]) / self.module.patch_size * torch.tensor(scales)
+        return self.rotations(moved, len(self.module.params.axes_dim), device)

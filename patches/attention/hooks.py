@@ -15,6 +15,9 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from .layers import AttentionLayer
 
+# The host's name of a function in place of every attention, in `transformer_options`.
+OVERRIDE = "optimized_attention_override"
+
 
 class ForwardEnded(Exception):
     """Ends a network's forward. Raised in a hook and caught by the code that installed it."""

@@ -17,10 +17,8 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 
 from ..host.blocks import RunBlock, Slot, inside_blocks
 from .dit import DiT, join
-from .hooks import After, Attention, Before
+from .hooks import OVERRIDE, After, Attention, Before
 from .layers import AttentionLayer
-
-OVERRIDE = "optimized_attention_override"
 
 
 class SD3(DiT):

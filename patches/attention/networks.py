@@ -7,14 +7,16 @@ from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
 from .flux import FluxDiT
 from .mmdit import SD3
+from .qwen_image import QwenImage
 from .unet import UNet
 
 # Those whose attention the recorder can read too.
 Readable = UNet | FluxDiT
-Network = Readable | SD3
+Network = Readable | SD3 | QwenImage
 
 
 def network_of(module: torch.nn.Module) -> Network:
@@ -28,9 +30,11 @@ def network_of(module: torch.nn.Module) -> Network:
         return FluxDiT(module)
     if isinstance(module, MMDiT):
         return SD3(module)
+    if isinstance(module, QwenImageTransformer2DModel):
+        return QwenImage(module)
     raise ValueError(
         "needs a UNet with cross-attention (SD1.5, SD2.x, SDXL), a DiT of Flux's kind (Flux.1, Flux.2, "
-        f"Chroma), or SD3 or SD3.5, but got {type(module).__name__}"
+        f"Chroma), SD3, SD3.5 or Qwen-Image, but got {type(module).__name__}"
     )
 
 

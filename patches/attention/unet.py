@@ -123,6 +123,10 @@ class UNet:
         return {}
 
     @staticmethod
+    def text_mask(*_: Any) -> None:
+        """A mask that hides what shorter texts of a call lack: none."""
+
+    @staticmethod
     def shifts(*_: Any) -> None:
         """What moves tokens to a part of the latent: nothing."""
 

@@ -90,7 +90,7 @@ def cache_elements(setup: BridgeSetup, layers: Iterable[AttentionLayer], seen: i
 
     seen: how many conditionings see the reference. If each image has its own, features are repeated for all.
     """
-    settings, (images, _, height, width) = setup.settings, setup.reference.shape
+    settings, images, (height, width) = setup.settings, len(setup.reference), setup.reference.shape[-2:]
     kept = 2 if settings.direction == "edit_queries" else 1
     rows = images if images == 1 or setup.joined else images * (1 + seen)
     # With the reference's own bridge, updates for it and for the image.

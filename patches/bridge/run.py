@@ -124,6 +124,10 @@ class BridgeRun:
         self._rows: dict[tuple[int, ...], slice | torch.Tensor] = {}
         self._expanded: dict[tuple[int, str], Features] = {}
         self._due = self._fired = False
+        if noise.ndim == 5 and noise.shape[2] > 1:
+            raise ValueError(
+                f"the latent has {noise.shape[2]} frames, but a bridge edits an image: sample a latent of one"
+            )
         self._mask = self._latent_mask(setup.mask, model.latent_format.spacial_downscale_ratio)
         self._check_reference()
 
@@ -135,7 +139,7 @@ class BridgeRun:
         return rearrange(resize(mask, (self._height, self._width), interpolation="area"), "b 1 h w -> b h w")
 
     def _check_reference(self) -> None:
-        references, _, height, width = self._setup.reference.shape
+        references, (height, width) = len(self._setup.reference), self._setup.reference.shape[-2:]
         if not self._setup.joined and references not in (1, self._images):
             raise ValueError(
                 f"reference has {references} images but {self._images} are sampled: give one, or one "
@@ -251,9 +255,10 @@ class BridgeRun:
 
     def _shifts(self, areas: list[Area], options: dict[str, Any], device: torch.device) -> Any:
         """For every row of these chunks what moves it to its part of the latent, None in a UNet."""
-        corners = [(area[2], area[3]) if area else (0, 0) for area in areas]
-        places = [corner for corner in corners for _ in range(self._images)]
-        return self.cache.network.shifts(options, places, device)
+        whole = self._height, self._width
+        parts = [(*_size_of(area, whole), *(area[2:] if area else (0, 0))) for area in areas]
+        rows = [part for part in parts for _ in range(self._images)]
+        return self.cache.network.shifts(options, rows, whole, device)
 
     def _check_parts(self, x: torch.Tensor, areas: list[Area], seen: int, in_order: bool) -> None:
         """Raise ValueError if the bridge must know which image or position a row holds and cannot.

@@ -18,6 +18,7 @@ _LISTS = {
     "double_blocks": "double_block",
     "single_blocks": "single_block",
     "joint_blocks": "double_block",
+    "transformer_blocks": "double_block",
 }
 
 

@@ -93,15 +93,19 @@ def samples_of(name: str, latent: dict[str, Any]) -> Any:
 
 
 def read_samples(name: str, samples: Any, model: Any) -> torch.Tensor:
-    """A LATENT's `samples` as [images, channels, height, width] of the MODEL, float32.
+    """A LATENT's `samples` as [images, channels, height, width] of the MODEL, float32, or as [images,
+    channels, 1, height, width] where the MODEL has frames.
 
     Raises ValueError, naming the input, for latents of another rank (videos, audio, several in one) or
     another family's channels, and for values that are not finite.
     """
-    channels = model.get_model_object("latent_format").latent_channels
-    wanted = f"[images, {channels}, height, width]"
+    latents = model.get_model_object("latent_format")
+    channels, framed = latents.latent_channels, latents.latent_dimensions == 3
+    wanted = f"[images, {channels}, {'1, ' * framed}height, width]"
     samples = _tensor(name, samples, wanted)
-    if samples.ndim != 4 or samples.shape[1] != channels:
+    if framed and samples.ndim == 4:
+        samples = samples.unsqueeze(2)
+    if samples.ndim != 4 + framed or (framed and samples.shape[2] > 1) or samples.shape[1] != channels:
         frames = samples.shape[2] if samples.ndim == 5 else 0
         kind = f", a video of {frames} frame{'s' * (frames > 1)}," if frames else ""
         raise ValueError(
