@@ -42,9 +42,10 @@ def table() -> str:
         full, default = settings(base, fuse_rank=0), settings(base)
         width, layers = next(iter(full.widths.values())), len(full.widths)
         kept = 2 * _TOKENS * width * layers / _GIB
+        fuse = f"F of rank {default.fuse_rank}" if default.fuse_rank else "a full F"
         lines.append(
             f"| {base} | {layers}, {width} | {_size(full)} "
-            f"| {_size(default)}, {f'F of rank {default.fuse_rank}' if default.fuse_rank else 'a full F'} | {2 * kept:.2f} / {kept:.2f} GiB |"
+            f"| {_size(default)}, {fuse} | {2 * kept:.2f} / {kept:.2f} GiB |"
         )
     return "\n".join(lines)
 
