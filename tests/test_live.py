@@ -210,7 +210,10 @@ def test_bad_input_is_a_node_error(live_server: Any, prompt: Prompt, spoil: Any)
     assert "Edited" in pictures(live_server, prompt)
 
 
-DIALS = ("edit_type", "seed", "wording", "steps", "cfg", "scheduler", "denoise", "structure", "words")
+DIALS = (
+    *("network", "edit_type", "seed", "wording"),
+    *("steps", "cfg", "scheduler", "denoise", "structure", "words"),
+)
 
 
 def choices(info: dict[str, Any], prompt: Prompt) -> dict[str, tuple[str, list[Any]]]:
