@@ -82,6 +82,26 @@ def test_shipped_bridge(host: Host, lab: Any, tiny: Any, cases: list[Any], tmp_p
     assert again.store.state(bridge) == ""
 
 
+def test_a_probe_is_of_one_thread(
+    lab: Any, tiny: Any, cases: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: a machine with more threads does not take stored rows for those of other code."""
+    threads, before = [], torch.get_num_threads()
+
+    def note(*_: Any) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return torch.zeros(1, 4, 16, 16)
+
+    monkeypatch.setattr(lab.study, "Batch", SimpleNamespace(of=note))
+    study = lab.study.Study(tiny, cases, "test", folder=tmp_path)
+    torch.set_num_threads(2)
+    try:
+        study.check(lab.studio.StudioMethod("a method", note, "settings"))
+        assert (threads, torch.get_num_threads()) == ([1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def only_the_probe(method: Any, tiny: Any, batch: Any) -> torch.Tensor:
     """The method's edit of one case; a second case is an error."""
     assert len(batch) == 1

@@ -83,9 +83,14 @@ class Study:
                 say(f"{method.name}: {len(done) + start + len(some)}/{len(edited)} edits")
 
     def check(self, method: StudioMethod) -> list[float]:
-        """The method's probe, compared with the stored one."""
+        """The method's probe, on one thread so that machines agree, compared with the stored one."""
         first = next(case for case in self.cases if method.handles(case.edit_type))
-        probe = method.probe(self.tiny, Batch.of(self.tiny, [first]))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            probe = method.probe(self.tiny, Batch.of(self.tiny, [first]))
+        finally:
+            torch.set_num_threads(threads)
         self.store.check(method, probe)
         return probe
 
