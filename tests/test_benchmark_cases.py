@@ -212,7 +212,7 @@ def test_tiny_studio(layouts: Any, host: Host) -> None:
     assert case.drawn.pair == pair
     assert all(scenes.held_out(case.drawn.pair.target) for case in cases)
     tuning = [case.drawn.pair for case in layouts.read_cases("tiny-studio", None, "tuning")]
-    assert len(tuning) == len(set(map(repr, tuning))) == 20 * len(scenes.EDIT_TYPES)
+    assert len(tuning) == len(set(map(repr, tuning))) == 60 * len(scenes.EDIT_TYPES)
     assert not any(scenes.held_out(scene) for pair in tuning for scene in (pair.source, pair.target))
     with pytest.raises(ValueError, match="splits test and tuning, not 'dev'"):
         layouts.read_cases("tiny-studio", None, "dev")

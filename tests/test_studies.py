@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,18 +146,6 @@ def test_structure_distance(lab: Any, tiny: Any, batch: Any) -> None:
     one = batch.chosen([2])
     alone = distance(tiny, one, one.target)
     torch.testing.assert_close(alone, edited[2:3], rtol=rounding, atol=rounding / 10)
-
-
-def test_stored_bridges(host: Host, lab: Any) -> None:
-    """Protects: every bridge that the study names is there, is what its name says, and ships small."""
-    load = host.pack_module("models.bridge_file").load_bridge
-    assert host.pack_module("models.tiny_studio.studio").BRIDGE.stat().st_size < 6_000_000
-    for label, method in lab.bridge_study.tables()["fusions"].items():
-        settings = load(method.files[0]).model.settings
-        assert f"{settings.direction}, {settings.fusion}" == label
-    methods = [method for rows in lab.bridge_study.tables().values() for method in rows.values()]
-    assert len(methods) > 12
-    assert all(file.is_file() for method in methods for file in method.files)
 
 
 def test_instructions(host: Host) -> None:
@@ -448,42 +434,3 @@ def test_wordings(lab: Any, known: Any, cases: list[Any]) -> None:
     row = cells(lab.unify_study.wording_table(study, {"a row": method}))["a row"]
     assert [name for name, found in row.items() if found == "100%"] == ["colour, simple"]
     assert sorted(row.values())[:11] == ["0%"] * 11
-
-
-@pytest.fixture(scope="module")
-def shipped(lab: Any, tiny: Any) -> Any:
-    """The studies as the repository stores them."""
-    return lab.publish.studies(lab.results_page.PLANS, tiny)
-
-
-def test_stored_pages(lab: Any, shipped: Any, tmp_path: Path) -> None:
-    """Protects: the committed pages are what the stored rows give, so no number in them is typed."""
-    lab.results_page.write(shipped, lab.results_page.PLANS, tmp_path)
-    docs = Path(__file__).resolve().parent.parent / "docs"
-    for page in tmp_path.glob("*.md"):
-        committed = (docs / page.name).read_text(encoding="utf-8")
-        assert page.read_text(encoding="utf-8") == committed, f"{page.name}: run python dev.py report"
-
-
-def test_stored_rows_are_of_this_code(lab: Any, tiny: Any, tmp_path: Path) -> None:
-    """Protects: results that pass for those of this version are what its code makes, in the main rows."""
-    copied = shutil.copytree(lab.rows.ROWS, tmp_path / "rows")
-    ((study, _), *_) = lab.publish.studies(single(lab), tiny, copied)
-    rows = lab.results_page.side_by_side(single(lab))
-    for label in ("bridge", "UnifyEdit"):
-        if study.store.is_current(rows[label]):
-            study.check(rows[label])
-            assert study.store.is_current(rows[label]), f"{label}: python dev.py report --measure"
-
-
-def test_every_stored_file_is_a_row(lab: Any, shipped: Any) -> None:
-    """Protects: no results of a row that the pages no longer have are left."""
-    wanted = {
-        f"{plan.name}/{table}/{label}"
-        for plan in lab.results_page.PLANS
-        for tables in (plan.tables(), plan.search())
-        for table, rows in tables.items()
-        for label in rows
-    }
-    for file in lab.rows.ROWS.glob("*/*.json"):
-        assert set(json.loads(file.read_text(encoding="utf-8"))["rows"]) & wanted, file.name

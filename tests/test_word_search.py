@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d
 @pytest.fixture(scope="module")
 def lab(host: Host) -> Any:
     """The modules."""
-    names = ("methods", "paper_settings", "studio", "study", "unify_study", "word_search")
+    names = ("methods", "studio", "word_search")
     return SimpleNamespace(
         **{name: host.pack_module(f"lab.studies.{name}") for name in names},
         losses=host.pack_module("patches.unify.losses"),
@@ -104,59 +104,3 @@ def test_each_row_is_another_edit(host: Host, lab: Any) -> None:
     assert len({method.label for method in lab.word_search.search().values()}) == len(
         lab.word_search.search()
     )
-
-
-def test_chosen_settings_of_papers(host: Host, lab: Any) -> None:
-    """Protects: each method of another paper has the setting that the stored search chose: of the six the two
-    best on half of the cases, of these the better one on all.
-    """
-    plan = lab.unify_study.PLAN
-    read, first = (host.pack_module(f"lab.benchmark.{name}") for name in ("layouts", "cases"))
-    cases = first.first_of_each_type(read.read_cases(plan.layout, None, "tuning"), plan.per_type)
-    study = lab.study.Study(SimpleNamespace(), cases, "tuning", {plan.name: plan.search()})
-
-    def score(method: Any, per_type: int) -> tuple[float, float]:
-        some = {case.id for case in first.first_of_each_type(cases, per_type)}
-        found = [result["metrics"] for result in study.of(method) if result["case"] in some]
-        assert len(found) == len(some), method.settings
-        return sum(m["success"] for m in found), sum(m["target_psnr"] for m in found)
-
-    for name, tuned in lab.paper_settings.TUNED.items():
-        rows = [row for label, row in lab.paper_settings.search().items() if label.startswith(f"{name}, ")]
-        best = sorted(rows, key=lambda row: score(row, 2))[-2:]
-        chosen = tuned.make(*tuned.chosen).label
-        assert chosen == max(best, key=lambda row: score(row, 4)).label, name
-
-
-def test_as_many_settings_for_each_paper(lab: Any) -> None:
-    """Protects a fair comparison: every method of another paper has as many settings in the search, and the
-    chosen one is among them.
-    """
-    search = lab.paper_settings.search()
-    labels = {method.label for method in search.values()}
-    assert len(labels) == len(search)
-    for name, tuned in lab.paper_settings.TUNED.items():
-        assert sum(label.startswith(f"{name}, ") for label in search) == 6
-        assert {tuned.make(*some).label for some in (tuned.chosen, tuned.style) if some} <= labels
-
-
-def test_chosen_settings(host: Host, lab: Any) -> None:
-    """Protects: UnifyEdit's settings are those that the stored search chose: of what keeps enough outside the
-    mask the highest success, and then the nearest to the true edit.
-    """
-    plan, search = lab.unify_study.PLAN, lab.unify_study.settings_search
-    read, first = (host.pack_module(f"lab.benchmark.{name}") for name in ("layouts", "cases"))
-    cases = first.first_of_each_type(read.read_cases(plan.layout, None, "tuning"), plan.per_type)
-    study = lab.study.Study(SimpleNamespace(), cases, "tuning", {plan.name: plan.search()})
-    for edits, types, chosen in (
-        (search.with_mask(), search.WITH_MASK, search.EDIT),
-        (search.styles(), (search.STYLE,), search.STYLE_EDIT),
-    ):
-        methods = {edit: lab.methods.unify(dict.fromkeys(types, edit)) for edit in edits}
-        assert len({len(study.of(method)) for method in methods.values()}) == 1
-        kept = {
-            edit: (study.mean(method), study.mean(method, "target_psnr"))
-            for edit, method in methods.items()
-            if not study.mean(method, "psnr_outside") < search.KEPT  # a style has no outside
-        }
-        assert chosen == max(kept, key=lambda edit: kept[edit])

@@ -213,12 +213,13 @@ def draw_tiny_studio(folder: Path | None, split: str) -> Iterator[Case]:
     """Drawn edits of the Tiny Studio's scenes, half of them with short descriptions.
 
     The split `test` has 50 cases of each edit type, with combinations of attributes that no training saw. The
-    split `tuning` has 20 of each, with combinations from training, but other scenes: the first 10 of each
-    type before the others.
+    split `tuning` has 60 of each, with combinations from training, but other scenes: the first 10 of each
+    type, then the next 10, then the others.
     """
     yield from _drawn_cases(scenes.EDIT_TYPES, split, 50, 10, 20)
     if split == "tuning":
         yield from _drawn_cases(scenes.EDIT_TYPES, split, 50, 10, 40, skipped=10)
+        yield from _drawn_cases(scenes.EDIT_TYPES, split, 50, 40, 60, skipped=20)
 
 
 def draw_two_objects(folder: Path | None, split: str) -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 One is chosen by halving: all on 12 tuning cases, the two best of them on 24. The best has the highest
 success, and of several with it the highest PSNR to the true edit. Guide-and-Rescale, the strongest, was
-searched on 60 cases, too, and has a second row there with a setting for styles alone, as UnifyEdit has.
+searched on 60 and 240 cases, too, and has a second row with a setting for styles alone, as UnifyEdit has.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Plan:
     claims: Callable[[Study, Tables], list[Claim]]
     aims: Callable[[Study, Tables], list[Aim]]
     shown: int
-    per_type: int = 20
+    per_type: int = 60
     compared: Sequence[str] = ("success", "target_psnr", "psnr_outside", "structure")
     layout: str = "tiny-studio"
 

@@ -1,7 +1,8 @@
 """The search for UnifyEdit's settings, on tuning cases.
 
-The best keeps at least KEPT outside the mask and has the highest success, and of several with the same
-success it is nearest to the true edit. Edits with a mask and styles, which have none, are searched apart.
+Settings that keep less than KEPT outside the mask are out. Of the others one takes the place of the chosen
+one if it is better by more than chance, in success or in PSNR to the true edit, and not worse in the other.
+Edits with a mask and styles, which have none, are searched apart.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from itertools import product
 from ...models.tiny_studio import scenes
 from ...patches.unify.balance import Balance
 from .methods import Edit, unify
+from .studio import STEPS
 from .study import Rows
 
 KEPT = 29.2  # dB
 STYLE = "style"
 WITH_MASK = tuple(edit_type for edit_type in scenes.EDIT_TYPES if edit_type != STYLE)
 MASKED = Edit(masked=True, structure_region="outside")
-# Chosen by this search.
+# No other setting of this search takes their places.
 EDIT = replace(MASKED, denoise=0.8, cfg=1.5)
-STYLE_EDIT = Edit(Balance(beta1=0.3), cfg=2.0, denoise=0.8, mode="virtual")
+STYLE_EDIT = Edit(Balance(beta1=0.3), cfg=2.0, denoise=1.0, mode="virtual", steps=STEPS)
 
 
 def name(edit: Edit) -> str:
@@ -40,9 +42,12 @@ def name(edit: Edit) -> str:
 
 
 def with_mask() -> Iterator[Edit]:
-    """For edits with a mask. Above CFG 2 less is kept."""
-    for denoise, cfg in (*product((0.6, 0.8, 1.0), (1.5, 2.0)), (0.6, 3.0)):
+    """For edits with a mask."""
+    for denoise, cfg in product((0.6, 0.8, 1.0), (1.5, 2.0)):
         yield replace(MASKED, denoise=denoise, cfg=cfg)
+    for denoise, cfg in ((0.4, 3.0), (0.6, 3.0), (0.8, 3.0), (0.4, 4.0)):
+        yield replace(MASKED, denoise=denoise, cfg=cfg)
+    yield replace(MASKED, denoise=0.6, cfg=3.0, steps=STEPS)
 
 
 def styles() -> Iterator[Edit]:
@@ -54,8 +59,10 @@ def styles() -> Iterator[Edit]:
     for beta1 in (1.0, 0.1, 0.0):
         yield replace(middle, balance=replace(weak, beta1=beta1))
     yield replace(middle, balance=replace(weak, k1=0.0))
-    for denoise, cfg in ((0.8, 2.0), (0.8, 3.0), (1.0, 2.0)):
+    for denoise, cfg in ((0.8, 2.0), (0.8, 3.0), (1.0, 2.0), (1.0, 3.0)):
         yield replace(middle, denoise=denoise, cfg=cfg, mode="virtual")
+    for cfg, mode in product((2.0, 3.0), ("virtual", "ddim")):
+        yield replace(middle, denoise=1.0, cfg=cfg, mode=mode, steps=STEPS)
 
 
 def search() -> Rows:
