@@ -50,6 +50,22 @@ def test_stored_pages(lab: Any, shipped: Any, tmp_path: Path) -> None:
         assert page.read_text(encoding="utf-8") == committed, f"{page.name}: run python dev.py report"
 
 
+def test_unet_beside_the_tiny_flux(host: Host, lab: Any, shipped: Any) -> None:
+    """Protects: the UNet's rows in the table of the Tiny Flux's bridges are the stored ones of the same 48
+    edits.
+    """
+    study, _ = shipped[lab.results_page.PLANS.index(lab.bridge_study.PLAN)]
+    same = {case.id for case in lab.cases.first_of_each_type(study.cases, 8)}
+    mean = host.pack_module("lab.benchmark.statistics").mean
+    page = (Path(__file__).resolve().parent.parent / "docs" / "bridge.md").read_text(encoding="utf-8")
+    for direction in ("edit_queries", "reference_queries"):
+        method = lab.bridge_study.tables()["fusions"][f"{direction}, linear"]
+        results = [result for result in study.of(method) if result["case"] in same]
+        success, near, kept = (mean(results, m) for m in ("success", "target_psnr", "psnr_outside"))
+        assert len(results) == 48
+        assert f"{direction}, a full F | {success:.1%} | {near:.2f} | {kept:.2f} |" in page
+
+
 def test_stored_rows_are_of_this_code(lab: Any, tiny: Any, tmp_path: Path) -> None:
     """Protects: results that pass for those of this version are what its code makes, in the main rows."""
     copied = shutil.copytree(lab.rows.ROWS, tmp_path / "rows")
