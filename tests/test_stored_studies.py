@@ -137,15 +137,12 @@ def test_chosen_settings(lab: Any, tuning: Any) -> None:
     """Protects: of UnifyEdit's settings that the stored search tried, none that keeps enough outside the mask
     is better than the chosen one by more than chance in success or PSNR, and not worse in the other.
     """
-    search = lab.settings_search
-    for edits, types, chosen in (
-        (search.with_mask(), search.WITH_MASK, search.EDIT),
-        (search.styles(), (search.STYLE,), search.STYLE_EDIT),
-    ):
-        methods = {edit: lab.methods.unify(dict.fromkeys(types, edit)) for edit in edits}
-        assert len({len(tuning.of(method)) for method in methods.values()}) == 1
-        assert not tuning.mean(methods[chosen], "psnr_outside") < search.KEPT  # a style has no outside
-        for edit, method in methods.items():
-            found = [tuning.difference(method, methods[chosen], name) for name in ("success", "target_psnr")]
+    for rows in lab.settings_search.search().values():
+        chosen, *others = rows.values()
+        assert len(others) >= 10
+        assert {len(tuning.of(method)) for method in others} == {len(tuning.of(chosen))}
+        assert not tuning.mean(chosen, "psnr_outside") < lab.settings_search.KEPT  # a style has no outside
+        for other in others:
+            found = [tuning.difference(other, chosen, name) for name in ("success", "target_psnr")]
             better = any(one.low > 0 for one in found) and not any(one.high < 0 for one in found)
-            assert not better or tuning.mean(method, "psnr_outside") < search.KEPT, search.name(edit)
+            assert not better or tuning.mean(other, "psnr_outside") < lab.settings_search.KEPT, other.settings

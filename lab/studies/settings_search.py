@@ -65,7 +65,13 @@ def styles() -> Iterator[Edit]:
         yield replace(middle, denoise=1.0, cfg=cfg, mode=mode, steps=STEPS)
 
 
-def search() -> Rows:
-    """All settings that were tried."""
-    rows = {f"with a mask, {name(edit)}": unify(dict.fromkeys(WITH_MASK, edit)) for edit in with_mask()}
-    return rows | {f"style, {name(edit)}": unify({STYLE: edit}) for edit in styles()}
+def search() -> dict[str, Rows]:
+    """All settings that were tried, with a mask and for styles; the chosen one first."""
+    masked = dict.fromkeys((EDIT, *with_mask()))
+    without = dict.fromkeys((STYLE_EDIT, *styles()))
+    return {
+        "search_masked": {
+            f"with a mask, {name(edit)}": unify(dict.fromkeys(WITH_MASK, edit)) for edit in masked
+        },
+        "search_styles": {f"style, {name(edit)}": unify({STYLE: edit}) for edit in without},
+    }

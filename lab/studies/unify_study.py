@@ -217,7 +217,7 @@ def preset_table() -> str:
 def search() -> dict[str, Rows]:
     """The search on the tuning cases."""
     return {
-        "search": settings_search.search(),
+        **settings_search.search(),
         "search_papers": paper_settings.search(),
         "search_words": word_search.search(),
     }
